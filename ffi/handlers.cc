@@ -1,0 +1,250 @@
+// XLA FFI handlers of count, solve and assign: they check shapes, which Python has already checked for its own
+// callers, and launch. All leading dimensions of an operand but its own are batch dimensions (vmap).
+//
+// The CUDA handlers carry kCmdBufferCompatible: while executing they only launch kernels.
+#include "handlers.h"
+
+#include <cstdint>
+#include <limits>
+#include <string>
+#include <utility>
+
+#include "assign.h"
+#include "count.h"
+#include "solve.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace lplb {
+namespace {
+
+namespace ffi = xla::ffi;
+using Ids = ffi::Buffer<ffi::S32>;
+using Reals = ffi::Buffer<ffi::F32>;
+
+// What a launcher returns: nothing on CPU, the launch's error on CUDA.
+#ifdef LPLB_CUDA
+ffi::Error check_launch(const char* name, cudaError_t error) {
+  if (error == cudaSuccess) return ffi::Error::Success();
+  return ffi::Error::Internal(std::string(name) + ": " + cudaGetErrorString(error));
+}
+#endif
+
+// Reads shapes and remembers the first thing that is wrong with them.
+class Shapes {
+ public:
+  explicit Shapes(const char* call) : call_(call) {}
+
+  // The last `rank` dimensions of an operand; those before them are the batch, the same for all operands.
+  template <class Buffer>
+  const int64_t* last(const char* operand, const Buffer& buffer, size_t rank) {
+    static constexpr int64_t kNone[3] = {0, 0, 0};
+    const auto dimensions = buffer.dimensions();
+    if (dimensions.size() < rank) {
+      fail(operand, "rank", static_cast<int64_t>(rank), static_cast<int64_t>(dimensions.size()));
+      return kNone;
+    }
+    int64_t batch = 1;
+    for (size_t i = 0; i + rank < dimensions.size(); ++i) batch *= dimensions[i];
+    if (batch_ < 0) batch_ = batch;
+    expect(operand, "batch", batch_, batch);
+    const int64_t* last = dimensions.begin() + (dimensions.size() - rank);
+    for (size_t i = 0; i < rank; ++i) {
+      if (last[i] > std::numeric_limits<int32_t>::max()) fail(operand, "at most 2147483647", 0, last[i]);
+    }
+    return last;
+  }
+  void expect(const char* operand, const char* what, int64_t expected, int64_t got) {
+    if (expected != got) fail(operand, what, expected, got);
+  }
+  void require(bool holds, const std::string& message) {
+    if (!holds && message_.empty()) message_ = std::string(call_) + ": " + message;
+  }
+  int batch() const { return static_cast<int>(batch_); }
+  bool ok() {
+    // The batch is a grid's y dimension on CUDA.
+    require(batch_ <= 65535, "at most 65535 batch elements, got " + std::to_string(batch_));
+    return message_.empty();
+  }
+  ffi::Error error() const { return ffi::Error::InvalidArgument(message_); }
+
+ private:
+  void fail(const char* operand, const char* what, int64_t expected, int64_t got) {
+    require(false, std::string(operand) + ": expected " + what + " " + std::to_string(expected) + ", got " +
+                       std::to_string(got));
+  }
+  const char* call_;
+  int64_t batch_ = -1;
+  std::string message_;
+};
+
+CountShape count_shape(Shapes& shapes, const Ids& expert_ids, const Ids& starts, int64_t chunk_size) {
+  CountShape shape;
+  shape.num_ids = shapes.last("expert_ids", expert_ids, 1)[0];
+  const int64_t* chunks = shapes.last("starts", starts, 2);
+  shape.num_chunks = static_cast<int>(chunks[0]);
+  shape.num_experts = static_cast<int>(chunks[1]);
+  shape.chunk_size = chunk_size;
+  shape.num_batches = shapes.batch();
+  shapes.require(shape.num_experts >= 1 && shape.num_experts <= kMaxExperts,
+                 "at most " + std::to_string(kMaxExperts) + " experts, got " + std::to_string(chunks[1]));
+  shapes.require(chunk_size >= 1 && chunks[0] >= 1 && chunks[0] * chunk_size >= shape.num_ids,
+                 std::to_string(chunks[0]) + " chunks of " + std::to_string(chunk_size) + " do not hold " +
+                     std::to_string(shape.num_ids) + " ids");
+  return shape;
+}
+
+template <class Launch>
+ffi::Error count(Launch launch, Ids expert_ids, ffi::Result<Ids> load, ffi::Result<Ids> starts,
+                 int64_t chunk_size) {
+  Shapes shapes("count");
+  const CountShape shape = count_shape(shapes, expert_ids, *starts, chunk_size);
+  shapes.expect("load", "num_experts", shape.num_experts, shapes.last("load", *load, 1)[0]);
+  if (!shapes.ok()) return shapes.error();
+  return launch(shape, expert_ids.typed_data(), load->typed_data(), starts->typed_data());
+}
+
+template <class Launch>
+ffi::Error solve(Launch launch, Ids load, Ids phy2log, Ids log2phy, ffi::Result<Reals> fraction,
+                 ffi::Result<Reals> rank_load, ffi::Result<Reals> gap, ffi::Result<Ids> iterations,
+                 ffi::Result<Ids> status, float tol, int64_t max_iterations) {
+  Shapes shapes("solve");
+  SolveShape shape;
+  const int64_t* table = shapes.last("log2phy", log2phy, 2);
+  shape.num_experts = static_cast<int>(table[0]);
+  shape.max_replicas = static_cast<int>(table[1]);
+  shape.num_physical = static_cast<int>(shapes.last("phy2log", phy2log, 1)[0]);
+  const int64_t ranks = shapes.last("rank_load", *rank_load, 1)[0];
+  const int64_t groups = shapes.last("gap", *gap, 1)[0];
+  shapes.expect("load", "num_experts", shape.num_experts, shapes.last("load", load, 1)[0]);
+  const int64_t* split = shapes.last("fraction", *fraction, 2);
+  shapes.expect("fraction", "num_experts", shape.num_experts, split[0]);
+  shapes.expect("fraction", "max_replicas", shape.max_replicas, split[1]);
+  shapes.expect("iterations", "num_groups", groups, shapes.last("iterations", *iterations, 1)[0]);
+  shapes.expect("status", "num_groups", groups, shapes.last("status", *status, 1)[0]);
+  shapes.require(groups >= 1 && ranks >= 1 && ranks % groups == 0 && shape.num_physical % ranks == 0,
+                 "num_groups must divide the ranks, and the ranks num_physical");
+  if (!shapes.ok()) return shapes.error();
+  shape.num_batches = shapes.batch();
+  shape.num_groups = static_cast<int>(groups);
+  shape.group_size = static_cast<int>(ranks / groups);
+  shape.slots_per_rank = static_cast<int>(shape.num_physical / ranks);
+  shape.max_variables = max_variables(shape.num_experts, shape.num_physical, shape.num_groups);
+  shape.tol = tol;
+  shape.max_iterations = static_cast<int>(max_iterations);
+  if (const char* wrong = check(shape); wrong != nullptr) return ffi::Error::InvalidArgument(wrong);
+  const SolveOperands in = {load.typed_data(), phy2log.typed_data(), log2phy.typed_data()};
+  const SolveResults out = {fraction->typed_data(), rank_load->typed_data(), gap->typed_data(),
+                            iterations->typed_data(), status->typed_data()};
+  return launch(shape, in, out);
+}
+
+template <class Launch>
+ffi::Error assign(Launch launch, Ids expert_ids, Ids starts, Reals split, Ids load, Ids offset, Ids log2phy,
+                  ffi::Result<Ids> physical_ids, ffi::Result<Ids> rank_load, int64_t num_physical,
+                  int64_t chunk_size) {
+  Shapes shapes("assign");
+  AssignShape shape;
+  shape.count = count_shape(shapes, expert_ids, starts, chunk_size);
+  const int experts = shape.count.num_experts;
+  const int64_t* table = shapes.last("log2phy", log2phy, 2);
+  shapes.expect("log2phy", "num_experts", experts, table[0]);
+  shape.max_replicas = static_cast<int>(table[1]);
+  const int64_t* parts = shapes.last("split", split, 2);
+  shapes.expect("split", "num_experts", experts, parts[0]);
+  shapes.expect("split", "max_replicas", shape.max_replicas, parts[1]);
+  shapes.expect("load", "num_experts", experts, shapes.last("load", load, 1)[0]);
+  shapes.expect("offset", "num_experts", experts, shapes.last("offset", offset, 1)[0]);
+  shapes.expect("physical_ids", "size", shape.count.num_ids, shapes.last("physical_ids", *physical_ids, 1)[0]);
+  const int64_t ranks = shapes.last("rank_load", *rank_load, 1)[0];
+  shapes.require(ranks >= 1 && ranks <= kMaxExperts && num_physical % ranks == 0,
+                 "rank_load: 1 to " + std::to_string(kMaxExperts) + " ranks that divide num_physical " +
+                     std::to_string(num_physical) + ", got " + std::to_string(ranks));
+  if (!shapes.ok()) return shapes.error();
+  shape.num_ranks = static_cast<int>(ranks);
+  shape.num_physical = static_cast<int>(num_physical);
+  const AssignOperands in = {expert_ids.typed_data(), starts.typed_data(), split.typed_data(),
+                             load.typed_data(),       offset.typed_data(), log2phy.typed_data()};
+  return launch(shape, in, physical_ids->typed_data(), rank_load->typed_data());
+}
+
+// Appends the operands, results and attributes of each call, in the order of the functions above.
+template <class Binding>
+auto bind_count(Binding binding) {
+  return std::move(binding).template Arg<Ids>().template Ret<Ids>().template Ret<Ids>().template Attr<int64_t>(
+      "chunk_size");
+}
+template <class Binding>
+auto bind_solve(Binding binding) {
+  return std::move(binding)
+      .template Arg<Ids>()
+      .template Arg<Ids>()
+      .template Arg<Ids>()
+      .template Ret<Reals>()
+      .template Ret<Reals>()
+      .template Ret<Reals>()
+      .template Ret<Ids>()
+      .template Ret<Ids>()
+      .template Attr<float>("tol")
+      .template Attr<int64_t>("max_iterations");
+}
+template <class Binding>
+auto bind_assign(Binding binding) {
+  return std::move(binding)
+      .template Arg<Ids>()
+      .template Arg<Ids>()
+      .template Arg<Reals>()
+      .template Arg<Ids>()
+      .template Arg<Ids>()
+      .template Arg<Ids>()
+      .template Ret<Ids>()
+      .template Ret<Ids>()
+      .template Attr<int64_t>("num_physical")
+      .template Attr<int64_t>("chunk_size");
+}
+
+}  // namespace
+
+#define LPLB_CPU_HANDLER(Handler, call, launcher)                                                     \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(                                                                      \
+      Handler,                                                                                        \
+      [](auto... operands) {                                                                          \
+        return call(                                                                                  \
+            [](const auto&... arguments) {                                                            \
+              launcher(arguments...);                                                                 \
+              return ffi::Error::Success();                                                           \
+            },                                                                                        \
+            operands...);                                                                             \
+      },                                                                                              \
+      bind_##call(ffi::Ffi::Bind()))
+
+LPLB_CPU_HANDLER(CountCpu, count, count_cpu);
+LPLB_CPU_HANDLER(SolveCpu, solve, solve_cpu);
+LPLB_CPU_HANDLER(AssignCpu, assign, assign_cpu);
+
+#ifdef LPLB_CUDA
+
+#define LPLB_CUDA_HANDLER(Handler, call, launcher)                                                    \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(                                                                      \
+      Handler,                                                                                        \
+      [](cudaStream_t stream, auto... operands) {                                                     \
+        return call(                                                                                  \
+            [stream](const auto&... arguments) {                                                      \
+              return check_launch(#call, launcher(stream, arguments...));                             \
+            },                                                                                        \
+            operands...);                                                                             \
+      },                                                                                              \
+      bind_##call(ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>()),                         \
+      {ffi::Traits::kCmdBufferCompatible})
+
+LPLB_CUDA_HANDLER(CountCuda, count, count_cuda);
+LPLB_CUDA_HANDLER(SolveCuda, solve, solve_cuda);
+LPLB_CUDA_HANDLER(AssignCuda, assign, assign_cuda);
+
+// Function attributes may not be set while a stream is captured; XLA initialises before it captures.
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    SolveCudaInitialize, []() { return check_launch("solve", prepare_solve_cuda()); },
+    ffi::Ffi::BindInitialize());
+
+#endif  // LPLB_CUDA
+
+}  // namespace lplb

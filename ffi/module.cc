@@ -1,0 +1,47 @@
+// The extension module: lists the handlers, for jax.ffi.register_ffi_target.
+#include <nanobind/nanobind.h>
+
+#include "assign.h"
+#include "handlers.h"
+#include "solve.h"
+
+namespace nb = nanobind;
+
+namespace {
+
+nb::capsule capsule(XLA_FFI_Handler* handler) { return nb::capsule(reinterpret_cast<void*>(handler)); }
+
+// {platform: {target: {stage: handler}}}
+nb::dict handlers() {
+  const auto execute = [](XLA_FFI_Handler* handler) {
+    nb::dict stages;
+    stages["execute"] = capsule(handler);
+    return stages;
+  };
+  nb::dict cpu;
+  cpu["lplb_count"] = execute(lplb::CountCpu);
+  cpu["lplb_solve"] = execute(lplb::SolveCpu);
+  cpu["lplb_assign"] = execute(lplb::AssignCpu);
+  nb::dict platforms;
+  platforms["cpu"] = cpu;
+#ifdef LPLB_CUDA
+  nb::dict cuda;
+  cuda["lplb_count"] = execute(lplb::CountCuda);
+  nb::dict solve = execute(lplb::SolveCuda);
+  solve["initialize"] = capsule(lplb::SolveCudaInitialize);
+  cuda["lplb_solve"] = solve;
+  cuda["lplb_assign"] = execute(lplb::AssignCuda);
+  platforms["CUDA"] = cuda;
+#endif
+  return platforms;
+}
+
+}  // namespace
+
+NB_MODULE(_handlers, m) {
+  m.def("handlers", &handlers);
+  m.attr("ffi_api_version") = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
+  m.attr("max_experts") = lplb::kMaxExperts;
+  m.attr("max_group_ranks") = lplb::kMaxGroupRanks;
+  m.attr("max_group_slots") = lplb::kMaxGroupSlots;
+}

@@ -1,0 +1,75 @@
+// Launchers of the balancing solve. Raw pointers, no framework.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#ifdef LPLB_CUDA
+#include <cuda_runtime_api.h>
+#endif
+
+namespace lplb {
+
+constexpr int kMaxGroupRanks = 128;
+constexpr int kMaxGroupSlots = 2048;
+
+// Mirrors jax_lplb.Status.
+enum Status : int32_t { kConverged = 0, kMaxIterations = 1, kEvenSplit = 2, kSkipped = 3 };
+
+struct SolveShape {
+  int num_batches;    // independent problems: layers under vmap
+  int num_experts;    // logical experts, all groups
+  int num_physical;   // slots, all groups
+  int max_replicas;   // columns of log2phy
+  int num_groups;     // groups of ranks, each with slots of its own
+  int group_size;     // ranks of a group
+  int slots_per_rank;
+  int max_variables;  // replicas of replicated experts, at most, in a group
+  float tol;          // relative gap to stop at
+  int max_iterations;
+};
+
+struct SolveOperands {
+  const int32_t* load;     // [batch, num_experts] tokens
+  const int32_t* phy2log;  // [batch, num_physical]
+  const int32_t* log2phy;  // [batch, num_experts, max_replicas], padded with -1
+};
+
+struct SolveResults {
+  float* fraction;      // [batch, num_experts, max_replicas] of the expert's load; 0 in padding
+  float* rank_load;     // [batch, num_groups * group_size] tokens
+  float* gap;           // [batch, num_groups] certified relative gap
+  int32_t* iterations;  // [batch, num_groups]
+  int32_t* status;      // [batch, num_groups] Status
+};
+
+// nullptr where the shape can be solved, else what is wrong with it.
+inline const char* check(const SolveShape& s) {
+  if (s.group_size < 1 || s.group_size > kMaxGroupRanks) return "solve: a group has 1 to 128 ranks";
+  if (s.slots_per_rank < 1 || s.group_size * s.slots_per_rank > kMaxGroupSlots) {
+    return "solve: a group has 1 to 2048 physical experts";
+  }
+  if (s.num_physical != s.num_groups * s.group_size * s.slots_per_rank) {
+    return "solve: num_physical must be num_groups * group_size * slots_per_rank";
+  }
+  return nullptr;
+}
+
+// The most replicas of replicated experts that fit: every redundant slot, and as many homes.
+inline int max_variables(int num_experts, int num_physical, int num_groups) {
+  const int slots = num_physical / num_groups;
+  const int redundant = (num_physical - num_experts) / num_groups;
+  return redundant < 0 ? 0 : 2 * redundant < slots ? 2 * redundant : slots;
+}
+
+void solve_cpu(const SolveShape& shape, const SolveOperands& in, const SolveResults& out);
+
+#ifdef LPLB_CUDA
+// Lets the kernels use more than 48 KB of shared memory; once for each device, outside of stream capture.
+cudaError_t prepare_solve_cuda();
+// One thread block for each group and batch.
+cudaError_t solve_cuda(cudaStream_t stream, const SolveShape& shape, const SolveOperands& in,
+                       const SolveResults& out);
+#endif
+
+}  // namespace lplb

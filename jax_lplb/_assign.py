@@ -1,0 +1,208 @@
+"""Step 4 of `balance`: each token goes to a replica of its expert."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jax_lplb import _ffi
+from jax_lplb._count import check_expert_ids, chunking, count
+from jax_lplb._placement import Placement
+from jax_lplb._solve import check_load, check_placement
+
+_ONE = 1 << 30  # a fraction of 1 in the quotas' fixed point
+
+
+def assign(
+    expert_ids: jax.Array,
+    split: jax.Array,
+    placement: Placement,
+    *,
+    load: jax.Array,
+    offset: jax.Array | int = 0,
+    implementation: _ffi.Implementation = None,
+) -> jax.Array:
+    """Sends each token to a replica of its expert, so that replicas share the load as the split says.
+
+    The tokens of an expert are numbered from 0 to m - 1, m its load, in token order over all shards; this shard's begin
+    at `offset`. The split becomes integer quotas q that sum to m. With tokens interleaved, token o goes to the first
+    replica if floor((o + 1) q / m) > floor(o q / m); the rest, renumbered, go on to the next replica. Quotas come out
+    exact over the whole axis, and any run of tokens spreads as the whole does, to within a few. No atomics, no
+    sampling: equal inputs give equal ids.
+
+    Args:
+      expert_ids: int32 [..., k], logical experts; an id that is negative or >= num_experts is padding.
+      split: float32 [num_experts, max_replicas], tokens (or any unit: rows are normalised) for each replica. A row of
+        zeros means the even split.
+      placement: where the replicas are.
+      load: int32 [num_experts], tokens of each expert over all shards.
+      offset: int32 [num_experts] (or one number), tokens of each expert on the shards before this one.
+      implementation: "ffi" (custom call), "xla" (pure JAX), or None: the custom call on platforms that have one.
+
+    Returns:
+      int32, of the shape of `expert_ids`: physical experts, -1 for padding.
+
+    Raises:
+      TypeError, ValueError: an argument has the wrong dtype, shape or value, named in the message.
+    """
+    check_expert_ids(expert_ids)
+    check_placement(placement, implementation)
+    check_load(load, placement)
+    if load.dtype != jnp.int32:
+        raise TypeError(f"load must have dtype int32 to number tokens, got {load.dtype}")
+    shape = (placement.num_experts, placement.max_replicas)
+    if np.shape(split) != shape:
+        raise ValueError(f"split must have shape [num_experts, max_replicas] = {list(shape)}, got {np.shape(split)}")
+    if split.dtype != jnp.float32:
+        raise TypeError(f"split must have dtype float32, got {split.dtype}")
+    offset = jnp.asarray(offset)
+    if offset.dtype != jnp.int32:
+        raise TypeError(f"offset must have dtype int32, got {offset.dtype}")
+    if offset.shape not in ((), (placement.num_experts,)):
+        raise ValueError(f"offset must have shape [num_experts] = [{placement.num_experts}], got {offset.shape}")
+    offset = jnp.broadcast_to(offset, (placement.num_experts,))
+    with jax.named_scope("lplb_assign"):
+        flat = expert_ids.reshape(-1)
+        _, starts = count(flat, placement.num_experts, implementation)
+        physical_ids, _ = assign_with_starts(
+            flat, starts, lax.stop_gradient(split), placement, load, offset, implementation
+        )
+        return physical_ids.reshape(expert_ids.shape)
+
+
+def assign_with_starts(
+    expert_ids: jax.Array,
+    starts: jax.Array,
+    split: jax.Array,
+    placement: Placement,
+    load: jax.Array,
+    offset: jax.Array,
+    implementation: _ffi.Implementation,
+) -> tuple[jax.Array, jax.Array]:
+    """Physical ids of flat expert ids, given `count`'s starts; and the rank load that the quotas give."""
+    num_ids = expert_ids.shape[0]
+    num_ranks, num_physical = placement.num_ranks, placement.num_physical
+    log2phy = jnp.asarray(placement.log2phy)
+    if placement.max_replicas == 1:
+        valid = (expert_ids >= 0) & (expert_ids < placement.num_experts)
+        home = log2phy[:, 0].at[jnp.where(valid, expert_ids, -1)].get(mode="fill", fill_value=-1, wrap_negative_indices=False)
+        return home, _rank_load(split, load, log2phy, num_physical, num_ranks)
+
+    def ffi(
+        ids: jax.Array, starts: jax.Array, split: jax.Array, load: jax.Array, offset: jax.Array, log2phy: jax.Array
+    ) -> list[jax.Array]:
+        operands = (ids, starts, split, load, offset, log2phy)
+        return _ffi.call(
+            "lplb_assign",
+            [
+                _ffi.Result((num_ids,), jnp.int32, operands),
+                _ffi.Result((num_ranks,), jnp.int32, (split, load, log2phy)),
+            ],
+            *operands,
+            num_physical=np.int64(num_physical),
+            chunk_size=np.int64(chunking(num_ids)[1]),
+        )
+
+    def xla(
+        ids: jax.Array, starts: jax.Array, split: jax.Array, load: jax.Array, offset: jax.Array, log2phy: jax.Array
+    ) -> list[jax.Array]:
+        del starts  # the sort below numbers all tokens at once
+        return [
+            _choose_slots(ids, split, load, offset, log2phy, num_physical),
+            _rank_load(split, load, log2phy, num_physical, num_ranks),
+        ]
+
+    physical_ids, rank_load = _ffi.dispatch(
+        "assign", implementation, ffi, xla, expert_ids, starts, split, load, offset, log2phy
+    )
+    return physical_ids, rank_load
+
+
+def _quotas(split: jax.Array, load: jax.Array, log2phy: jax.Array, num_physical: int) -> jax.Array:
+    """uint32 [num_experts, max_replicas], integers near load * split / sum(split) that sum to the load."""
+    present = jnp.cumprod((log2phy >= 0) & (log2phy < num_physical), axis=1, dtype=jnp.int32) > 0
+    replicas = jnp.sum(present, axis=1, keepdims=True, dtype=jnp.int32)
+    part = jnp.where(present & (split > 0), split, 0)
+    # Added up one by one, as the handlers do: a parallel prefix sum would round otherwise.
+    upto, sums = jnp.zeros_like(part[:, 0]), []
+    for replica in range(part.shape[1]):
+        upto = upto + part[:, replica]
+        sums.append(upto)
+    total = upto[:, None]
+    share = jnp.stack(sums, axis=1) / jnp.where(total > 0, total, 1)
+    index = jnp.arange(1, part.shape[1] + 1, dtype=jnp.int32)[None, :]
+    fraction = jnp.where(share < 1, share * _ONE, _ONE).astype(jnp.uint32)
+    even, _ = _mul_div(jnp.minimum(index, replicas), _ONE, jnp.maximum(replicas, 1))
+    fraction = jnp.where(total > 0, fraction, even)
+    fraction = jnp.where(index >= replicas, jnp.uint32(_ONE), fraction)
+    bound, remainder = _mul_div(fraction, jnp.maximum(load, 0)[:, None], _ONE)
+    bound = bound + (remainder >= _ONE // 2).astype(jnp.uint32)
+    quotas = bound - jnp.concatenate([jnp.zeros_like(bound[:, :1]), bound[:, :-1]], axis=1)
+    return jnp.where(present, quotas, jnp.uint32(0))
+
+
+def _rank_load(
+    split: jax.Array, load: jax.Array, log2phy: jax.Array, num_physical: int, num_ranks: int
+) -> jax.Array:
+    quotas = _quotas(split, load, log2phy, num_physical).astype(jnp.int32)
+    rank = log2phy // (num_physical // num_ranks)
+    return jnp.zeros_like(quotas, shape=(num_ranks,)).at[jnp.where(rank >= 0, rank, num_ranks)].add(quotas, mode="drop")
+
+
+def _choose_slots(
+    expert_ids: jax.Array,
+    split: jax.Array,
+    load: jax.Array,
+    offset: jax.Array,
+    log2phy: jax.Array,
+    num_physical: int,
+) -> jax.Array:
+    num_experts, max_replicas = log2phy.shape
+    valid = (expert_ids >= 0) & (expert_ids < num_experts)
+    ids = jnp.where(valid, expert_ids, 0)
+    # Number of each token among those of its expert: its place in a stable sort, less the expert's first place.
+    by_expert = jnp.where(valid, expert_ids, num_experts)
+    order = jnp.argsort(by_expert, stable=True)
+    counts = jnp.zeros_like(ids, jnp.uint32, shape=(num_experts + 1,)).at[by_expert].add(1)
+    first = jnp.cumsum(counts, dtype=jnp.uint32) - counts
+    place = jnp.zeros_like(first, shape=ids.shape).at[order].set(jnp.arange(ids.shape[0], dtype=jnp.uint32))
+    number = place - first[by_expert] + jnp.maximum(offset, 0)[ids].astype(jnp.uint32)
+
+    quotas = _quotas(split, load, log2phy, num_physical)
+    replicas = jnp.sum(
+        jnp.cumprod((log2phy >= 0) & (log2phy < num_physical), axis=1, dtype=jnp.int32), axis=1, dtype=jnp.int32
+    )
+    left = jnp.maximum(load, 0)[ids].astype(jnp.uint32)
+    unknown = left == 0  # a token the load does not know of goes home
+    number = number % jnp.where(unknown, jnp.uint32(1), left)
+    slot = jnp.full_like(ids, -1)
+    for replica in range(max_replicas):
+        quota = quotas[ids, replica]
+        taken, remainder = _mul_div(number, quota, jnp.maximum(left, 1))
+        here = (remainder + quota >= left) | (replicas[ids] == replica + 1) | unknown
+        slot = jnp.where((slot < 0) & here & (replicas[ids] > replica), log2phy[ids, replica], slot)
+        number, left = number - taken, left - quota
+    return jnp.where(valid, slot, -1)
+
+
+def _mul_div(a: Any, b: Any, c: Any) -> tuple[jax.Array, jax.Array]:
+    """floor(a * b / c) and the remainder, exact in uint32 for a <= c < 2**31 and b < 2**31.
+
+    By long division, a bit of b at a time, because JAX has no 64-bit integers by default.
+    """
+    a, b, c = (jnp.asarray(v).astype(jnp.uint32) for v in (a, b, c))
+    a, b, c = jnp.broadcast_arrays(a, b, c)
+
+    def reduce(quotient: jax.Array, remainder: jax.Array) -> tuple[jax.Array, jax.Array]:
+        over = remainder >= c
+        return quotient + over.astype(jnp.uint32), jnp.where(over, remainder - c, remainder)
+
+    def add_bit(i: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        quotient, remainder = reduce(2 * state[0], 2 * state[1])
+        bit = (b >> (jnp.uint32(30) - i.astype(jnp.uint32))) & 1
+        return reduce(quotient, remainder + bit * a)
+
+    zero = 0 * a + 0 * b + 0 * c  # varies over the mesh as the operands do
+    return lax.fori_loop(0, 31, add_bit, (zero, zero))

@@ -1,0 +1,140 @@
+"""`balance`: count, add up over the axis, solve, assign."""
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jax_lplb import _ffi
+from jax_lplb._assign import assign_with_starts
+from jax_lplb._count import check_expert_ids, count
+from jax_lplb._placement import Placement
+from jax_lplb._solve import check_load, check_placement, check_tol, solve_fractions
+
+AxisName = str | tuple[str, ...]
+_MOST_TOKENS = 2**31 - 1
+
+
+class Balanced(NamedTuple):
+    """What `balance` returns.
+
+    Attributes:
+      physical_ids: int32, of the shape of `expert_ids`; -1 for padding. The owner of a slot is
+        `physical_ids // placement.slots_per_rank`.
+      load: int32 [num_experts], tokens per logical expert over the whole axis.
+      rank_load: int32 [num_ranks], tokens per rank after balancing: exact with `sync="all_gather"` and on one shard, a
+        prediction otherwise.
+      gap: float32 [num_groups], certified relative gap of each group's split to the optimum.
+      status: int32 [num_groups], values of `Status`.
+    """
+
+    physical_ids: jax.Array
+    load: jax.Array
+    rank_load: jax.Array
+    gap: jax.Array
+    status: jax.Array
+
+
+def balance(
+    expert_ids: jax.Array,
+    placement: Placement,
+    *,
+    axis_name: AxisName | None = None,
+    load: jax.Array | None = None,
+    sync: Literal["all_gather", "psum"] = "all_gather",
+    tol: float = 1e-4,
+    implementation: _ffi.Implementation = None,
+) -> Balanced:
+    """Redirects the tokens of one batch to replicas, so that the busiest rank carries as little as possible.
+
+    Goes between a router's top-k and the dispatch to the experts, which then sees `placement.num_physical` experts.
+    Works under jit, vmap, scan, remat and grad (ids carry no gradient), and inside `shard_map` where `axis_name` names
+    the expert-parallel axis. Deterministic: equal inputs give equal bits, on every rank and run.
+
+    Args:
+      expert_ids: int32 [..., k], this shard's logical expert ids; one that is negative or >= num_experts is padding.
+      placement: where the replicas are, over the ranks of the axis.
+      axis_name: mesh axis, or axes, that shard the tokens over the ranks of `placement`; sizes multiply to `num_ranks`.
+        Name no axis that holds other tokens' experts: with a data x expert mesh, only the expert axis. None: the ids
+        are those of all ranks.
+      load: int32 or float32 [num_experts], loads to go by in place of this batch's: of a previous batch, or a moving
+        average. Spares the collective; carries no gradient. Experts it shows as 0 are split evenly. `load` and
+        `rank_load` of the result are then predictions.
+      sync: how ranks learn of each other's tokens. "all_gather": each rank's counts; quotas are exact. "psum": the sum
+        only, cheaper on very large axes; each rank spreads its own tokens as the whole should, to within a few tokens
+        for each rank and replica.
+      tol: relative gap to the optimum at which the solver stops.
+      implementation: "ffi" (custom calls), "xla" (pure JAX), or None: the custom calls on platforms that have them.
+
+    Returns:
+      A `Balanced`.
+
+    Raises:
+      TypeError, ValueError: an argument has the wrong dtype, shape or value, `axis_name` is not bound or its size is
+        not `num_ranks`, or the placement is beyond the custom calls' limits; named in the message, when tracing.
+    """
+    check_expert_ids(expert_ids)
+    check_placement(placement, implementation)
+    tol = check_tol(tol)
+    if sync not in ("all_gather", "psum"):
+        raise ValueError(f"sync must be 'all_gather' or 'psum', got {sync!r}")
+    if load is not None:
+        check_load(load, placement)
+        load = lax.stop_gradient(jnp.asarray(load))
+    num_shards = 1 if axis_name is None else _axis_size(axis_name, placement.num_ranks)
+    if expert_ids.size * num_shards > _MOST_TOKENS:
+        raise ValueError(
+            f"expert_ids: {expert_ids.size} ids on {num_shards} shards are more than {_MOST_TOKENS}, the largest count"
+        )
+    shape, expert_ids = expert_ids.shape, jnp.asarray(expert_ids).reshape(-1)
+
+    with jax.named_scope("lplb_count"):
+        local_load, starts = count(expert_ids, placement.num_experts, implementation)
+
+    with jax.named_scope("lplb_sync"):
+        if load is not None:
+            # As if every shard had as many tokens as this one, and they came shard after shard.
+            shards = min(num_shards, _MOST_TOKENS // max(expert_ids.size, 1))
+            index = 0 if axis_name is None else lax.axis_index(axis_name) % shards
+            total, offset, predicted = local_load * shards, local_load * index, load
+        elif axis_name is None:
+            total, offset, predicted = local_load, jnp.zeros_like(local_load), local_load
+        elif sync == "all_gather":
+            loads = lax.all_gather(local_load, axis_name, to="invarying")
+            total = jnp.sum(loads, axis=0)
+            before = jnp.arange(num_shards) < lax.axis_index(axis_name)
+            offset = jnp.sum(jnp.where(before[:, None], loads, 0), axis=0)
+            predicted = total
+        else:
+            total = lax.psum(local_load, axis_name)
+            # As if the shards had equal parts: total * index // num_shards, without overflow.
+            index = lax.axis_index(axis_name)
+            offset = total // num_shards * index + total % num_shards * index // num_shards
+            predicted = total
+
+    with jax.named_scope("lplb_solve"):
+        fraction, solved_rank_load, gap, _, status = solve_fractions(predicted, placement, tol, implementation)
+
+    with jax.named_scope("lplb_assign"):
+        physical_ids, rank_load = assign_with_starts(
+            expert_ids, starts, fraction, placement, total, offset, implementation
+        )
+        if load is not None:
+            rank_load = jnp.rint(solved_rank_load).astype(jnp.int32)
+            predicted = jnp.rint(load).astype(jnp.int32)
+    return Balanced(physical_ids.reshape(shape), predicted, rank_load, gap, status)
+
+
+def _axis_size(axis_name: Any, num_ranks: int) -> int:
+    try:
+        size = lax.axis_size(axis_name)
+    except NameError:
+        raise ValueError(
+            f"axis_name = {axis_name!r} is not bound here; call balance inside jax.shard_map over a mesh with that axis"
+        ) from None
+    if size != num_ranks:
+        raise ValueError(
+            f"axis_name = {axis_name!r} spans {size} devices, but placement has num_ranks = {num_ranks}; they must be equal"
+        )
+    return size

@@ -1,0 +1,92 @@
+"""Step 1 of `balance`: tokens per logical expert."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_lplb import _ffi
+
+# Thread blocks count and assign chunks of ids: enough chunks to fill a GPU, few enough to add up in one pass.
+_LEAST_CHUNK = 1024
+_MOST_CHUNKS = 256
+
+
+def count_load(
+    expert_ids: jax.Array, num_experts: int, *, implementation: _ffi.Implementation = None
+) -> jax.Array:
+    """Counts the tokens that picked each expert.
+
+    Args:
+      expert_ids: int32 [..., k], logical experts; an id that is negative or >= num_experts is padding.
+      num_experts: logical experts.
+      implementation: "ffi" (custom call), "xla" (pure JAX), or None: the custom call on platforms that have one.
+
+    Returns:
+      int32 [num_experts].
+
+    Raises:
+      TypeError, ValueError: an argument has the wrong dtype, rank or value, named in the message.
+    """
+    check_expert_ids(expert_ids)
+    check_num_experts(num_experts, implementation)
+    with jax.named_scope("lplb_count"):
+        return count(expert_ids.reshape(-1), num_experts, implementation)[0]
+
+
+def count(
+    expert_ids: jax.Array, num_experts: int, implementation: _ffi.Implementation
+) -> tuple[jax.Array, jax.Array]:
+    """Load [num_experts], and [num_chunks, num_experts]: the load of the chunks of ids before each chunk."""
+    num_ids = expert_ids.shape[0]
+    num_chunks, chunk_size = chunking(num_ids)
+
+    def ffi(ids: jax.Array) -> list[jax.Array]:
+        return _ffi.call(
+            "lplb_count",
+            [
+                _ffi.Result((num_experts,), jnp.int32, [ids]),
+                _ffi.Result((num_chunks, num_experts), jnp.int32, [ids]),
+            ],
+            ids,
+            chunk_size=np.int64(chunk_size),
+        )
+
+    def xla(ids: jax.Array) -> list[jax.Array]:
+        valid = (ids >= 0) & (ids < num_experts)
+        chunk = jnp.arange(num_ids, dtype=jnp.int32) // chunk_size
+        histograms = jnp.zeros((num_chunks, num_experts), jnp.int32)
+        histograms = histograms.at[chunk, jnp.where(valid, ids, num_experts)].add(1, mode="drop")
+        upto = jnp.cumsum(histograms, axis=0, dtype=jnp.int32)
+        return [upto[-1], upto - histograms]
+
+    load, starts = _ffi.dispatch("count", implementation, ffi, xla, expert_ids)
+    return load, starts
+
+
+def chunking(num_ids: int) -> tuple[int, int]:
+    """Number and size of the chunks that ids are cut into; the last chunk may be shorter."""
+    chunk_size = max(1, -(-num_ids // (_MOST_CHUNKS * _LEAST_CHUNK))) * _LEAST_CHUNK
+    return max(1, -(-num_ids // chunk_size)), chunk_size
+
+
+def check_expert_ids(expert_ids: Any) -> None:
+    if not isinstance(expert_ids, (jax.Array, np.ndarray)):
+        raise TypeError(f"expert_ids must be an int32 array, got {type(expert_ids).__name__}")
+    if expert_ids.dtype != jnp.int32:
+        raise TypeError(f"expert_ids must have dtype int32, got {expert_ids.dtype}; convert with .astype(jnp.int32)")
+    if expert_ids.ndim < 1:
+        raise ValueError(f"expert_ids must have shape [..., k] with at least one axis, got shape {expert_ids.shape}")
+
+
+def check_num_experts(num_experts: int, implementation: _ffi.Implementation) -> None:
+    if not isinstance(num_experts, (int, np.integer)) or isinstance(num_experts, bool):
+        raise TypeError(f"num_experts must be an integer, got {num_experts!r}")
+    if num_experts < 1:
+        raise ValueError(f"num_experts must be at least 1, got {num_experts}")
+    if num_experts > _ffi.MAX_EXPERTS and implementation != "xla":
+        raise ValueError(
+            f"num_experts = {num_experts} is more than the {_ffi.MAX_EXPERTS} that the custom calls hold in shared memory; "
+            "pass implementation='xla'"
+        )

@@ -1,0 +1,8 @@
+from typing import Any
+
+ffi_api_version: tuple[int, int]
+max_experts: int
+max_group_ranks: int
+max_group_slots: int
+
+def handlers() -> dict[str, dict[str, dict[str, Any]]]: ...

@@ -1,0 +1,51 @@
+"""Eight virtual CPU devices, strict promotion, and the fixtures that choose what runs."""
+
+import os
+import pathlib
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# On machines with several tests a GPU, none may take most of its memory.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--traces",
+        type=pathlib.Path,
+        default=pathlib.Path(__file__).parents[2] / "shared" / "data",
+        help="folder of the recorded routing traces",
+    )
+
+
+@pytest.fixture(scope="session")
+def traces(request) -> pathlib.Path:
+    """Folder of the recorded routing traces; tests that need it are skipped where it is absent."""
+    folder = request.config.getoption("--traces")
+    if not folder.is_dir():
+        pytest.skip(f"no routing traces at {folder}; name their folder with --traces")
+    return folder
+
+
+@pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+def platform(request):
+    """The default device of what the test runs: a CPU, or a GPU where those tests are asked for."""
+    with jax.default_device(jax.devices(request.param)[0]):
+        yield request.param
+
+
+@pytest.fixture(params=["ffi", "xla"])
+def implementation(request) -> str:
+    """The custom calls, and the pure JAX that they are compared with."""
+    return request.param
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
