@@ -38,8 +38,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
     for (int e = threadIdx.x; e < experts; e += threads) {
       Quotas quotas = quotas_of(e);
       for (int r = 0; r < quotas.num_replicas(); ++r) {
-        atomicAdd(&sums[log2phy[static_cast<int64_t>(e) * replicas + r] / slots_per_rank],
-                  quotas.next());
+        atomicAdd(&sums[log2phy[static_cast<int64_t>(e) * replicas + r] / slots_per_rank], quotas.next());
       }
     }
     __syncthreads();
@@ -50,9 +49,9 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
   }
 
   const int num_warps = threads / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  uint32_t* seen = shared;                                     // [experts] numbers given out before this tile
+  uint32_t* seen = shared;                                          // [experts] numbers given out before this tile
   uint16_t* of_warp = reinterpret_cast<uint16_t*>(seen + experts);  // [num_warps, experts]
-  uint16_t* of_tile = of_warp + num_warps * experts;           // [experts]
+  uint16_t* of_tile = of_warp + num_warps * experts;                // [experts]
   const int32_t* starts = in.starts + (batch * shape.count.num_chunks + blockIdx.x) * experts;
   const int32_t* offset = in.offset + batch * experts;
   for (int e = threadIdx.x; e < experts; e += threads) {
@@ -100,8 +99,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
 
 }  // namespace
 
-cudaError_t assign_cuda(cudaStream_t stream, const AssignShape& shape, const AssignOperands& in,
-                        int32_t* physical_ids, int32_t* rank_load) {
+cudaError_t assign_cuda(cudaStream_t stream, const AssignShape& shape, const AssignOperands& in, int32_t* physical_ids,
+                        int32_t* rank_load) {
   int warps = kMaxWarps;
   while (warps > 1 && shared_bytes(shape.count.num_experts, warps) > kSharedBytes) warps /= 2;
   size_t bytes = shared_bytes(shape.count.num_experts, warps);

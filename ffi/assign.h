@@ -38,8 +38,8 @@ struct AssignOperands {
 void assign_cpu(const AssignShape& shape, const AssignOperands& in, int32_t* physical_ids, int32_t* rank_load);
 
 #ifdef LPLB_CUDA
-cudaError_t assign_cuda(cudaStream_t stream, const AssignShape& shape, const AssignOperands& in,
-                        int32_t* physical_ids, int32_t* rank_load);
+cudaError_t assign_cuda(cudaStream_t stream, const AssignShape& shape, const AssignOperands& in, int32_t* physical_ids,
+                        int32_t* rank_load);
 #endif
 
 // The integer quotas of one expert. Replicas share m as the split does: bounds between them are fractions in
@@ -48,8 +48,7 @@ class Quotas {
  public:
   LPLB_INLINE Quotas(const float* split, const int32_t* log2phy, int max_replicas, int num_physical, int32_t load)
       : split_(split), load_(load > 0 ? static_cast<uint32_t>(load) : 0) {
-    while (num_replicas_ < max_replicas && log2phy[num_replicas_] >= 0 &&
-           log2phy[num_replicas_] < num_physical) {
+    while (num_replicas_ < max_replicas && log2phy[num_replicas_] >= 0 && log2phy[num_replicas_] < num_physical) {
       total_ += part(num_replicas_++);
     }
   }

@@ -1,7 +1,7 @@
-#include "assign.h"
-
 #include <algorithm>
 #include <vector>
+
+#include "assign.h"
 
 namespace lplb {
 
@@ -31,9 +31,7 @@ void assign_cpu(const AssignShape& shape, const AssignOperands& in, int32_t* phy
     for (int64_t i = 0; i < shape.count.num_ids; ++i) {
       const int32_t e = ids[i];
       physical_ids[batch * shape.count.num_ids + i] =
-          e >= 0 && e < experts
-              ? choose_slot(quotas_of(e), log2phy + e * replicas, next[e]++)
-              : -1;
+          e >= 0 && e < experts ? choose_slot(quotas_of(e), log2phy + e * replicas, next[e]++) : -1;
     }
   }
 }

@@ -1,6 +1,6 @@
-#include "count.h"
-
 #include <algorithm>
+
+#include "count.h"
 
 namespace lplb {
 

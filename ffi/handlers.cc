@@ -94,8 +94,7 @@ CountShape count_shape(Shapes& shapes, const Ids& expert_ids, const Ids& starts,
 }
 
 template <class Launch>
-ffi::Error count(Launch launch, Ids expert_ids, ffi::Result<Ids> load, ffi::Result<Ids> starts,
-                 int64_t chunk_size) {
+ffi::Error count(Launch launch, Ids expert_ids, ffi::Result<Ids> load, ffi::Result<Ids> starts, int64_t chunk_size) {
   Shapes shapes("count");
   const CountShape shape = count_shape(shapes, expert_ids, *starts, chunk_size);
   shapes.expect("load", "num_experts", shape.num_experts, shapes.last("load", *load, 1)[0]);
@@ -140,8 +139,7 @@ ffi::Error solve(Launch launch, Ids load, Ids phy2log, Ids log2phy, ffi::Result<
 
 template <class Launch>
 ffi::Error assign(Launch launch, Ids expert_ids, Ids starts, Reals split, Ids load, Ids offset, Ids log2phy,
-                  ffi::Result<Ids> physical_ids, ffi::Result<Ids> rank_load, int64_t num_physical,
-                  int64_t chunk_size) {
+                  ffi::Result<Ids> physical_ids, ffi::Result<Ids> rank_load, int64_t num_physical, int64_t chunk_size) {
   Shapes shapes("assign");
   AssignShape shape;
   shape.count = count_shape(shapes, expert_ids, starts, chunk_size);
@@ -204,17 +202,17 @@ auto bind_assign(Binding binding) {
 
 }  // namespace
 
-#define LPLB_CPU_HANDLER(Handler, call, launcher)                                                     \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(                                                                      \
-      Handler,                                                                                        \
-      [](auto... operands) {                                                                          \
-        return call(                                                                                  \
-            [](const auto&... arguments) {                                                            \
-              launcher(arguments...);                                                                 \
-              return ffi::Error::Success();                                                           \
-            },                                                                                        \
-            operands...);                                                                             \
-      },                                                                                              \
+#define LPLB_CPU_HANDLER(Handler, call, launcher) \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(                  \
+      Handler,                                    \
+      [](auto... operands) {                      \
+        return call(                              \
+            [](const auto&... arguments) {        \
+              launcher(arguments...);             \
+              return ffi::Error::Success();       \
+            },                                    \
+            operands...);                         \
+      },                                          \
       bind_##call(ffi::Ffi::Bind()))
 
 LPLB_CPU_HANDLER(CountCpu, count, count_cpu);
@@ -223,18 +221,15 @@ LPLB_CPU_HANDLER(AssignCpu, assign, assign_cpu);
 
 #ifdef LPLB_CUDA
 
-#define LPLB_CUDA_HANDLER(Handler, call, launcher)                                                    \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(                                                                      \
-      Handler,                                                                                        \
-      [](cudaStream_t stream, auto... operands) {                                                     \
-        return call(                                                                                  \
-            [stream](const auto&... arguments) {                                                      \
-              return check_launch(#call, launcher(stream, arguments...));                             \
-            },                                                                                        \
-            operands...);                                                                             \
-      },                                                                                              \
-      bind_##call(ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>()),                         \
-      {ffi::Traits::kCmdBufferCompatible})
+#define LPLB_CUDA_HANDLER(Handler, call, launcher)                                                              \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(                                                                                \
+      Handler,                                                                                                  \
+      [](cudaStream_t stream, auto... operands) {                                                               \
+        return call(                                                                                            \
+            [stream](const auto&... arguments) { return check_launch(#call, launcher(stream, arguments...)); }, \
+            operands...);                                                                                       \
+      },                                                                                                        \
+      bind_##call(ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>()), {ffi::Traits::kCmdBufferCompatible})
 
 LPLB_CUDA_HANDLER(CountCuda, count, count_cuda);
 LPLB_CUDA_HANDLER(SolveCuda, solve, solve_cuda);
@@ -242,8 +237,7 @@ LPLB_CUDA_HANDLER(AssignCuda, assign, assign_cuda);
 
 // Function attributes may not be set while a stream is captured; XLA initialises before it captures.
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    SolveCudaInitialize, []() { return check_launch("solve", prepare_solve_cuda()); },
-    ffi::Ffi::BindInitialize());
+    SolveCudaInitialize, []() { return check_launch("solve", prepare_solve_cuda()); }, ffi::Ffi::BindInitialize());
 
 #endif  // LPLB_CUDA
 

@@ -43,8 +43,8 @@ constexpr float kFloor = 1e-8f;
 constexpr float kTinyPrimal = 1e-12f;
 constexpr float kTinyDual = 1e-12f;
 constexpr float kTinySlack = 1e-9f;
-constexpr float kStepShare = 0.99f;   // of the way to the boundary
-constexpr float kRegulariser = 2e-6f; // of K's diagonal: the Laplacian part keeps a margin over rounding
+constexpr float kStepShare = 0.99f;    // of the way to the boundary
+constexpr float kRegulariser = 2e-6f;  // of K's diagonal: the Laplacian part keeps a margin over rounding
 
 // Views into the group's working memory, `shared_bytes` long, aligned to 16 bytes.
 struct Shared {
@@ -74,8 +74,7 @@ inline
 #ifdef __CUDACC__
     __host__ __device__
 #endif
-    size_t
-    carve_shared(char* memory, const SolveShape& shape, int num_threads, Shared* out) {
+        size_t carve_shared(char* memory, const SolveShape& shape, int num_threads, Shared* out) {
   const size_t ranks = shape.group_size, variables = shape.max_variables;
   size_t used = 0;
   const auto take = [&](size_t bytes) {
@@ -464,8 +463,7 @@ class InteriorPoint {
     each_variable([&](int i, int v) { shared_.exchange[v] = q_[i] - d_[i] * (sum_q_[i] / h_[i]); });
     block_.sync();
     each_rank([&](int i, int g) {
-      shared_.right_side[g] =
-          (target - step_slack_[i] * step_lambda_[i]) / lambda_[i] - slack_[i] + rank_sum(g);
+      shared_.right_side[g] = (target - step_slack_[i] * step_lambda_[i]) / lambda_[i] - slack_[i] + rank_sum(g);
     });
     block_.sync();
     direction();

@@ -65,7 +65,7 @@ struct CudaBlock {
   template <int kSums, int kLeast>
   __device__ void reduce(float (&sums)[kSums], float (&minima)[kLeast]) {
     static_assert(kSums + kLeast <= kMaxReduced, "scratch too small");
-    float(*partial)[kMaxReduced] = scratch->reduced[turn];
+    float (*partial)[kMaxReduced] = scratch->reduced[turn];
     turn ^= 1;
 #pragma unroll
     for (int step = kWarp / 2; step > 0; step /= 2) {
@@ -251,8 +251,7 @@ cudaError_t prepare_solve_cuda() {
   return cudaSuccess;
 }
 
-cudaError_t solve_cuda(cudaStream_t stream, const SolveShape& shape, const SolveOperands& in,
-                       const SolveResults& out) {
+cudaError_t solve_cuda(cudaStream_t stream, const SolveShape& shape, const SolveOperands& in, const SolveResults& out) {
   return with_block(shape.group_size, shape.max_variables, shape.max_replicas, [&](auto block) {
     using Block = decltype(block);
     const size_t bytes = carve_shared(nullptr, shape, Block::kWarps, nullptr);

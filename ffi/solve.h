@@ -17,12 +17,12 @@ constexpr int kMaxGroupSlots = 2048;
 enum Status : int32_t { kConverged = 0, kMaxIterations = 1, kEvenSplit = 2, kSkipped = 3 };
 
 struct SolveShape {
-  int num_batches;    // independent problems: layers under vmap
-  int num_experts;    // logical experts, all groups
-  int num_physical;   // slots, all groups
-  int max_replicas;   // columns of log2phy
-  int num_groups;     // groups of ranks, each with slots of its own
-  int group_size;     // ranks of a group
+  int num_batches;   // independent problems: layers under vmap
+  int num_experts;   // logical experts, all groups
+  int num_physical;  // slots, all groups
+  int max_replicas;  // columns of log2phy
+  int num_groups;    // groups of ranks, each with slots of its own
+  int group_size;    // ranks of a group
   int slots_per_rank;
   int max_variables;  // replicas of replicated experts, at most, in a group
   float tol;          // relative gap to stop at
@@ -68,8 +68,7 @@ void solve_cpu(const SolveShape& shape, const SolveOperands& in, const SolveResu
 // Lets the kernels use more than 48 KB of shared memory; once for each device, outside of stream capture.
 cudaError_t prepare_solve_cuda();
 // One thread block for each group and batch.
-cudaError_t solve_cuda(cudaStream_t stream, const SolveShape& shape, const SolveOperands& in,
-                       const SolveResults& out);
+cudaError_t solve_cuda(cudaStream_t stream, const SolveShape& shape, const SolveOperands& in, const SolveResults& out);
 #endif
 
 }  // namespace lplb

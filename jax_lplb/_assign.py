@@ -87,7 +87,11 @@ def assign_with_starts(
     log2phy = jnp.asarray(placement.log2phy)
     if placement.max_replicas == 1:
         valid = (expert_ids >= 0) & (expert_ids < placement.num_experts)
-        home = log2phy[:, 0].at[jnp.where(valid, expert_ids, -1)].get(mode="fill", fill_value=-1, wrap_negative_indices=False)
+        home = (
+            log2phy[:, 0]
+            .at[jnp.where(valid, expert_ids, -1)]
+            .get(mode="fill", fill_value=-1, wrap_negative_indices=False)
+        )
         return home, _rank_load(split, load, log2phy, num_physical, num_ranks)
 
     def ffi(
@@ -143,9 +147,7 @@ def _quotas(split: jax.Array, load: jax.Array, log2phy: jax.Array, num_physical:
     return jnp.where(present, quotas, jnp.uint32(0))
 
 
-def _rank_load(
-    split: jax.Array, load: jax.Array, log2phy: jax.Array, num_physical: int, num_ranks: int
-) -> jax.Array:
+def _rank_load(split: jax.Array, load: jax.Array, log2phy: jax.Array, num_physical: int, num_ranks: int) -> jax.Array:
     quotas = _quotas(split, load, log2phy, num_physical).astype(jnp.int32)
     rank = log2phy // (num_physical // num_ranks)
     return jnp.zeros_like(quotas, shape=(num_ranks,)).at[jnp.where(rank >= 0, rank, num_ranks)].add(quotas, mode="drop")

@@ -13,9 +13,7 @@ _LEAST_CHUNK = 1024
 _MOST_CHUNKS = 256
 
 
-def count_load(
-    expert_ids: jax.Array, num_experts: int, *, implementation: _ffi.Implementation = None
-) -> jax.Array:
+def count_load(expert_ids: jax.Array, num_experts: int, *, implementation: _ffi.Implementation = None) -> jax.Array:
     """Counts the tokens that picked each expert.
 
     Args:
@@ -35,9 +33,7 @@ def count_load(
         return count(expert_ids.reshape(-1), num_experts, implementation)[0]
 
 
-def count(
-    expert_ids: jax.Array, num_experts: int, implementation: _ffi.Implementation
-) -> tuple[jax.Array, jax.Array]:
+def count(expert_ids: jax.Array, num_experts: int, implementation: _ffi.Implementation) -> tuple[jax.Array, jax.Array]:
     """Load [num_experts], and [num_chunks, num_experts]: the load of the chunks of ids before each chunk."""
     num_ids = expert_ids.shape[0]
     num_chunks, chunk_size = chunking(num_ids)

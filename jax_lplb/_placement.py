@@ -157,7 +157,11 @@ class Placement:
         elif num_experts is None or max_replicas is None:
             raise ValueError("num_experts and max_replicas must be given where phy2log is traced")
         return cls(
-            phy2log.astype(np.int32), _log2phy(phy2log, num_experts, max_replicas), num_ranks, num_groups=1, topology=None
+            phy2log.astype(np.int32),
+            _log2phy(phy2log, num_experts, max_replicas),
+            num_ranks,
+            num_groups=1,
+            topology=None,
         )
 
 

@@ -263,7 +263,9 @@ def _solve_group(
         def longest(*pairs: tuple[jax.Array, jax.Array]) -> jax.Array:
             return jnp.minimum(
                 1.0,
-                jnp.stack([jnp.min(jnp.where(step < 0, -v / jnp.where(step < 0, step, 1), 1)) for v, step in pairs]).min(),
+                jnp.stack(
+                    [jnp.min(jnp.where(step < 0, -v / jnp.where(step < 0, step, 1), 1)) for v, step in pairs]
+                ).min(),
             )
 
         def inner(a: jax.Array, b: jax.Array, a_rank: jax.Array, b_rank: jax.Array) -> jax.Array:

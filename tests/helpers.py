@@ -1,5 +1,8 @@
 """References in NumPy and SciPy, and inputs, that several tests share."""
 
+import os
+import subprocess
+import sys
 from functools import lru_cache
 
 import numpy as np
@@ -99,3 +102,16 @@ def skewed_ids(
     """int32 [num_tokens, top_k], k different experts a token, of log-normal popularity (Gumbel's top-k trick)."""
     popularity = rng.normal(0, sigma, num_experts) + rng.gumbel(size=(num_tokens, num_experts))
     return np.argpartition(-popularity, top_k, axis=1)[:, :top_k].astype(np.int32)
+
+
+def new_python(script: str) -> str:
+    """What a script prints in a Python of its own, where JAX sees a CPU only."""
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout

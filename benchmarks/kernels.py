@@ -1,0 +1,113 @@
+"""Device time of each kernel alone, in CUDA graphs: `python benchmarks/kernels.py build/bench/lplb_bench`.
+
+Runs the framework-free driver (`make bench-build`) on 64 log-normal instances of each case. The driver first compares
+every kernel's results with the CPU's; the true gap of every solve is checked here, against SciPy's HiGHS.
+"""
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+import common
+import numpy as np
+
+import jax_lplb as lplb
+from jax_lplb._count import chunking
+
+sys.path.append(str(pathlib.Path(__file__).parents[1] / "tests"))
+import helpers
+
+TOL = 1e-4
+
+
+def write_problem(
+    path: pathlib.Path, placement: lplb.Placement, loads: np.ndarray, ids: np.ndarray, tol: float = TOL
+) -> None:
+    """The file that ffi/bench.cu reads."""
+    ids = ids.reshape(len(loads), -1)
+    header = [
+        len(loads),
+        ids.shape[1],
+        placement.num_experts,
+        placement.num_physical,
+        placement.max_replicas,
+        placement.num_ranks,
+        placement.num_groups,
+        *chunking(ids.shape[1]),
+    ]
+    with path.open("wb") as file:
+        for part, dtype in (
+            (header, np.int32),
+            ([tol], np.float32),
+            (placement.phy2log, np.int32),
+            (placement.log2phy, np.int32),
+            (loads, np.int32),
+            (ids, np.int32),
+        ):
+            file.write(np.ascontiguousarray(part, dtype).tobytes())
+
+
+def run(driver: list[str], problem: pathlib.Path, placement: lplb.Placement, repeats: int) -> tuple[dict, np.ndarray]:
+    """The driver's report, and the fractions [instances, num_experts, max_replicas] of its solves."""
+    fractions = problem.with_suffix(".fractions")
+    output = subprocess.run([*driver, problem, fractions, str(repeats)], stdout=subprocess.PIPE, text=True, check=True)
+    shape = (-1, placement.num_experts, placement.max_replicas)
+    lines = [line for line in output.stdout.splitlines() if line.startswith("{")]
+    return json.loads(lines[-1]), np.fromfile(fractions, np.float32).reshape(shape)
+
+
+def worst_gap(placement: lplb.Placement, loads: np.ndarray, fractions: np.ndarray) -> float:
+    """Largest relative distance of a group's largest rank load to its optimum."""
+    worst = 0.0
+    for load, fraction in zip(loads, fractions, strict=True):
+        ranks = helpers.rank_loads(fraction * load[:, None].astype(np.float64), placement)
+        largest = ranks.reshape(placement.num_groups, -1).max(axis=1)
+        worst = max(worst, float(np.max((largest - helpers.optimum(load, placement)) / largest)))
+    return worst
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("driver", help="lplb_bench")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 16384], help="tokens of a rank, top-8")
+    parser.add_argument("--cases", nargs="+", choices=common.CASES, default=["8x1", "8x2", "16x2", "32x2"])
+    parser.add_argument("--repeats", type=int, default=20, help="launches in a graph")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results/kernels.json"))
+    args = parser.parse_args()
+
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for case in args.cases:
+            placement = common.CASES[case]()
+            for tokens in args.tokens:
+                loads, ids = common.instances(tokens, placement.num_ranks)
+                problem = pathlib.Path(folder, "problem")
+                write_problem(problem, placement, loads, ids)
+                report, fractions = run([args.driver], problem, placement, args.repeats)
+                where = {"case": case, "tokens": tokens}
+                for kernel in ("empty", "count", "assign", "all"):
+                    bench = "balance" if kernel == "all" else kernel
+                    rows.append(
+                        {"bench": bench, **where, "kernel": kernel, **common.statistics(report[f"{kernel}_us"])}
+                    )
+                rows.append(
+                    {
+                        "bench": "solve",
+                        **where,
+                        "kernel": "ipm",
+                        **common.statistics(report["solve_us"]),
+                        "tol": TOL,
+                        "worst_gap": float(f"{worst_gap(placement, loads, fractions):.3g}"),
+                        "certified": float(f"{max(report['gap']):.3g}"),
+                        "iterations": f"{np.median(report['iterations']):g}/{max(report['iterations'])}",
+                        "converged": report["status"].count(lplb.Status.CONVERGED),
+                    }
+                )
+    common.write(args.out, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""The smallest complete use: one batch of a skewed router, balanced over all devices."""
+
+import os
+
+# Without an accelerator: eight virtual CPU devices. Others ignore it.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+
+import jax
+import jax.numpy as jnp
+
+import jax_lplb as lplb
+
+devices = jax.devices() if jax.device_count() > 1 else jax.devices("cpu")
+ranks, home = len(devices), 32  # experts at home on each rank
+mesh = jax.make_mesh((ranks,), ("ep",), devices=devices)
+placement = lplb.Placement.from_topology(
+    lplb.topology.ring(ranks), num_experts=ranks * home, num_ranks=ranks, redundants_per_rank=4
+)
+
+
+@jax.jit
+@jax.shard_map(mesh=mesh, in_specs=(jax.P("ep"), jax.P()), out_specs=(jax.P("ep"), jax.P(), jax.P()))
+def layer(logits, placement):
+    _, expert_ids = jax.lax.top_k(logits, 8)
+    out = lplb.balance(expert_ids, placement, axis_name="ep")
+    # From here on: dispatch to `placement.num_physical` experts by out.physical_ids, as before by expert_ids.
+    return out.physical_ids, out.load, out.rank_load
+
+
+key, popularity = jax.random.split(jax.random.key(0))
+# Some experts are popular. Each rank's most popular come first, since these are the ones that a topology copies.
+popular = -jnp.sort(-jax.random.normal(popularity, (ranks, home)), axis=1).ravel()
+logits = popular + jax.random.normal(key, (ranks * 512, ranks * home))
+
+physical_ids, load, after = layer(jax.device_put(logits, jax.NamedSharding(mesh, jax.P("ep"))), placement)
+before = load.reshape(ranks, home).sum(axis=1)
+print(f"rank loads at home  {before}  max / mean {before.max() / before.mean():.3f}")
+print(f"after balancing     {after}  max / mean {after.max() / after.mean():.3f}")

@@ -1,0 +1,244 @@
+// Checks and times the CUDA kernels alone, without Python or JAX: for profilers, and for compute-sanitizer.
+//
+//   lplb_bench PROBLEM FRACTIONS REPEATS
+//
+// PROBLEM, written by benchmarks/kernels.py, holds one placement and many instances of loads and ids. Every kernel's
+// results are compared with the CPU handlers' first. Then, with REPEATS > 0, each kernel is timed on each instance as
+// CUDA graphs of that many launches. Prints one JSON object; writes the fractions of the last solves to FRACTIONS.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <vector>
+
+#include "assign.h"
+#include "count.h"
+#include "solve.h"
+
+namespace {
+
+#define LPLB_CHECK(call)                                                                             \
+  do {                                                                                               \
+    const cudaError_t error = (call);                                                                \
+    if (error != cudaSuccess) {                                                                      \
+      std::fprintf(stderr, "%s:%d: %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(error)); \
+      std::exit(1);                                                                                  \
+    }                                                                                                \
+  } while (false)
+
+[[noreturn]] void fail(const char* what, int instance) {
+  std::fprintf(stderr, "instance %d: %s\n", instance, what);
+  std::exit(1);
+}
+
+template <class T>
+std::vector<T> read(std::FILE* file, size_t count) {
+  std::vector<T> values(count);
+  if (std::fread(values.data(), sizeof(T), count, file) != count) {
+    std::fprintf(stderr, "PROBLEM is too short\n");
+    std::exit(1);
+  }
+  return values;
+}
+
+// Device memory, poisoned, so that what a kernel leaves unwritten shows.
+template <class T>
+class Device {
+ public:
+  explicit Device(size_t count) : count_(count) {
+    LPLB_CHECK(cudaMalloc(&data_, std::max<size_t>(1, count) * sizeof(T)));
+    LPLB_CHECK(cudaMemset(data_, 0x7f, count * sizeof(T)));
+  }
+  explicit Device(const std::vector<T>& values) : Device(values.size()) {
+    LPLB_CHECK(cudaMemcpy(data_, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice));
+  }
+  Device(const Device&) = delete;
+  ~Device() { cudaFree(data_); }
+  T* get() { return data_; }
+  std::vector<T> host() const {
+    std::vector<T> values(count_);
+    LPLB_CHECK(cudaMemcpy(values.data(), data_, count_ * sizeof(T), cudaMemcpyDeviceToHost));
+    return values;
+  }
+
+ private:
+  T* data_ = nullptr;
+  size_t count_;
+};
+
+__global__ void empty_kernel() {}
+
+// Microseconds of one launch: the median over replays of a graph of `repeats` launches.
+double time_us(cudaStream_t stream, int repeats, const std::function<cudaError_t(cudaStream_t)>& launch) {
+  cudaGraph_t graph;
+  cudaGraphExec_t executable;
+  LPLB_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+  for (int i = 0; i < repeats; ++i) LPLB_CHECK(launch(stream));
+  LPLB_CHECK(cudaStreamEndCapture(stream, &graph));
+  LPLB_CHECK(cudaGraphInstantiate(&executable, graph, 0));
+  cudaEvent_t begin, end;
+  LPLB_CHECK(cudaEventCreate(&begin));
+  LPLB_CHECK(cudaEventCreate(&end));
+  std::vector<float> times;
+  for (int replay = 0; replay < 8; ++replay) {
+    LPLB_CHECK(cudaEventRecord(begin, stream));
+    LPLB_CHECK(cudaGraphLaunch(executable, stream));
+    LPLB_CHECK(cudaEventRecord(end, stream));
+    LPLB_CHECK(cudaEventSynchronize(end));
+    float milliseconds;
+    LPLB_CHECK(cudaEventElapsedTime(&milliseconds, begin, end));
+    if (replay > 0) times.push_back(milliseconds);  // the first one warms up
+  }
+  LPLB_CHECK(cudaEventDestroy(begin));
+  LPLB_CHECK(cudaEventDestroy(end));
+  LPLB_CHECK(cudaGraphExecDestroy(executable));
+  LPLB_CHECK(cudaGraphDestroy(graph));
+  std::nth_element(times.begin(), times.begin() + times.size() / 2, times.end());
+  return times[times.size() / 2] * 1e3 / repeats;
+}
+
+template <class T>
+void print(const char* name, const std::vector<T>& values, const char* format, const char* end) {
+  std::printf("\"%s\": [", name);
+  for (size_t i = 0; i < values.size(); ++i) {
+    if (i > 0) std::printf(", ");
+    std::printf(format, values[i]);
+  }
+  std::printf("]%s", end);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 4) {
+    std::fprintf(stderr, "usage: lplb_bench PROBLEM FRACTIONS REPEATS\n");
+    return 2;
+  }
+  std::FILE* file = std::fopen(argv[1], "rb");
+  if (file == nullptr) {
+    std::fprintf(stderr, "cannot read %s\n", argv[1]);
+    return 1;
+  }
+  const int repeats = std::atoi(argv[3]);
+  const std::vector<int32_t> header = read<int32_t>(file, 9);
+  const int instances = header[0], num_ids = header[1];
+  const std::vector<float> tol = read<float>(file, 1);
+  lplb::CountShape count_shape = {1, num_ids, header[2], header[7], header[8]};
+  lplb::SolveShape solve_shape = {
+      1, header[2], header[3], header[4], header[6], header[5] / header[6], header[3] / header[5], 0, tol[0], 50};
+  solve_shape.max_variables =
+      lplb::max_variables(solve_shape.num_experts, solve_shape.num_physical, solve_shape.num_groups);
+  if (const char* wrong = lplb::check(solve_shape); wrong != nullptr) fail(wrong, 0);
+  const lplb::AssignShape assign_shape = {count_shape, header[3], header[4], header[5]};
+  const size_t experts = header[2], ranks = header[5], groups = header[6], cells = experts * header[4];
+  const size_t chunk_cells = count_shape.num_chunks * experts;
+  const std::vector<int32_t> phy2log = read<int32_t>(file, header[3]), log2phy = read<int32_t>(file, cells);
+  const std::vector<int32_t> loads = read<int32_t>(file, instances * experts);
+  const std::vector<int32_t> ids = read<int32_t>(file, static_cast<size_t>(instances) * num_ids);
+  std::fclose(file);
+  std::FILE* fractions = std::fopen(argv[2], "wb");
+  if (fractions == nullptr) fail("cannot write FRACTIONS", 0);
+
+  LPLB_CHECK(lplb::prepare_solve_cuda());
+  cudaStream_t stream;
+  LPLB_CHECK(cudaStreamCreate(&stream));
+  Device<int32_t> d_phy2log(phy2log), d_log2phy(log2phy);
+  const std::vector<int32_t> offset(experts, 0);
+  Device<int32_t> d_offset(offset);
+  std::vector<double> empty_us, count_us, solve_us, assign_us, all_us;
+  std::vector<double> gaps;
+  std::vector<int> iterations, statuses;
+
+  for (int instance = 0; instance < instances; ++instance) {
+    const std::vector<int32_t> load(loads.begin() + instance * experts, loads.begin() + (instance + 1) * experts);
+    const std::vector<int32_t> mine(ids.begin() + static_cast<size_t>(instance) * num_ids,
+                                    ids.begin() + static_cast<size_t>(instance + 1) * num_ids);
+    Device<int32_t> d_load(load), d_ids(mine), d_count(experts), d_starts(chunk_cells), d_iterations(groups),
+        d_status(groups), d_physical(num_ids), d_assigned(ranks);
+    Device<float> d_fraction(cells), d_rank_load(ranks), d_gap(groups);
+    const lplb::SolveOperands solve_in = {d_load.get(), d_phy2log.get(), d_log2phy.get()};
+    const lplb::SolveResults solve_out = {d_fraction.get(), d_rank_load.get(), d_gap.get(), d_iterations.get(),
+                                          d_status.get()};
+    const lplb::AssignOperands assign_in = {d_ids.get(),  d_starts.get(), d_fraction.get(),
+                                            d_load.get(), d_offset.get(), d_log2phy.get()};
+    const auto count = [&](cudaStream_t s) {
+      return lplb::count_cuda(s, count_shape, d_ids.get(), d_count.get(), d_starts.get());
+    };
+    const auto solve = [&](cudaStream_t s) { return lplb::solve_cuda(s, solve_shape, solve_in, solve_out); };
+    const auto assign = [&](cudaStream_t s) {
+      return lplb::assign_cuda(s, assign_shape, assign_in, d_physical.get(), d_assigned.get());
+    };
+    const auto all = [&](cudaStream_t s) {
+      if (const cudaError_t error = count(s); error != cudaSuccess) return error;
+      if (const cudaError_t error = solve(s); error != cudaSuccess) return error;
+      return assign(s);
+    };
+    LPLB_CHECK(all(stream));
+    LPLB_CHECK(cudaStreamSynchronize(stream));
+
+    // The same work on the CPU. Counting and assigning agree to the bit; optimal splits need not be unique, but the
+    // largest rank loads agree within both gaps.
+    std::vector<int32_t> counted(experts), starts(chunk_cells), physical(num_ids), assigned(ranks);
+    lplb::count_cpu(count_shape, mine.data(), counted.data(), starts.data());
+    if (counted != d_count.host()) fail("count: load differs from the CPU's", instance);
+    if (starts != d_starts.host()) fail("count: starts differ from the CPU's", instance);
+    std::vector<float> fraction(cells), rank_load(ranks), gap(groups);
+    std::vector<int32_t> iteration(groups), status(groups);
+    lplb::solve_cpu(solve_shape, {load.data(), phy2log.data(), log2phy.data()},
+                    {fraction.data(), rank_load.data(), gap.data(), iteration.data(), status.data()});
+    const std::vector<float> cuda_fraction = d_fraction.host(), cuda_rank_load = d_rank_load.host();
+    const std::vector<float> cuda_gap = d_gap.host();
+    const std::vector<int32_t> cuda_iteration = d_iterations.host(), cuda_status = d_status.host();
+    for (size_t group = 0; group < groups; ++group) {
+      const auto largest = [&](const std::vector<float>& loads_of_ranks) {
+        const auto first = loads_of_ranks.begin() + group * (ranks / groups);
+        return *std::max_element(first, first + ranks / groups);
+      };
+      const float cpu = largest(rank_load), cuda = largest(cuda_rank_load);
+      const float allowed = std::max(cpu, cuda) * (std::max(gap[group], cuda_gap[group]) + 1e-6f);
+      if (!(std::fabs(cpu - cuda) <= allowed)) fail("solve: largest rank load differs from the CPU's", instance);
+      gaps.push_back(cuda_gap[group]);
+      iterations.push_back(cuda_iteration[group]);
+      statuses.push_back(cuda_status[group]);
+    }
+    for (size_t e = 0; e < experts; ++e) {
+      double sum = 0;
+      for (int r = 0; r < header[4]; ++r) {
+        const float part = cuda_fraction[e * header[4] + r];
+        if (!(part >= 0)) fail("solve: a fraction is negative or NaN", instance);
+        sum += part;
+      }
+      if (std::fabs(sum - 1) > 1e-5) fail("solve: fractions do not sum to 1", instance);
+    }
+    std::fwrite(cuda_fraction.data(), sizeof(float), cells, fractions);
+    lplb::assign_cpu(assign_shape,
+                     {mine.data(), starts.data(), cuda_fraction.data(), load.data(), offset.data(), log2phy.data()},
+                     physical.data(), assigned.data());
+    if (physical != d_physical.host()) fail("assign: physical_ids differ from the CPU's", instance);
+    if (assigned != d_assigned.host()) fail("assign: rank_load differs from the CPU's", instance);
+
+    if (repeats > 0) {
+      empty_us.push_back(time_us(stream, repeats, [](cudaStream_t s) {
+        empty_kernel<<<1, 32, 0, s>>>();
+        return cudaGetLastError();
+      }));
+      count_us.push_back(time_us(stream, repeats, count));
+      solve_us.push_back(time_us(stream, repeats, solve));
+      assign_us.push_back(time_us(stream, repeats, assign));
+      all_us.push_back(time_us(stream, repeats, all));
+    }
+  }
+  std::fclose(fractions);
+  LPLB_CHECK(cudaStreamDestroy(stream));
+  std::printf("{");
+  print("empty_us", empty_us, "%.3f", ", ");
+  print("count_us", count_us, "%.3f", ", ");
+  print("solve_us", solve_us, "%.3f", ", ");
+  print("assign_us", assign_us, "%.3f", ", ");
+  print("all_us", all_us, "%.3f", ", ");
+  print("gap", gaps, "%.3e", ", ");
+  print("iterations", iterations, "%d", ", ");
+  print("status", statuses, "%d", "}\n");
+  return 0;
+}
