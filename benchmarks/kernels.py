@@ -42,7 +42,6 @@ def write_problem(
         for part, dtype in (
             (header, np.int32),
             ([tol], np.float32),
-            (placement.phy2log, np.int32),
             (placement.log2phy, np.int32),
             (loads, np.int32),
             (ids, np.int32),

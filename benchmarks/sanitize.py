@@ -52,12 +52,13 @@ def main() -> None:
             loads, ids = common.instances(tokens, placement.num_ranks, placement.num_experts)
             ids[-1, ::3] = -1
             kernels.write_problem(problem, placement, loads[::60], ids[::60])
-            for prefix in [[], *(["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"] for tool in args.tools)]:
+            for tool in (None, *args.tools):
+                prefix = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"] if tool else []
                 try:
                     kernels.run([*prefix, args.driver], problem, placement, repeats=0)
                 except subprocess.CalledProcessError as error:
                     print(error.stdout)
-                    sys.exit(f"{name}: {' '.join(prefix) or 'check'} failed")
+                    sys.exit(f"{name}: {tool or 'check'} failed")
             print(f"{name}: results equal the CPU's; clean under {', '.join(args.tools) or 'no tool'}", flush=True)
 
 

@@ -32,11 +32,12 @@ import jax_lplb as lplb
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.colors import CenteredNorm
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 RANKS, EXPERTS, TOP_K, COPIES = 8, 256, 8, 2
 HOME = EXPERTS // RANKS
-PAST = 8  # batches that decide which experts have copies
+PAST = 8  # batches by whose loads the experts are placed, before those that are balanced
 LETTERS, GRAMS, BUCKETS, WIDTH = 16, 3, 4096, 64
 
 
@@ -72,8 +73,8 @@ def read_tokens(rng: np.random.Generator) -> np.ndarray:
 def route(letters: jax.Array, grams: jax.Array, router: jax.Array) -> jax.Array:
     """Top-k experts of each token, int32 [..., tokens, k].
 
-    A token is the sum of its byte n-grams, hashed into a table, plus the mean of the tokens before it: as in a trained
-    model, the word and the topic decide. Nothing steers the loads; some experts are hot because text repeats itself.
+    A token is the sum of its byte n-grams, hashed into a table, plus the mean of its rank's tokens so far: as in a
+    trained model, word and topic decide. Nothing steers the loads; some experts are hot because text repeats itself.
     """
     letters = letters.astype(jnp.uint32)
     code = jnp.zeros_like(letters)
@@ -110,17 +111,14 @@ def balance_batches(batches: np.ndarray, rng: np.random.Generator) -> Iterator[R
     grams = rng.standard_normal((GRAMS, BUCKETS, WIDTH), np.float32)
     router = rng.standard_normal((WIDTH, EXPERTS), np.float32)
 
-    route_ranks = jax.jit(
-        jax.shard_map(route, mesh=mesh, in_specs=(jax.P("ep"), jax.P(), jax.P()), out_specs=jax.P("ep"))
-    )
+    sharded, same = jax.P("ep"), jax.P()
+    route_ranks = jax.jit(jax.shard_map(route, mesh=mesh, in_specs=(sharded, same, same), out_specs=sharded))
     balance = jax.jit(
         jax.shard_map(
             lambda expert_ids: lplb.balance(expert_ids, placement, axis_name="ep"),
             mesh=mesh,
-            in_specs=jax.P("ep"),
-            out_specs=lplb.Balanced(
-                physical_ids=jax.P("ep"), load=jax.P(), rank_load=jax.P(), gap=jax.P(), status=jax.P()
-            ),
+            in_specs=sharded,
+            out_specs=lplb.Balanced(sharded, load=same, rank_load=same, gap=same, status=same),
         )
     )
     solve = jax.jit(lambda load: lplb.solve(load, placement))
@@ -134,7 +132,7 @@ def balance_batches(batches: np.ndarray, rng: np.random.Generator) -> Iterator[R
             deal = np.argsort(-past, kind="stable").reshape(HOME, RANKS)
             deal[1::2] = deal[1::2, ::-1]
             router = router[:, deal.T.ravel()]
-        routed = route_ranks(jax.device_put(letters, jax.NamedSharding(mesh, jax.P("ep"))), grams, router)
+        routed = route_ranks(jax.device_put(letters, jax.NamedSharding(mesh, sharded)), grams, router)
         routed.block_until_ready()
         start = time.perf_counter()
         out = jax.block_until_ready(balance(routed))
@@ -178,9 +176,11 @@ def plot(reports: list[Report], path: Path) -> None:
     """Rank loads before and after as two heat maps, the imbalance over the batches below; colour-blind safe."""
     plt.rcParams.update({"axes.titlesize": 11, "axes.titlelocation": "left", "axes.titlepad": 8})
     figure, axes = plt.subplot_mosaic(
-        [["home", "after"], ["line", "line"]], figsize=(10, 6.4), height_ratios=(1, 1.1), layout="constrained"
+        [["home", "after"], ["line", "line"]],
+        figsize=(10, 6.4),
+        height_ratios=(1, 1.1),
+        layout=ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.1),
     )
-    figure.get_layout_engine().set(h_pad=0.1, w_pad=0.1)
     norm = CenteredNorm(1, max(np.abs(report.home - 1).max() for report in reports))
     for name, title in (("home", "Every token to its expert's home"), ("after", "After jax_lplb.balance")):
         load = np.stack([getattr(report, name) for report in reports], axis=1)

@@ -1,15 +1,12 @@
 """The smallest complete use: one batch of a skewed router, balanced over all devices."""
 
-import os
-
-# Without an accelerator: eight virtual CPU devices. Others ignore it.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
-
 import jax
 import jax.numpy as jnp
 
 import jax_lplb as lplb
 
+# Without several accelerators, eight virtual CPU devices stand in for them.
+jax.config.update("jax_num_cpu_devices", 8)
 devices = jax.devices() if jax.device_count() > 1 else jax.devices("cpu")
 ranks, home = len(devices), 32  # experts at home on each rank
 mesh = jax.make_mesh((ranks,), ("ep",), devices=devices)

@@ -133,7 +133,7 @@ int main(int argc, char** argv) {
   const lplb::AssignShape assign_shape = {count_shape, header[3], header[4], header[5]};
   const size_t experts = header[2], ranks = header[5], groups = header[6], cells = experts * header[4];
   const size_t chunk_cells = count_shape.num_chunks * experts;
-  const std::vector<int32_t> phy2log = read<int32_t>(file, header[3]), log2phy = read<int32_t>(file, cells);
+  const std::vector<int32_t> log2phy = read<int32_t>(file, cells);
   const std::vector<int32_t> loads = read<int32_t>(file, instances * experts);
   const std::vector<int32_t> ids = read<int32_t>(file, static_cast<size_t>(instances) * num_ids);
   std::fclose(file);
@@ -143,7 +143,7 @@ int main(int argc, char** argv) {
   LPLB_CHECK(lplb::prepare_solve_cuda());
   cudaStream_t stream;
   LPLB_CHECK(cudaStreamCreate(&stream));
-  Device<int32_t> d_phy2log(phy2log), d_log2phy(log2phy);
+  Device<int32_t> d_log2phy(log2phy);
   const std::vector<int32_t> offset(experts, 0);
   Device<int32_t> d_offset(offset);
   std::vector<double> empty_us, count_us, solve_us, assign_us, all_us;
@@ -157,7 +157,7 @@ int main(int argc, char** argv) {
     Device<int32_t> d_load(load), d_ids(mine), d_count(experts), d_starts(chunk_cells), d_iterations(groups),
         d_status(groups), d_physical(num_ids), d_assigned(ranks);
     Device<float> d_fraction(cells), d_rank_load(ranks), d_gap(groups);
-    const lplb::SolveOperands solve_in = {d_load.get(), d_phy2log.get(), d_log2phy.get()};
+    const lplb::SolveOperands solve_in = {d_load.get(), d_log2phy.get()};
     const lplb::SolveResults solve_out = {d_fraction.get(), d_rank_load.get(), d_gap.get(), d_iterations.get(),
                                           d_status.get()};
     const lplb::AssignOperands assign_in = {d_ids.get(),  d_starts.get(), d_fraction.get(),
@@ -185,7 +185,7 @@ int main(int argc, char** argv) {
     if (starts != d_starts.host()) fail("count: starts differ from the CPU's", instance);
     std::vector<float> fraction(cells), rank_load(ranks), gap(groups);
     std::vector<int32_t> iteration(groups), status(groups);
-    lplb::solve_cpu(solve_shape, {load.data(), phy2log.data(), log2phy.data()},
+    lplb::solve_cpu(solve_shape, {load.data(), log2phy.data()},
                     {fraction.data(), rank_load.data(), gap.data(), iteration.data(), status.data()});
     const std::vector<float> cuda_fraction = d_fraction.host(), cuda_rank_load = d_rank_load.host();
     const std::vector<float> cuda_gap = d_gap.host();

@@ -103,15 +103,15 @@ ffi::Error count(Launch launch, Ids expert_ids, ffi::Result<Ids> load, ffi::Resu
 }
 
 template <class Launch>
-ffi::Error solve(Launch launch, Ids load, Ids phy2log, Ids log2phy, ffi::Result<Reals> fraction,
-                 ffi::Result<Reals> rank_load, ffi::Result<Reals> gap, ffi::Result<Ids> iterations,
-                 ffi::Result<Ids> status, float tol, int64_t max_iterations) {
+ffi::Error solve(Launch launch, Ids load, Ids log2phy, ffi::Result<Reals> fraction, ffi::Result<Reals> rank_load,
+                 ffi::Result<Reals> gap, ffi::Result<Ids> iterations, ffi::Result<Ids> status, int64_t num_physical,
+                 float tol, int64_t max_iterations) {
   Shapes shapes("solve");
   SolveShape shape;
   const int64_t* table = shapes.last("log2phy", log2phy, 2);
   shape.num_experts = static_cast<int>(table[0]);
   shape.max_replicas = static_cast<int>(table[1]);
-  shape.num_physical = static_cast<int>(shapes.last("phy2log", phy2log, 1)[0]);
+  shape.num_physical = static_cast<int>(num_physical);
   const int64_t ranks = shapes.last("rank_load", *rank_load, 1)[0];
   const int64_t groups = shapes.last("gap", *gap, 1)[0];
   shapes.expect("load", "num_experts", shape.num_experts, shapes.last("load", load, 1)[0]);
@@ -131,7 +131,7 @@ ffi::Error solve(Launch launch, Ids load, Ids phy2log, Ids log2phy, ffi::Result<
   shape.tol = tol;
   shape.max_iterations = static_cast<int>(max_iterations);
   if (const char* wrong = check(shape); wrong != nullptr) return ffi::Error::InvalidArgument(wrong);
-  const SolveOperands in = {load.typed_data(), phy2log.typed_data(), log2phy.typed_data()};
+  const SolveOperands in = {load.typed_data(), log2phy.typed_data()};
   const SolveResults out = {fraction->typed_data(), rank_load->typed_data(), gap->typed_data(),
                             iterations->typed_data(), status->typed_data()};
   return launch(shape, in, out);
@@ -176,12 +176,12 @@ auto bind_solve(Binding binding) {
   return std::move(binding)
       .template Arg<Ids>()
       .template Arg<Ids>()
-      .template Arg<Ids>()
       .template Ret<Reals>()
       .template Ret<Reals>()
       .template Ret<Reals>()
       .template Ret<Ids>()
       .template Ret<Ids>()
+      .template Attr<int64_t>("num_physical")
       .template Attr<float>("tol")
       .template Attr<int64_t>("max_iterations");
 }

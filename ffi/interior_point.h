@@ -13,8 +13,8 @@
 //
 // K is a graph Laplacian plus a positive diagonal that vanishes on the busy ranks as the method converges: the
 // ones vector becomes a null vector. Because dlambda sums to zero, K may be replaced with K + rho 1 1^T at no
-// loss; that keeps the float32 inverse accurate where K alone is nearly singular. The inverse, projected to
-// sum(dlambda) = 0, turns each of the two directions of an iteration into one matrix-vector product.
+// loss; that keeps the float32 inverse accurate where K alone is nearly singular. The inverse of [[K, 1], [1^T, 0]]
+// turns each of the two directions of an iteration into one matrix-vector product.
 //
 // One text for both platforms: a Block runs it with many threads that share memory (CUDA) or with one (CPU).
 // A value that belongs to one variable or one rank is private to the thread that owns it; what other threads
@@ -30,52 +30,64 @@
 #ifdef __CUDACC__
 #define LPLB_DEVICE __device__ __forceinline__
 #define LPLB_UNROLL _Pragma("unroll")
+#define LPLB_UNROLL_BY(n) _Pragma(LPLB_STRING(unroll n))
+#define LPLB_STRING(text) #text
 #else
 #define LPLB_DEVICE inline
 #define LPLB_UNROLL
+#define LPLB_UNROLL_BY(n)
 #endif
 
 namespace lplb {
 
-// Smallest scaled load (the mean rank load is 1) an expert takes part with: keeps idle experts strictly inside,
-// and is far below the tolerance even when 2,048 of them sit on one rank.
+// Smallest scaled load (the mean rank load is 1) an expert takes part with: keeps idle experts strictly inside, and is
+// far below the tolerance even when 2,048 of them sit on one rank.
 constexpr float kFloor = 1e-8f;
-constexpr float kTinyPrimal = 1e-12f;
-constexpr float kTinyDual = 1e-12f;
+constexpr float kTiny = 1e-12f;  // of x, lambda and z
 constexpr float kTinySlack = 1e-9f;
 constexpr float kStepShare = 0.99f;    // of the way to the boundary
 constexpr float kRegulariser = 2e-6f;  // of K's diagonal: the Laplacian part keeps a margin over rounding
 
-// Views into the group's working memory, `shared_bytes` long, aligned to 16 bytes.
-struct Shared {
-  float* matrix;         // [num_ranks + 1, num_ranks + 1]: K, then its projected inverse; last row gives dT
-  float* scaled_d;       // [num_variables] D_p / sqrt(H_e)
-  float* exchange;       // [num_variables] a value of each variable, for its siblings or its rank
-  uint32_t* variable;    // [num_variables] packed: first sibling (11 bits), number of siblings (9), rank (7)
-  uint16_t* on_rank;     // [num_ranks, slots_per_rank] first the rank's variables
-  float* lambda;         // [num_ranks] up to a common factor
-  float* right_side;     // [num_ranks]
-  float* step_lambda;    // [num_ranks + 1] dlambda, then dT
-  int32_t* fixed_load;   // [num_ranks] tokens
-  int32_t* num_on_rank;  // [num_ranks]
-  uint32_t* total;       // [1] tokens of the group
-  int32_t* head;         // [1 + threads] running counts of a scan
+// A variable as others see it. Its place is where it lies in arrays that run rank by rank; its expert's variables are
+// neighbours, from v - index to v - index + last.
+struct Variable {
+  static constexpr int kPlaceBits = 11, kRankBits = 7, kIndexBits = 7;
+  static_assert(kMaxGroupSlots <= 1 << kPlaceBits && kMaxGroupRanks <= 1 << kRankBits, "must fit 32 bits");
+  uint32_t packed;
+
+  LPLB_DEVICE static Variable make(int place, int rank, int index, int last) {
+    return {static_cast<uint32_t>(place) | static_cast<uint32_t>(rank) << kPlaceBits |
+            static_cast<uint32_t>(index) << (kPlaceBits + kRankBits) |
+            static_cast<uint32_t>(last) << (kPlaceBits + kRankBits + kIndexBits)};
+  }
+  LPLB_DEVICE int place() const { return packed & ((1 << kPlaceBits) - 1); }
+  LPLB_DEVICE int rank() const { return packed >> kPlaceBits & ((1 << kRankBits) - 1); }
+  LPLB_DEVICE int index() const { return packed >> (kPlaceBits + kRankBits) & ((1 << kIndexBits) - 1); }
+  LPLB_DEVICE int last() const { return packed >> (kPlaceBits + kRankBits + kIndexBits); }
 };
 
-LPLB_DEVICE uint32_t pack_variable(int first, int count, int rank) {
-  return static_cast<uint32_t>(first) | static_cast<uint32_t>(count) << 11 | static_cast<uint32_t>(rank) << 20;
-}
-LPLB_DEVICE int first_sibling(uint32_t packed) { return packed & 0x7ff; }
-LPLB_DEVICE int num_siblings(uint32_t packed) { return packed >> 11 & 0x1ff; }
-LPLB_DEVICE int rank_of(uint32_t packed) { return packed >> 20; }
+// Views into the group's working memory.
+struct Shared {
+  float* matrix;        // [ranks, ranks + 1] K; the spare column keeps rows in different banks
+  float* exchange;      // [places] a value of each variable, for its rank and its siblings
+  float* weight;        // [places] pairs: D_1 D_2 / H of the expert; else D_p / sqrt(H) of the variable
+  Variable* variable;   // [variables]
+  uint16_t* at_place;   // [places] variable, or for pairs the sibling's rank; a rank's places are filled from the front
+  float* lambda;        // [ranks] up to a common factor
+  float* right_side;    // [ranks]
+  float* step;          // [ranks + 1] dlambda, then dT
+  int32_t* fixed_load;  // [ranks] tokens
+  int32_t* num_placed;  // [ranks]
+  uint32_t* total;      // [1] tokens of the group
+};
 
-// Carves Shared out of one allocation; with memory == nullptr only counts the bytes.
+// Carves Shared out of one allocation, aligned to 16 bytes; with memory == nullptr only counts the bytes.
 inline
 #ifdef __CUDACC__
     __host__ __device__
 #endif
-        size_t carve_shared(char* memory, const SolveShape& shape, int num_threads, Shared* out) {
-  const size_t ranks = shape.group_size, variables = shape.max_variables;
+        size_t carve_shared(char* memory, const SolveShape& shape, Shared* out) {
+  const size_t ranks = shape.group_size, places = ranks * shape.slots_per_rank;
   size_t used = 0;
   const auto take = [&](size_t bytes) {
     char* here = memory == nullptr ? nullptr : memory + used;
@@ -83,67 +95,64 @@ inline
     return here;
   };
   Shared shared;
-  shared.matrix = reinterpret_cast<float*>(take((ranks + 1) * (ranks + 1) * sizeof(float)));
-  shared.scaled_d = reinterpret_cast<float*>(take(variables * sizeof(float)));
-  shared.exchange = reinterpret_cast<float*>(take(variables * sizeof(float)));
-  shared.variable = reinterpret_cast<uint32_t*>(take(variables * sizeof(uint32_t)));
-  shared.on_rank = reinterpret_cast<uint16_t*>(take(ranks * shape.slots_per_rank * sizeof(uint16_t)));
+  shared.matrix = reinterpret_cast<float*>(take(ranks * (ranks + 1) * sizeof(float)));
+  shared.exchange = reinterpret_cast<float*>(take(places * sizeof(float)));
+  shared.weight = reinterpret_cast<float*>(take(places * sizeof(float)));
+  shared.variable = reinterpret_cast<Variable*>(take(shape.max_variables * sizeof(Variable)));
+  shared.at_place = reinterpret_cast<uint16_t*>(take(places * sizeof(uint16_t)));
   shared.lambda = reinterpret_cast<float*>(take(ranks * sizeof(float)));
   shared.right_side = reinterpret_cast<float*>(take(ranks * sizeof(float)));
-  shared.step_lambda = reinterpret_cast<float*>(take((ranks + 1) * sizeof(float)));
+  shared.step = reinterpret_cast<float*>(take((ranks + 1) * sizeof(float)));
   shared.fixed_load = reinterpret_cast<int32_t*>(take(ranks * sizeof(int32_t)));
-  shared.num_on_rank = reinterpret_cast<int32_t*>(take(ranks * sizeof(int32_t)));
+  shared.num_placed = reinterpret_cast<int32_t*>(take(ranks * sizeof(int32_t)));
   shared.total = reinterpret_cast<uint32_t*>(take(sizeof(uint32_t)));
-  shared.head = reinterpret_cast<int32_t*>(take((num_threads + 1) * sizeof(int32_t)));
   if (out != nullptr) *out = shared;
   return used;
 }
 
-// Block: kThreads, kVariables and kRanks (most variables and ranks a thread owns), kPairs (every replicated
-// expert has two replicas), thread(), sync(), reduce(), invert(), add(), scan(), sibling(), collect(), teams.
+// Block: kThreads; kVariables and kRanks, the most of them that a thread owns; kPairs, every replicated expert has two
+// replicas; and thread(), sync(), add(), scan(), collect(), reduce(), sibling(), divide(), factorise(), apply().
 template <class Block>
 class InteriorPoint {
  public:
-  LPLB_DEVICE InteriorPoint(Block block, const SolveShape& shape, const SolveOperands& in, const SolveResults& out,
-                            int batch, int group, const Shared& shared)
+  LPLB_DEVICE InteriorPoint(const Block& block, const SolveShape& shape, const SolveOperands& in,
+                            const SolveResults& out, int batch, int group, const Shared& shared)
       : block_(block), shape_(shape), shared_(shared), thread_(block.thread()) {
-    const int64_t experts = shape.num_experts, slots = shape.num_physical, replicas = shape.max_replicas;
-    const int64_t groups = shape.num_groups, ranks = shape.group_size;
+    const int64_t experts = shape.num_experts, cells = experts * shape.max_replicas;
     load_ = in.load + batch * experts;
-    phy2log_ = in.phy2log + batch * slots;
-    log2phy_ = in.log2phy + batch * experts * replicas;
-    fraction_ = out.fraction + batch * experts * replicas;
-    rank_load_ = out.rank_load + (batch * groups + group) * ranks;
-    gap_ = out.gap + batch * groups + group;
-    iterations_ = out.iterations + batch * groups + group;
-    status_ = out.status + batch * groups + group;
+    log2phy_ = in.log2phy + batch * cells;
+    fraction_ = out.fraction + batch * cells;
+    const int64_t which = static_cast<int64_t>(batch) * shape.num_groups + group;
+    rank_load_ = out.rank_load + which * shape.group_size;
+    gap_ = out.gap + which;
+    iterations_ = out.iterations + which;
+    status_ = out.status + which;
     num_ranks_ = shape.group_size;
-    num_slots_ = shape.group_size * shape.slots_per_rank;
-    first_slot_ = group * num_slots_;
+    num_places_ = shape.group_size * shape.slots_per_rank;
+    first_slot_ = group * num_places_;
   }
 
   LPLB_DEVICE void run() {
     find_variables();
     if (num_variables_ == 0 || *shared_.total == 0) {
-      finish(/*gap=*/0.0f, /*iterations=*/0, num_variables_ == 0 ? kSkipped : kConverged);
+      finish_unsolved(num_variables_ == 0 ? kSkipped : kConverged);
       return;
     }
     start();
     int iteration = 0;
-    float gap = certify();
-    while (gap > shape_.tol && iteration < shape_.max_iterations) {
+    while (gap_now() > shape_.tol && iteration < shape_.max_iterations) {
       factorise();
-      if (!predict_and_correct()) break;  // rounding broke the Newton system: the last iterate stands
+      if (!predict_and_correct()) break;  // rounding broke the Newton system: the best iterate stands
       advance();
       ++iteration;
-      gap = certify();
     }
-    finish(gap, iteration, gap <= shape_.tol ? kConverged : best_is_even_ ? kEvenSplit : kMaxIterations);
+    finish(iteration);
   }
 
  private:
   static constexpr int kVariables = Block::kVariables;
   static constexpr int kRanks = Block::kRanks;
+  static constexpr uint16_t kNone = 0xffff;
 
   template <class F>
   LPLB_DEVICE void each_variable(F body) const {
@@ -161,101 +170,128 @@ class InteriorPoint {
       if (g < num_ranks_) body(i, g);
     }
   }
-
-  // Slot (within the group) of the r-th replica of expert e, or -1. Contents may be traced, hence anything: a
-  // replica counts only where both arrays agree on it.
-  LPLB_DEVICE int replica_slot(int e, int r) const {
-    if (r >= shape_.max_replicas) return -1;
-    const int slot = log2phy_[static_cast<int64_t>(e) * shape_.max_replicas + r] - first_slot_;
-    return slot >= 0 && slot < num_slots_ && phy2log_[first_slot_ + slot] == e ? slot : -1;
+  // Visits the other variables of the same expert.
+  template <class F>
+  LPLB_DEVICE void each_sibling(int v, const Variable& self, F body) const {
+    const int first = v - self.index();
+    for (int u = first; u <= first + self.last(); ++u) {
+      if (u != v) body(shared_.variable[u]);
+    }
   }
-  // The expert whose first replica slot p is, or -1, and how many replicas it has.
-  LPLB_DEVICE int expert_at(int p, int* num_replicas) const {
-    const int e = phy2log_[first_slot_ + p];
-    if (e < 0 || e >= shape_.num_experts || replica_slot(e, 0) != p) return -1;
-    int count = 1;
-    while (count < num_ranks_ && replica_slot(e, count) >= 0) ++count;
-    *num_replicas = count;
-    return e;
+
+  // Place of the r-th replica of an expert in this group, or -1. Contents may be traced, hence anything.
+  LPLB_DEVICE int slot_in_group(int32_t slot) const {
+    const int64_t local = static_cast<int64_t>(slot) - first_slot_;
+    return local >= 0 && local < num_places_ ? static_cast<int>(local) : -1;
+  }
+  // Number of leading entries of an expert's row that are slots of this group.
+  LPLB_DEVICE int count_replicas(const int32_t* row) const {
+    if constexpr (Block::kPairs) {
+      const int32_t home = row[0], copy = row[1];  // both loads at once
+      return slot_in_group(home) < 0 ? 0 : slot_in_group(copy) < 0 ? 1 : 2;
+    }
+    const int most = shape_.max_replicas < num_ranks_ ? shape_.max_replicas : num_ranks_;
+    int count = 0;
+    while (count < most && slot_in_group(row[count]) >= 0) ++count;
+    return count;
   }
 
   // Replicas of replicated experts become variables, expert by expert; all else is fixed load.
   LPLB_DEVICE void find_variables() {
-    constexpr uint16_t kNone = 0xffff;
-    for (int p = thread_; p < num_slots_; p += Block::kThreads) shared_.on_rank[p] = kNone;
-    for (int g = thread_; g < num_ranks_; g += Block::kThreads) shared_.fixed_load[g] = 0;
+    for (int p = thread_; p < num_places_; p += Block::kThreads) shared_.at_place[p] = kNone;
+    each_rank([&](int, int g) { shared_.fixed_load[g] = 0; });
     if (thread_ == 0) *shared_.total = 0;
+    block_.sync();
     int mine = 0;
-    for (int p = thread_; p < num_slots_; p += Block::kThreads) {
-      int count = 1;
-      if (expert_at(p, &count) >= 0 && count > 1) mine += count;
-    }
-    int first = block_.scan(mine, shared_.head, &num_variables_);
-    if (num_variables_ > shape_.max_variables) num_variables_ = shape_.max_variables;
-    for (int p = thread_; p < num_slots_; p += Block::kThreads) {
-      int count = 1;
-      const int e = expert_at(p, &count);
-      if (e < 0) continue;
-      float* row = fraction_ + static_cast<int64_t>(e) * shape_.max_replicas;
+    uint32_t total = 0;
+    LPLB_UNROLL_BY(2)
+    for (int e = thread_; e < shape_.num_experts; e += Block::kThreads) {
+      const int32_t* row = log2phy_ + static_cast<int64_t>(e) * shape_.max_replicas;
       const int32_t load = load_[e] > 0 ? load_[e] : 0;
-      block_.add(shared_.total, static_cast<uint32_t>(load));
-      // More variables than the shapes allow: only contents that list one slot twice. Home keeps those.
-      const bool split = count > 1 && first + count <= num_variables_;
-      if (!split) block_.add(&shared_.fixed_load[p / shape_.slots_per_rank], load);
-      for (int r = 0; r < shape_.max_replicas; ++r) {
-        row[r] = split ? (r < count ? 1.0f / static_cast<float>(count) : 0.0f) : (r == 0 ? 1.0f : 0.0f);
-      }
-      if (count > 1) {
-        for (int v = first; v < first + count && v < num_variables_; ++v) {
-          const int slot = split ? replica_slot(e, v - first) : p;
-          shared_.variable[v] =
-              split ? pack_variable(first, count, slot / shape_.slots_per_rank) : pack_variable(v, 1, 0);
-          shared_.exchange[v] = static_cast<float>(slot);  // read once by the owner, below
-          if (split) shared_.on_rank[slot] = static_cast<uint16_t>(v);
-        }
-        first += count;
+      const int count = count_replicas(row);
+      if (count == 0) continue;
+      total += static_cast<uint32_t>(load);
+      if (count == 1) {
+        keep_home(e, load);
+      } else {
+        mine += count;
       }
     }
+    block_.add(shared_.total, total);
+    int first = block_.scan(mine, &num_variables_);
+    // More than the shapes allow for: only contents that name a slot twice.
+    if (num_variables_ > shape_.max_variables) num_variables_ = shape_.max_variables;
+    int32_t* expert_of = reinterpret_cast<int32_t*>(shared_.weight);
+    for (int e = thread_; mine > 0 && e < shape_.num_experts; e += Block::kThreads) {
+      const int32_t* row = log2phy_ + static_cast<int64_t>(e) * shape_.max_replicas;
+      const int count = count_replicas(row);
+      if (count < 2) continue;
+      const bool fits = first + count <= num_variables_;
+      for (int r = 0; r < count && first + r < num_variables_; ++r) {
+        const int slot = slot_in_group(row[r]);
+        if (fits) shared_.at_place[slot] = static_cast<uint16_t>(first + r);
+        shared_.variable[first + r] =
+            Variable::make(0, slot / shape_.slots_per_rank, fits ? r : 0, fits ? count - 1 : 0);
+        expert_of[first + r] = e;
+      }
+      if (fits) {
+        for (int r = 0; r < shape_.max_replicas; ++r) {
+          fraction_[static_cast<int64_t>(e) * shape_.max_replicas + r] =
+              r < count ? 1.0f / static_cast<float>(count) : 0.0f;
+        }
+      } else {
+        keep_home(e, load_[e] > 0 ? load_[e] : 0);
+      }
+      first += count;
+    }
     block_.sync();
-    const float total = static_cast<float>(*shared_.total);
-    scale_ = *shared_.total > 0 ? static_cast<float>(num_ranks_) / total : 0.0f;
+    block_.collect(shared_.at_place, num_ranks_, shape_.slots_per_rank, kNone, shared_.num_placed,
+                   [&](int v, int place) { shared_.variable[v].packed |= static_cast<uint32_t>(place); });
+    block_.sync();
+    scale_ = *shared_.total > 0 ? static_cast<float>(num_ranks_) / static_cast<float>(*shared_.total) : 0.0f;
     each_variable([&](int i, int v) {
-      packed_[i] = shared_.variable[v];
-      const int e = phy2log_[first_slot_ + static_cast<int>(shared_.exchange[v])];
-      result_[i] = e * shape_.max_replicas + (v - first_sibling(packed_[i]));
-      const float w = static_cast<float>(load_[e] > 0 ? load_[e] : 0) * scale_;
-      w_[i] = w > kFloor ? w : kFloor;
+      self_[i] = shared_.variable[v];
+      const int e = expert_of[v];
+      result_[i] = e * shape_.max_replicas + self_[i].index();
+      w_[i] = fmaxf(static_cast<float>(load_[e]) * scale_, kFloor);
+      if constexpr (Block::kPairs) {
+        shared_.at_place[self_[i].place()] = static_cast<uint16_t>(shared_.variable[v ^ 1].rank());
+      }
     });
-    block_.collect(shared_.on_rank, num_ranks_, shape_.slots_per_rank, kNone, shared_.num_on_rank);
-    block_.sync();
+  }
+  LPLB_DEVICE void keep_home(int e, int32_t load) const {
+    const int64_t row = static_cast<int64_t>(e) * shape_.max_replicas;
+    block_.add(&shared_.fixed_load[slot_in_group(log2phy_[row]) / shape_.slots_per_rank], load);
+    for (int r = 0; r < shape_.max_replicas; ++r) fraction_[row + r] = r == 0 ? 1.0f : 0.0f;
   }
 
+  LPLB_DEVICE void publish(const float (&value)[kVariables]) const {
+    each_variable([&](int i, int) { shared_.exchange[self_[i].place()] = value[i]; });
+  }
   // Sum of a variable's value over the variables of its expert, for each variable.
-  LPLB_DEVICE void expert_sums(const float (&value)[kVariables], float (&sum)[kVariables]) {
+  LPLB_DEVICE void expert_sums(const float (&value)[kVariables], float (&sum)[kVariables]) const {
     if constexpr (Block::kPairs) {
-      LPLB_UNROLL
-      for (int i = 0; i < kVariables; ++i) sum[i] = value[i] + block_.sibling(value[i]);
+      sum[0] = value[0] + block_.sibling(value[0]);
     } else {
       publish(value);
-      each_variable([&](int i, int) {
-        float s = 0.0f;
-        const int first = first_sibling(packed_[i]), count = num_siblings(packed_[i]);
-        for (int u = first; u < first + count; ++u) s += shared_.exchange[u];
-        sum[i] = s;
+      block_.sync();
+      each_variable([&](int i, int v) {
+        const int first = v - self_[i].index();
+        sum[i] = 0.0f;
+        for (int u = first; u <= first + self_[i].last(); ++u) {
+          sum[i] += shared_.exchange[shared_.variable[u].place()];
+        }
       });
       block_.sync();
     }
   }
-  LPLB_DEVICE void publish(const float (&value)[kVariables]) {
-    each_variable([&](int i, int v) { shared_.exchange[v] = value[i]; });
-    block_.sync();
-  }
-  // Sum over a rank's variables of what was last published.
-  LPLB_DEVICE float rank_sum(int g) const {
-    const uint16_t* list = shared_.on_rank + g * shape_.slots_per_rank;
-    const int count = shared_.num_on_rank[g];
+  // Sum over a rank's variables of an array that runs by place.
+  LPLB_DEVICE float rank_sum(const float* by_place, int g) const {
+    const float* values = by_place + g * shape_.slots_per_rank;
+    const int count = shared_.num_placed[g];
     float s = 0.0f;
-    for (int i = 0; i < count; ++i) s += shared_.exchange[list[i]];
+    LPLB_UNROLL_BY(4)
+    for (int i = 0; i < count; ++i) s += values[i];
     return s;
   }
 
@@ -263,170 +299,171 @@ class InteriorPoint {
   LPLB_DEVICE void start() {
     const float uniform = 1.0f / static_cast<float>(num_ranks_);
     each_variable([&](int i, int) {
-      x_[i] = w_[i] / static_cast<float>(num_siblings(packed_[i]));
+      x_[i] = w_[i] / static_cast<float>(self_[i].last() + 1);
       y_[i] = -uniform;
-      z_[i] = uniform + uniform;
     });
-    publish(x_);
-    float most = 0.0f;
     each_rank([&](int i, int g) {
       fixed_[i] = static_cast<float>(shared_.fixed_load[g]) * scale_;
-      rank_[i] = fixed_[i] + rank_sum(g);
       lambda_[i] = uniform;
-      shared_.lambda[g] = uniform;
-      most = rank_[i] > most ? rank_[i] : most;
     });
-    float sums[1] = {0.0f}, least[1] = {-most};
-    block_.reduce(sums, least);
-    most_ = -least[0];
-    lambda_scale_ = 1.0f;
-    top_ = most_ * 1.1f + 0.1f;
-    each_rank([&](int i, int) { slack_[i] = top_ - rank_[i]; });
-    best_most_ = most_;
+    best_most_ = 3e38f;
     best_bound_ = 0.0f;
+    settle([](float most) { return most * 1.1f + 0.1f; });
     best_is_even_ = true;
-    each_variable([&](int i, int) { best_x_[i] = x_[i]; });
-    each_rank([&](int i, int) { best_rank_[i] = rank_[i]; });
   }
 
-  // Keeps the best iterate and the best bound so far; returns their relative gap. Whatever rounding did to the
-  // duals, lambda >= 0 with sum 1 and y_e = min over e's ranks of lambda make sum y w + sum lambda b a lower
-  // bound on the largest rank load: an average of rank loads in which each expert counts where it counts least.
-  LPLB_DEVICE float certify() {
-    float sums[3] = {0.0f, 0.0f, 0.0f}, least[1] = {0.0f};  // bound, sum of lambda, complementarity
-    each_variable([&](int i, int v) {
-      const int first = first_sibling(packed_[i]), count = num_siblings(packed_[i]);
-      if (v == first) {
-        float y = shared_.lambda[rank_of(packed_[i])];
-        for (int u = first + 1; u < first + count; ++u) {
-          const float other = shared_.lambda[rank_of(shared_.variable[u])];
-          y = other < y ? other : y;
-        }
-        sums[0] += y * w_[i] * lambda_scale_;
+  // Takes the step; x sums to w again, whatever rounding did.
+  LPLB_DEVICE void advance() {
+    float sum[kVariables];
+    each_variable([&](int i, int) {
+      x_[i] = fmaxf(x_[i] + step_primal_ * step_x_[i], kTiny);
+      y_[i] += step_dual_ * step_y_[i];
+    });
+    each_rank([&](int i, int) { lambda_[i] = fmaxf(lambda_[i] + step_dual_ * step_lambda_[i], kTiny); });
+    expert_sums(x_, sum);
+    each_variable([&](int i, int) { x_[i] *= block_.divide(w_[i], sum[i]); });
+    const float top = top_ + step_primal_ * step_top_;
+    settle([top](float most) { return fmaxf(top, most * (1.0f + 1e-6f)); });
+  }
+
+  // From x, y and lambda: rank loads, slacks under `top_of(largest rank load)`, duals with sum(lambda) = 1 and z, the
+  // complementarity, and the certificate. Keeps the best x and the best bound so far.
+  //
+  // Whatever rounding did to the duals, with lambda >= 0 of sum 1 and y_e = min over e's ranks of lambda,
+  // sum y w + sum lambda b is a lower bound on the largest rank load: an average of rank loads in which each expert
+  // counts where it counts least.
+  template <class TopOf>
+  LPLB_DEVICE void settle(TopOf top_of) {
+    publish(x_);
+    each_rank([&](int i, int g) { shared_.lambda[g] = lambda_[i]; });
+    block_.sync();
+    float sums[3] = {0.0f, 0.0f, 0.0f}, most[1] = {0.0f};  // sum of lambda, bound, dual objective
+    float own[kVariables] = {}, lowest[kVariables];
+    each_variable([&](int i, int) { own[i] = lowest[i] = shared_.lambda[self_[i].rank()]; });
+    if constexpr (Block::kPairs) {
+      lowest[0] = fminf(own[0], block_.sibling(own[0]));
+    } else {
+      each_variable([&](int i, int v) {
+        if (self_[i].index() > 0) return;
+        each_sibling(v, self_[i], [&](Variable u) { lowest[i] = fminf(lowest[i], shared_.lambda[u.rank()]); });
+      });
+    }
+    each_variable([&](int i, int) {
+      if (self_[i].index() == 0) {
+        sums[1] += lowest[i] * w_[i];
+        sums[2] += y_[i] * w_[i];
       }
-      sums[2] += x_[i] * z_[i];
     });
     each_rank([&](int i, int g) {
-      const float lambda = shared_.lambda[g] * lambda_scale_;
-      sums[0] += lambda * fixed_[i];
-      sums[1] += lambda;
-      sums[2] += slack_[i] * lambda_[i];
+      rank_[i] = fixed_[i] + rank_sum(shared_.exchange, g);
+      most[0] = fmaxf(most[0], rank_[i]);
+      sums[0] += lambda_[i];
+      sums[1] += lambda_[i] * fixed_[i];
+      sums[2] += lambda_[i] * fixed_[i];
     });
-    block_.reduce(sums, least);
-    const float bound = sums[0] / sums[1];
-    complementarity_ = sums[2];
-    if (bound > best_bound_) best_bound_ = bound;
-    if (most_ < best_most_) {
-      best_most_ = most_;
+    block_.template reduce<true>(sums, most);
+    const float normaliser = 1.0f / sums[0];
+    best_bound_ = fmaxf(best_bound_, sums[1] * normaliser);
+    top_ = top_of(most[0]);
+    // What is left between the objectives is sum(x z) + sum(s lambda).
+    complementarity_ = fmaxf(top_ - sums[2] * normaliser, kTiny);
+    each_variable([&](int i, int) {
+      z_[i] = fmaxf((own[i] - y_[i]) * normaliser, kTiny);
+      y_[i] *= normaliser;
+    });
+    each_rank([&](int i, int) {
+      lambda_[i] *= normaliser;
+      slack_[i] = fmaxf(top_ - rank_[i], kTinySlack);
+    });
+    if (most[0] < best_most_) {
+      best_most_ = most[0];
       best_is_even_ = false;
       each_variable([&](int i, int) { best_x_[i] = x_[i]; });
       each_rank([&](int i, int) { best_rank_[i] = rank_[i]; });
     }
-    const float gap = (best_most_ - best_bound_) / best_most_;
-    return gap > 0.0f ? gap : 0.0f;
   }
 
-  // Assembles K and turns it into its inverse on {sum(dlambda) = 0}, with a last row that gives dT; the right
-  // side of the predictor on the way.
+  // Certified relative gap of the best x.
+  LPLB_DEVICE float gap_now() const { return fmaxf((best_most_ - best_bound_) / best_most_, 0.0f); }
+
+  // Assembles K and hands it to the block; and the right side of the predictor, which aims at complementarity zero.
   LPLB_DEVICE void factorise() {
-    each_variable([&](int i, int) { d_[i] = x_[i] / z_[i]; });
-    expert_sums(d_, h_);
-    each_variable([&](int i, int v) {
-      root_h_[i] = sqrtf(h_[i]);
-      shared_.scaled_d[v] = d_[i] / root_h_[i];
-      // Towards zero complementarity q = -x, which sums to -w over each expert.
-      q_[i] = -x_[i];
-      sum_q_[i] = -w_[i];
-      shared_.exchange[v] = q_[i] - d_[i] * (sum_q_[i] / h_[i]);
-    });
-    block_.sync();
-
     const int stride = num_ranks_ + 1;
-    const auto team = block_.team();
-    float smallest = 3e38f;
-    for (int g = team.index; g < num_ranks_; g += team.count) {
-      float* row = shared_.matrix + g * stride;
-      for (int j = team.lane; j < num_ranks_; j += team.size) row[j] = 0.0f;
-      team.sync();
-      const uint16_t* list = shared_.on_rank + g * shape_.slots_per_rank;
-      const int count = shared_.num_on_rank[g];
-      float degree = 0.0f;
-      for (int i = 0; i < count; ++i) {
-        const int v = list[i];
-        const uint32_t packed = shared_.variable[v];
-        const float d = shared_.scaled_d[v];
-        for (int r = team.lane; r < num_siblings(packed); r += team.size) {
-          const int u = first_sibling(packed) + r;
-          if (u == v) continue;
-          const float weight = d * shared_.scaled_d[u];
-          row[rank_of(shared_.variable[u])] -= weight;
-          degree += weight;
-        }
-        team.sync();  // the next expert's siblings may sit on the same ranks
-      }
-      degree = team.sum(degree);
-      // The diagonal is a sum of magnitudes: as a difference it would lose the matrix to rounding.
-      if (team.lane == 0) row[g] = degree * (1.0f + kRegulariser);
-    }
-    block_.sync();
-    each_rank([&](int i, int g) {
-      float* diagonal = shared_.matrix + g * (stride + 1);
-      *diagonal += slack_[i] / lambda_[i] + 1e-9f;
-      smallest = *diagonal < smallest ? *diagonal : smallest;
-      shared_.right_side[g] = -slack_[i] + rank_sum(g);
+    for (int i = thread_; i < num_ranks_ * stride; i += Block::kThreads) shared_.matrix[i] = 0.0f;
+    each_variable([&](int i, int) { d_[i] = block_.divide(x_[i], z_[i]); });
+    expert_sums(d_, h_);
+    each_variable([&](int i, int) {
+      const float inverse_h = block_.divide(1.0f, h_[i]);
+      q_[i] = -x_[i];  // sums to -w over each expert
+      sum_q_[i] = -w_[i];
+      shared_.exchange[self_[i].place()] = q_[i] + d_[i] * w_[i] * inverse_h;
+      root_h_[i] = sqrtf(h_[i]);
+      // For pairs d (h - d) / h would lose the small one of two; see below.
+      if constexpr (!Block::kPairs) shared_.weight[self_[i].place()] = d_[i] * root_h_[i] * inverse_h;
     });
-    float sums[1] = {0.0f}, least[1] = {smallest};
-    block_.reduce(sums, least);
-    block_.invert(shared_.matrix, stride, num_ranks_, least[0] / static_cast<float>(num_ranks_));
+    if constexpr (Block::kPairs) {
+      const float other = block_.sibling(d_[0]);
+      each_variable([&](int i, int) { shared_.weight[self_[i].place()] = block_.divide(d_[i] * other, h_[i]); });
+    }
+    block_.sync();
 
-    // u = inverse * 1; projected inverse = inverse - u u^T / sum(u); dT = u^T r / sum(u).
-    for (int g = team.index; g < num_ranks_; g += team.count) {
-      float u = 0.0f;
-      for (int j = team.lane; j < num_ranks_; j += team.size) u += shared_.matrix[g * stride + j];
-      u = team.sum(u);
-      if (team.lane == 0) shared_.step_lambda[g] = u;
-    }
-    block_.sync();
-    const float total = block_.total(shared_.step_lambda, num_ranks_);
-    for (int g = team.index; g <= num_ranks_; g += team.count) {
-      for (int j = team.lane; j < num_ranks_; j += team.size) {
-        const float share = shared_.step_lambda[j] / total;
-        float* entry = shared_.matrix + g * stride + j;
-        *entry = g == num_ranks_ ? share : *entry - shared_.step_lambda[g] * share;
+    // Row g belongs to one thread, which visits the siblings of the rank's variables: a fixed order of sums.
+    each_rank([&](int i, int g) {
+      float* row = shared_.matrix + g * stride;
+      const int first = g * shape_.slots_per_rank, count = shared_.num_placed[g];
+      float degree = 0.0f;
+      const auto add_edge = [&](int rank, float weight) {
+        row[rank] -= weight;
+        degree += weight;
+      };
+      LPLB_UNROLL_BY(2)
+      for (int p = first; p < first + count; ++p) {
+        const int other = shared_.at_place[p];
+        const float own = shared_.weight[p];
+        if constexpr (Block::kPairs) {
+          add_edge(other, own);
+        } else {
+          each_sibling(other, shared_.variable[other],
+                       [&](Variable u) { add_edge(u.rank(), own * shared_.weight[u.place()]); });
+        }
       }
-    }
+      // A sum of magnitudes: as a difference, the diagonal would lose the matrix to rounding.
+      row[g] = degree * (1.0f + kRegulariser) + block_.divide(slack_[i], lambda_[i]) + 1e-9f;
+      shared_.right_side[g] = rank_sum(shared_.exchange, g) - slack_[i];
+    });
     block_.sync();
+    block_.factorise(shared_.matrix, stride, num_ranks_);
   }
 
-  // dlambda and dT of the published right side, then dx, dz, ds from them.
+  // dlambda and dT of the right side, then dx, dy, dz and ds.
   LPLB_DEVICE void direction() {
-    const int stride = num_ranks_ + 1;
-    const auto team = block_.team();
-    for (int g = team.index; g <= num_ranks_; g += team.count) {
-      float s = 0.0f;
-      for (int j = team.lane; j < num_ranks_; j += team.size) {
-        s += shared_.matrix[g * stride + j] * shared_.right_side[j];
-      }
-      s = team.sum(s);
-      if (team.lane == 0) shared_.step_lambda[g] = s;
-    }
+    block_.apply(shared_.right_side, num_ranks_, shared_.step);
     block_.sync();
-    each_variable([&](int i, int v) {
-      const int first = first_sibling(packed_[i]), count = num_siblings(packed_[i]);
-      float s = 0.0f;
-      for (int u = first; u < first + count; ++u) {
-        s += shared_.scaled_d[u] * shared_.step_lambda[rank_of(shared_.variable[u])];
-      }
-      step_y_[i] = (root_h_[i] * s - sum_q_[i]) / h_[i];
-      step_z_[i] = shared_.step_lambda[rank_of(packed_[i])] - step_y_[i];
-      step_x_[i] = q_[i] - d_[i] * step_z_[i];
-      shared_.exchange[v] = step_x_[i];
+    float own[kVariables], weighted[kVariables] = {};
+    each_variable([&](int i, int) {
+      own[i] = shared_.step[self_[i].rank()];
+      weighted[i] = d_[i] * own[i];
     });
+    if constexpr (Block::kPairs) {
+      weighted[0] += block_.sibling(weighted[0]);
+    } else {
+      each_variable([&](int i, int v) {
+        float s = 0.0f;
+        each_sibling(v, self_[i], [&](Variable u) { s += shared_.weight[u.place()] * shared_.step[u.rank()]; });
+        weighted[i] += s * root_h_[i];
+      });
+    }
+    each_variable([&](int i, int) {
+      step_y_[i] = block_.divide(weighted[i] - sum_q_[i], h_[i]);
+      step_z_[i] = own[i] - step_y_[i];
+      step_x_[i] = q_[i] - d_[i] * step_z_[i];
+    });
+    publish(step_x_);
     block_.sync();
-    step_top_ = shared_.step_lambda[num_ranks_];
+    step_top_ = shared_.step[num_ranks_];
     each_rank([&](int i, int g) {
-      step_lambda_[i] = shared_.step_lambda[g];
-      step_slack_[i] = step_top_ - rank_sum(g);
+      step_lambda_[i] = shared_.step[g];
+      step_slack_[i] = step_top_ - rank_sum(shared_.exchange, g);
     });
   }
 
@@ -436,34 +473,35 @@ class InteriorPoint {
     longest[0] = longest[1] = 1.0f;
     sums[0] = sums[1] = sums[2] = 0.0f;
     const auto visit = [&](float primal, float step_primal, float dual, float step_dual) {
-      if (step_primal < 0.0f) longest[0] = fminf(longest[0], -primal / step_primal);
-      if (step_dual < 0.0f) longest[1] = fminf(longest[1], -dual / step_dual);
+      if (step_primal < 0.0f) longest[0] = fminf(longest[0], block_.divide(-primal, step_primal));
+      if (step_dual < 0.0f) longest[1] = fminf(longest[1], block_.divide(-dual, step_dual));
       sums[0] += step_primal * dual;
       sums[1] += primal * step_dual;
       sums[2] += step_primal * step_dual;
     };
     each_variable([&](int i, int) { visit(x_[i], step_x_[i], z_[i], step_z_[i]); });
     each_rank([&](int i, int) { visit(slack_[i], step_slack_[i], lambda_[i], step_lambda_[i]); });
-    block_.reduce(sums, longest);
+    block_.template reduce<false>(sums, longest);
   }
 
   LPLB_DEVICE bool predict_and_correct() {
     float longest[2], sums[3];
     direction();
     step_lengths(longest, sums);
-    const float pairs = static_cast<float>(num_variables_ + num_ranks_);
     const float left = complementarity_ + longest[0] * sums[0] + longest[1] * sums[1] +
                        longest[0] * longest[1] * sums[2];  // complementarity after the predictor
     if (!std::isfinite(left)) return false;
     const float ratio = left > 0.0f ? left / complementarity_ : 0.0f;
-    const float target = ratio * ratio * ratio * complementarity_ / pairs;
+    const float target = ratio * ratio * ratio * complementarity_ / static_cast<float>(num_variables_ + num_ranks_);
 
-    each_variable([&](int i, int) { q_[i] = (target - step_x_[i] * step_z_[i]) / z_[i] - x_[i]; });
+    each_variable([&](int i, int) { q_[i] = block_.divide(target - step_x_[i] * step_z_[i], z_[i]) - x_[i]; });
     expert_sums(q_, sum_q_);
-    each_variable([&](int i, int v) { shared_.exchange[v] = q_[i] - d_[i] * (sum_q_[i] / h_[i]); });
+    each_variable(
+        [&](int i, int) { shared_.exchange[self_[i].place()] = q_[i] - d_[i] * block_.divide(sum_q_[i], h_[i]); });
     block_.sync();
     each_rank([&](int i, int g) {
-      shared_.right_side[g] = (target - step_slack_[i] * step_lambda_[i]) / lambda_[i] - slack_[i] + rank_sum(g);
+      shared_.right_side[g] = block_.divide(target - step_slack_[i] * step_lambda_[i], lambda_[i]) - slack_[i] +
+                              rank_sum(shared_.exchange, g);
     });
     block_.sync();
     direction();
@@ -474,47 +512,20 @@ class InteriorPoint {
     return true;
   }
 
-  // Takes the step, then restores by projection what rounding took: x sums to w, loads and slacks follow from x,
-  // lambda sums to 1, z follows from lambda and y.
-  LPLB_DEVICE void advance() {
-    float sum_x[kVariables];
-    each_variable([&](int i, int) { x_[i] = fmaxf(x_[i] + step_primal_ * step_x_[i], kTinyPrimal); });
-    expert_sums(x_, sum_x);
-    each_variable([&](int i, int) { x_[i] *= w_[i] / sum_x[i]; });
-    publish(x_);
-    float sums[1] = {0.0f}, least[1] = {0.0f};
-    each_rank([&](int i, int g) {
-      rank_[i] = fixed_[i] + rank_sum(g);
-      least[0] = fminf(least[0], -rank_[i]);
-      lambda_[i] = fmaxf(lambda_[i] + step_dual_ * step_lambda_[i], kTinyDual);
-      sums[0] += lambda_[i];
-      shared_.lambda[g] = lambda_[i];
-    });
-    block_.reduce(sums, least);
-    most_ = -least[0];
-    lambda_scale_ = 1.0f / sums[0];
-    top_ = fmaxf(top_ + step_primal_ * step_top_, most_ * (1.0f + 1e-6f));
-    each_rank([&](int i, int) {
-      lambda_[i] *= lambda_scale_;
-      slack_[i] = fmaxf(top_ - rank_[i], kTinySlack);
-    });
+  LPLB_DEVICE void finish(int iterations) {
+    const float tokens = static_cast<float>(*shared_.total) / static_cast<float>(num_ranks_);
     each_variable([&](int i, int) {
-      const float y = y_[i] + step_dual_ * step_y_[i];
-      z_[i] = fmaxf((shared_.lambda[rank_of(packed_[i])] - y) * lambda_scale_, kTinyDual);
-      y_[i] = y * lambda_scale_;
+      if (self_[i].last() > 0) fraction_[result_[i]] = best_x_[i] / w_[i];
     });
+    each_rank([&](int i, int g) { rank_load_[g] = best_rank_[i] * tokens; });
+    const float gap = gap_now();
+    report(gap, iterations, gap <= shape_.tol ? kConverged : best_is_even_ ? kEvenSplit : kMaxIterations);
   }
-
-  LPLB_DEVICE void finish(float gap, int iterations, Status status) {
-    if (status != kSkipped && *shared_.total > 0) {
-      const float tokens = static_cast<float>(*shared_.total) / static_cast<float>(num_ranks_);
-      each_variable([&](int i, int) {
-        if (num_siblings(packed_[i]) > 1) fraction_[result_[i]] = best_x_[i] / w_[i];
-      });
-      each_rank([&](int i, int g) { rank_load_[g] = best_rank_[i] * tokens; });
-    } else {
-      each_rank([&](int, int g) { rank_load_[g] = static_cast<float>(shared_.fixed_load[g]); });
-    }
+  LPLB_DEVICE void finish_unsolved(Status status) {
+    each_rank([&](int, int g) { rank_load_[g] = static_cast<float>(shared_.fixed_load[g]); });
+    report(0.0f, 0, status);
+  }
+  LPLB_DEVICE void report(float gap, int iterations, Status status) {
     if (thread_ == 0) {
       *gap_ = gap;
       *iterations_ = iterations;
@@ -525,22 +536,22 @@ class InteriorPoint {
   Block block_;
   const SolveShape& shape_;
   Shared shared_;
-  int thread_, num_ranks_, num_slots_, first_slot_, num_variables_ = 0;
-  const int32_t *load_, *phy2log_, *log2phy_;
+  int thread_, num_ranks_, num_places_, first_slot_, num_variables_ = 0;
+  const int32_t *load_, *log2phy_;
   float *fraction_, *rank_load_, *gap_;
   int32_t *iterations_, *status_;
 
   // Of the variables this thread owns.
-  uint32_t packed_[kVariables];
+  Variable self_[kVariables];
   int result_[kVariables];
-  float w_[kVariables], x_[kVariables], z_[kVariables], y_[kVariables], best_x_[kVariables];
-  float d_[kVariables], h_[kVariables], root_h_[kVariables], q_[kVariables], sum_q_[kVariables];
+  float w_[kVariables], x_[kVariables] = {}, y_[kVariables], z_[kVariables], best_x_[kVariables];
+  float d_[kVariables] = {}, h_[kVariables], root_h_[kVariables], q_[kVariables] = {}, sum_q_[kVariables];
   float step_x_[kVariables], step_y_[kVariables], step_z_[kVariables];
   // Of the ranks this thread owns.
   float fixed_[kRanks], rank_[kRanks], slack_[kRanks], lambda_[kRanks], best_rank_[kRanks];
   float step_slack_[kRanks], step_lambda_[kRanks];
   // Known to all threads alike.
-  float scale_, most_, top_, lambda_scale_, complementarity_, best_most_, best_bound_;
+  float scale_, top_, complementarity_, best_most_, best_bound_;
   float step_top_, step_primal_, step_dual_;
   bool best_is_even_;
 };

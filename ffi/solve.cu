@@ -8,80 +8,71 @@ namespace {
 constexpr int kWarp = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
 
-__host__ __device__ constexpr int least(int a, int b) { return a < b ? a : b; }
-
-// A thread block of kNumThreads that owns up to kVariablesEach variables a thread, for groups of up to kOrder
+// A thread block of kNumThreads that owns up to kVariablesEach variables a thread, for groups of up to kMostRanks
 // ranks.
-template <int kNumThreads, int kVariablesEach, int kOrder, bool kAllPairs>
+template <int kNumThreads, int kVariablesEach, int kMostRanks, bool kAllPairs>
 struct CudaBlock {
   static constexpr int kThreads = kNumThreads;
   static constexpr int kVariables = kVariablesEach;
   static constexpr int kRanks = 1;
   static constexpr bool kPairs = kAllPairs;
-  static_assert(kThreads >= kOrder, "a thread owns one rank at most");
+  static_assert(kThreads >= kMostRanks, "a thread owns one rank at most");
+  static_assert(!kPairs || kVariables == 1, "pairs are neighbouring threads");
 
   static constexpr int kWarps = kThreads / kWarp;
-  static constexpr int kMaxReduced = 5;
+  static constexpr int kMostReduced = 5;
+  static constexpr int kOrder = kMostRanks + 1;
+
+  // The inverse lies in registers, in tiles over a grid of threads whose rows lie within a warp. kBatch columns pass
+  // through shared memory at a time.
+  static constexpr int kGridColumns = kMostRanks <= 8 ? 4 : kMostRanks <= 16 ? 8 : 16;
+  static constexpr int kGridRows = kThreads / kGridColumns;
+  static constexpr int kColumnsEach = (kOrder + kGridColumns - 1) / kGridColumns;
+  static constexpr int kRowsEach = (kOrder + kGridRows - 1) / kGridRows;
+  static constexpr int kBatch = kMostRanks <= 64 ? kColumnsEach : 1;  // more would not fit 99 KB with 128 ranks
+  static constexpr int kPassed =
+      kRowsEach * kGridRows > kColumnsEach* kGridColumns ? kRowsEach * kGridRows : kColumnsEach * kGridColumns;
+  static_assert(kColumnsEach % kBatch == 0, "a tile's columns pass in whole batches");
 
   struct Scratch {
-    float reduced[2][kWarps][kMaxReduced];
-    float column[2][kOrder];
+    float reduced[2][kWarps][kMostReduced];
+    float column[2][kBatch][kPassed];
+    int counts[kWarps];
   };
   Scratch* scratch;
-  int turn = 0;  // which half of Scratch::reduced comes next
-
-  // A power of two of neighbouring lanes that share the work of one rank.
-  struct Team {
-    static constexpr int size = least(kWarp, kThreads / kOrder);
-    static constexpr int count = kThreads / size;
-    int index, lane;
-    unsigned mask;
-    __device__ void sync() const { __syncwarp(mask); }
-    __device__ float sum(float value) const {
-#pragma unroll
-      for (int step = size / 2; step > 0; step /= 2) value += __shfl_xor_sync(mask, value, step);
-      return value;
-    }
-  };
+  int turn = 0;                            // which half of Scratch::reduced comes next
+  float inverse[kRowsEach][kColumnsEach];  // negated
 
   __device__ int thread() const { return threadIdx.x; }
   __device__ void sync() const { __syncthreads(); }
-  __device__ Team team() const {
-    Team team;
-    team.index = threadIdx.x / Team::size;
-    team.lane = threadIdx.x % Team::size;
-    const unsigned ones = Team::size == kWarp ? kFullWarp : (1u << Team::size % kWarp) - 1;
-    team.mask = ones << (threadIdx.x % kWarp / Team::size * Team::size);
-    return team;
-  }
   __device__ float sibling(float value) const { return __shfl_xor_sync(kFullWarp, value, 1); }
-
+  // Good to two units in the last place, which Newton steps do not need.
+  __device__ float divide(float a, float b) const { return __fdividef(a, b); }
   template <class T>
   __device__ void add(T* target, T value) const {
     atomicAdd(target, value);  // integers only: the order does not show
   }
 
-  // Sums and minima over the block, known to all threads. One barrier: the two halves of the scratch take turns.
-  template <int kSums, int kLeast>
-  __device__ void reduce(float (&sums)[kSums], float (&minima)[kLeast]) {
-    static_assert(kSums + kLeast <= kMaxReduced, "scratch too small");
-    float (*partial)[kMaxReduced] = scratch->reduced[turn];
+  // Sums, and minima or maxima of nonnegative values, known to all threads. One barrier: the two halves of the scratch
+  // take turns.
+  template <bool kLargest, int kSums, int kExtremes>
+  __device__ void reduce(float (&sums)[kSums], float (&extremes)[kExtremes]) {
+    static_assert(kSums + kExtremes <= kMostReduced, "scratch too small");
+    float (*partial)[kMostReduced] = scratch->reduced[turn];
     turn ^= 1;
 #pragma unroll
     for (int step = kWarp / 2; step > 0; step /= 2) {
 #pragma unroll
       for (int i = 0; i < kSums; ++i) sums[i] += __shfl_xor_sync(kFullWarp, sums[i], step);
-#pragma unroll
-      for (int i = 0; i < kLeast; ++i) {
-        minima[i] = fminf(minima[i], __shfl_xor_sync(kFullWarp, minima[i], step));
-      }
     }
+#pragma unroll
+    for (int i = 0; i < kExtremes; ++i) extremes[i] = warp_extreme<kLargest>(extremes[i]);
     if (threadIdx.x % kWarp == 0) {
       float* mine = partial[threadIdx.x / kWarp];
 #pragma unroll
       for (int i = 0; i < kSums; ++i) mine[i] = sums[i];
 #pragma unroll
-      for (int i = 0; i < kLeast; ++i) mine[kSums + i] = minima[i];
+      for (int i = 0; i < kExtremes; ++i) mine[kSums + i] = extremes[i];
     }
     __syncthreads();
 #pragma unroll
@@ -91,15 +82,24 @@ struct CudaBlock {
       for (int warp = 1; warp < kWarps; ++warp) sums[i] += partial[warp][i];
     }
 #pragma unroll
-    for (int i = 0; i < kLeast; ++i) {
-      minima[i] = partial[0][kSums + i];
+    for (int i = 0; i < kExtremes; ++i) {
+      extremes[i] = partial[0][kSums + i];
 #pragma unroll
-      for (int warp = 1; warp < kWarps; ++warp) minima[i] = fminf(minima[i], partial[warp][kSums + i]);
+      for (int warp = 1; warp < kWarps; ++warp) {
+        const float other = partial[warp][kSums + i];
+        extremes[i] = kLargest ? fmaxf(extremes[i], other) : fminf(extremes[i], other);
+      }
     }
   }
+  // The bits of nonnegative floats order as the floats do.
+  template <bool kLargest>
+  __device__ static float warp_extreme(float value) {
+    const unsigned bits = __float_as_uint(value);
+    return __uint_as_float(kLargest ? __reduce_max_sync(kFullWarp, bits) : __reduce_min_sync(kFullWarp, bits));
+  }
 
-  // Exclusive scan over threads; `head` is room for one count a warp.
-  __device__ int scan(int mine, int32_t* head, int* total) const {
+  // Exclusive scan over threads, and the total.
+  __device__ int scan(int mine, int* total) const {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     int upto = mine;
 #pragma unroll
@@ -107,37 +107,35 @@ struct CudaBlock {
       const int other = __shfl_up_sync(kFullWarp, upto, step);
       if (lane >= step) upto += other;
     }
-    if (lane == kWarp - 1) head[warp] = upto;
+    if (lane == kWarp - 1) scratch->counts[warp] = upto;
     __syncthreads();
     int before = 0, sum = 0;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
-      if (w < warp) before += head[w];
-      sum += head[w];
+      if (w < warp) before += scratch->counts[w];
+      sum += scratch->counts[w];
     }
     *total = sum;
     return before + upto - mine;
   }
 
-  // Every warp adds the values up for itself, in the same order.
-  __device__ float total(const float* values, int n) const {
-    float s = 0.0f;
-    for (int i = threadIdx.x % kWarp; i < n; i += kWarp) s += values[i];
-#pragma unroll
-    for (int step = kWarp / 2; step > 0; step /= 2) s += __shfl_xor_sync(kFullWarp, s, step);
-    return s;
-  }
-
-  // Moves the entries of each row that are not `none` to its front, a warp a row.
-  __device__ void collect(uint16_t* rows, int num_rows, int row_size, uint16_t none, int32_t* counts) const {
+  // Moves the entries of each row that are not `none` to its front, a warp a row, and says where they went.
+  template <class Moved>
+  __device__ void collect(uint16_t* rows, int num_rows, int row_size, uint16_t none, int32_t* counts,
+                          Moved moved) const {
     const int lane = threadIdx.x % kWarp;
     for (int g = threadIdx.x / kWarp; g < num_rows; g += kWarps) {
       uint16_t* row = rows + g * row_size;
       int n = 0;
       for (int i = 0; i < row_size; i += kWarp) {
         const uint16_t entry = i + lane < row_size ? row[i + lane] : none;
-        const unsigned kept = __ballot_sync(kFullWarp, entry != none);  // all have read before any writes
-        if (entry != none) row[n + __popc(kept & ((1u << lane) - 1))] = entry;
+        const unsigned kept = __ballot_sync(kFullWarp, entry != none);
+        __syncwarp();  // all have read before any writes
+        if (entry != none) {
+          const int place = n + __popc(kept & ((1u << lane) - 1));
+          row[place] = entry;
+          moved(entry, g * row_size + place);
+        }
         n += __popc(kept);
         __syncwarp();
       }
@@ -145,61 +143,101 @@ struct CudaBlock {
     }
   }
 
-  // Inverse of (matrix + shift) by symmetric sweeps (Gauss-Jordan on the diagonal): safe without pivoting,
-  // because the matrix is symmetric positive definite. The matrix lies in registers, spread cyclically over a
-  // grid of threads; each sweep passes one column through shared memory.
-  __device__ void invert(float* matrix, int stride, int n, float shift) const {
-    constexpr int kGridColumns = least(16, kOrder);
-    constexpr int kGridRows = least(kThreads / kGridColumns, kOrder);
-    constexpr int kRowsEach = kOrder / kGridRows, kColumnsEach = kOrder / kGridColumns;
+  // The negated inverse of [[matrix + shift, 1], [1^T, 0]], by symmetric sweeps (Gauss-Jordan on the diagonal): safe
+  // without pivoting, because the matrix is positive definite. A sweep of k turns A_ij into A_ij - A_ik A_jk / A_kk,
+  // row and column k into A_ik / A_kk, and A_kk into -1 / A_kk. Columns pass through shared memory a batch at a time,
+  // for one barrier; every thread brings its copies of the batch's later columns up to date by itself.
+  __device__ void factorise(const float* matrix, int stride, int n) {
     const int row = threadIdx.x / kGridColumns, column = threadIdx.x % kGridColumns;
-    const bool active = row < kGridRows;
-    float a[kRowsEach][kColumnsEach];
+    float smallest = 3e38f;
+    for (int i = threadIdx.x % kWarp; i < n; i += kWarp) smallest = fminf(smallest, matrix[i * (stride + 1)]);
+    const float shift = warp_extreme<false>(smallest) / static_cast<float>(n);
 #pragma unroll
     for (int p = 0; p < kRowsEach; ++p) {
 #pragma unroll
       for (int q = 0; q < kColumnsEach; ++q) {
-        const int i = row + p * kGridRows, j = column + q * kGridColumns;
-        a[p][q] = active && i < n && j < n ? matrix[i * stride + j] + shift : 0.0f;
+        const int i = row * kRowsEach + p, j = column * kColumnsEach + q;
+        const bool border = (i == n && j < n) || (i < n && j == n);
+        inverse[p][q] = i < n && j < n ? matrix[i * stride + j] + shift : border ? 1.0f : 0.0f;
       }
     }
+    int half = 0;
+    for (int owner = 0; owner * kColumnsEach <= n; ++owner) {
 #pragma unroll
-    for (int block = 0; block < kColumnsEach; ++block) {
-      for (int k = block * kGridColumns; k < least(n, (block + 1) * kGridColumns); ++k) {
-        float* passed = scratch->column[k % 2];
-        if (active && column == k % kGridColumns) {
+      for (int first = 0; first < kColumnsEach; first += kBatch) {
+        float (*passed)[kPassed] = scratch->column[half];
+        half ^= 1;
+        if (column == owner) {
 #pragma unroll
-          for (int p = 0; p < kRowsEach; ++p) passed[row + p * kGridRows] = a[p][block];
+          for (int b = 0; b < kBatch; ++b) {
+#pragma unroll
+            for (int p = 0; p < kRowsEach; ++p) passed[b][row * kRowsEach + p] = inverse[p][first + b];
+          }
         }
         __syncthreads();
-        if (active) {
-          const float r = 1.0f / passed[k];
-          float across[kColumnsEach];
+        float down[kBatch][kRowsEach], across[kBatch][kColumnsEach], pivot[kBatch][kBatch];
 #pragma unroll
-          for (int q = 0; q < kColumnsEach; ++q) across[q] = passed[column + q * kGridColumns];
+        for (int b = 0; b < kBatch; ++b) {
+#pragma unroll
+          for (int p = 0; p < kRowsEach; ++p) down[b][p] = passed[b][row * kRowsEach + p];
+#pragma unroll
+          for (int q = 0; q < kColumnsEach; ++q) across[b][q] = passed[b][column * kColumnsEach + q];
+#pragma unroll
+          for (int c = 0; c < kBatch; ++c) pivot[b][c] = passed[b][owner * kColumnsEach + first + c];
+        }
+#pragma unroll
+        for (int b = 0; b < kBatch; ++b) {
+          const int k = owner * kColumnsEach + first + b;
+          if (k > n) break;
+          const float r = divide(1.0f, pivot[b][b]);
 #pragma unroll
           for (int p = 0; p < kRowsEach; ++p) {
-            const int i = row + p * kGridRows;
-            const float t = passed[i] * r;
+            const bool at = row * kRowsEach + p == k;
+            const float t = at ? -r : down[b][p] * r;
 #pragma unroll
             for (int q = 0; q < kColumnsEach; ++q) {
-              const int j = column + q * kGridColumns;
-              const float swept = a[p][q] - t * across[q];
-              a[p][q] = i == k ? (j == k ? -r : across[q] * r) : (j == k ? t : swept);
+              inverse[p][q] = (at ? 0.0f : inverse[p][q]) - t * across[b][q];
             }
+            if (column == owner) inverse[p][first + b] = t;
+#pragma unroll
+            for (int c = b + 1; c < kBatch; ++c) down[c][p] = (at ? 0.0f : down[c][p]) - t * pivot[b][c];
+          }
+#pragma unroll
+          for (int q = 0; q < kColumnsEach; ++q) {
+            const bool at = column * kColumnsEach + q == k;
+            const float t = at ? -r : across[b][q] * r;
+#pragma unroll
+            for (int c = b + 1; c < kBatch; ++c) across[c][q] = (at ? 0.0f : across[c][q]) - t * pivot[b][c];
+          }
+#pragma unroll
+          for (int c = b + 1; c < kBatch; ++c) {
+#pragma unroll
+            for (int d = b + 1; d < kBatch; ++d) pivot[c][d] -= pivot[b][d] * r * pivot[b][c];
           }
         }
       }
     }
+  }
+
+  // result [n + 1] = the inverse times [right_side, 0].
+  __device__ void apply(const float* right_side, int n, float* result) const {
+    const int row = threadIdx.x / kGridColumns, column = threadIdx.x % kGridColumns;
+    float along[kColumnsEach];
+#pragma unroll
+    for (int q = 0; q < kColumnsEach; ++q) {
+      const int j = column * kColumnsEach + q;
+      along[q] = j < n ? right_side[j] : 0.0f;
+    }
 #pragma unroll
     for (int p = 0; p < kRowsEach; ++p) {
+      float s = 0.0f;
 #pragma unroll
-      for (int q = 0; q < kColumnsEach; ++q) {
-        const int i = row + p * kGridRows, j = column + q * kGridColumns;
-        if (active && i < n && j < n) matrix[i * stride + j] = -a[p][q];
-      }
+      for (int q = 0; q < kColumnsEach; ++q) s -= inverse[p][q] * along[q];
+#pragma unroll
+      for (int step = kGridColumns / 2; step > 0; step /= 2) s += __shfl_xor_sync(kFullWarp, s, step);
+      const int i = row * kRowsEach + p;
+      if (column == 0 && i <= n) result[i] = s;
     }
-    __syncthreads();
   }
 };
 
@@ -209,7 +247,7 @@ __global__ void __launch_bounds__(Block::kThreads, 1)
   extern __shared__ __align__(16) char memory[];
   __shared__ typename Block::Scratch scratch;
   Shared shared;
-  carve_shared(memory, shape, Block::kWarps, &shared);
+  carve_shared(memory, shape, &shared);
   Block block;
   block.scratch = &scratch;
   InteriorPoint<Block> solver(block, shape, in, out, blockIdx.y, blockIdx.x, shared);
@@ -254,7 +292,7 @@ cudaError_t prepare_solve_cuda() {
 cudaError_t solve_cuda(cudaStream_t stream, const SolveShape& shape, const SolveOperands& in, const SolveResults& out) {
   return with_block(shape.group_size, shape.max_variables, shape.max_replicas, [&](auto block) {
     using Block = decltype(block);
-    const size_t bytes = carve_shared(nullptr, shape, Block::kWarps, nullptr);
+    const size_t bytes = carve_shared(nullptr, shape, nullptr);
     const dim3 grid(shape.num_groups, shape.num_batches);
     solve_kernel<Block><<<grid, Block::kThreads, bytes, stream>>>(shape, in, out);
     return cudaGetLastError();

@@ -31,7 +31,6 @@ struct SolveShape {
 
 struct SolveOperands {
   const int32_t* load;     // [batch, num_experts] tokens
-  const int32_t* phy2log;  // [batch, num_physical]
   const int32_t* log2phy;  // [batch, num_experts, max_replicas], padded with -1
 };
 

@@ -135,6 +135,7 @@ def _axis_size(axis_name: Any, num_ranks: int) -> int:
         ) from None
     if size != num_ranks:
         raise ValueError(
-            f"axis_name = {axis_name!r} spans {size} devices, but placement has num_ranks = {num_ranks}; they must be equal"
+            f"axis_name = {axis_name!r} spans {size} devices, but placement has num_ranks = {num_ranks}; they must be "
+            "equal"
         )
     return size

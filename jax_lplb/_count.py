@@ -83,6 +83,6 @@ def check_num_experts(num_experts: int, implementation: _ffi.Implementation) -> 
         raise ValueError(f"num_experts must be at least 1, got {num_experts}")
     if num_experts > _ffi.MAX_EXPERTS and implementation != "xla":
         raise ValueError(
-            f"num_experts = {num_experts} is more than the {_ffi.MAX_EXPERTS} that the custom calls hold in shared memory; "
-            "pass implementation='xla'"
+            f"num_experts = {num_experts} is more than the {_ffi.MAX_EXPERTS} that the custom calls hold in shared "
+            "memory; pass implementation='xla'"
         )

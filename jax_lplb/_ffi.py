@@ -113,4 +113,4 @@ def call(target: str, results: list[Result], *operands: Any, **attributes: Any) 
         )
 
     run = jax.ffi.ffi_call(target, [struct(result) for result in results], vmap_method="broadcast_all")
-    return run(*(vary(operand, axes) for operand in operands), **attributes)
+    return list(run(*(vary(operand, axes) for operand in operands), **attributes))

@@ -165,7 +165,7 @@ class Placement:
         )
 
 
-def _log2phy(phy2log, num_experts: int, max_replicas: int):
+def _log2phy(phy2log: Any, num_experts: int, max_replicas: int) -> Any:
     """Slots of each expert in ascending order, int32 [num_experts, max_replicas], padded with -1."""
     xp: Any = np if isinstance(phy2log, np.ndarray) else jnp
     by_expert = xp.argsort(phy2log, stable=True).astype(np.int32)

@@ -104,8 +104,8 @@ def solve_fractions(
         load = jnp.rint(load / unit).astype(jnp.int32)
     ranks, groups = placement.num_ranks, placement.num_groups
 
-    def ffi(load: jax.Array, phy2log: jax.Array, log2phy: jax.Array) -> list[jax.Array]:
-        operands = (load, phy2log, log2phy)
+    def ffi(load: jax.Array, log2phy: jax.Array) -> list[jax.Array]:
+        operands = (load, log2phy)
         return _ffi.call(
             "lplb_solve",
             [
@@ -116,33 +116,30 @@ def solve_fractions(
                 _ffi.Result((groups,), jnp.int32, operands),
             ],
             *operands,
+            num_physical=np.int64(placement.num_physical),
             tol=np.float32(tol),
             max_iterations=np.int64(_MAX_ITERATIONS),
         )
 
-    def xla(load: jax.Array, phy2log: jax.Array, log2phy: jax.Array) -> list[jax.Array]:
-        return _solve_groups(load, phy2log, log2phy, ranks, groups, tol)
+    def xla(load: jax.Array, log2phy: jax.Array) -> list[jax.Array]:
+        return _solve_groups(load, log2phy, placement.slots_per_rank, ranks, groups, tol)
 
-    phy2log, log2phy = jnp.asarray(placement.phy2log), jnp.asarray(placement.log2phy)
+    log2phy = jnp.asarray(placement.log2phy)
     if placement.max_replicas == 1:
-        fraction, rank_load, gap, iterations, status = _all_at_home(load, phy2log, log2phy, ranks, groups)
+        fraction, rank_load, gap, iterations, status = _all_at_home(load, placement)
     else:
-        fraction, rank_load, gap, iterations, status = _ffi.dispatch(
-            "solve", implementation, ffi, xla, load, phy2log, log2phy
-        )
+        fraction, rank_load, gap, iterations, status = _ffi.dispatch("solve", implementation, ffi, xla, load, log2phy)
     if unit is not None:
         rank_load = rank_load * unit
     return [fraction, rank_load, gap, iterations, status]
 
 
-def _all_at_home(
-    load: jax.Array, phy2log: jax.Array, log2phy: jax.Array, num_ranks: int, num_groups: int
-) -> list[jax.Array]:
-    held = load.at[phy2log].get(mode="fill", fill_value=0)
-    rank_load = jnp.sum(jnp.maximum(held, 0).reshape(num_ranks, -1), axis=1).astype(jnp.float32)
-    nothing = jnp.zeros_like(rank_load, shape=(num_groups,))
+def _all_at_home(load: jax.Array, placement: Placement) -> list[jax.Array]:
+    held = load.at[jnp.asarray(placement.phy2log)].get(mode="fill", fill_value=0)
+    rank_load = jnp.sum(jnp.maximum(held, 0).reshape(placement.num_ranks, -1), axis=1).astype(jnp.float32)
+    nothing = jnp.zeros_like(rank_load, shape=(placement.num_groups,))
     return [
-        jnp.ones_like(log2phy, jnp.float32) + 0 * load[:, None].astype(jnp.float32),
+        jnp.ones_like(load, jnp.float32)[:, None],
         rank_load,
         nothing,
         nothing.astype(jnp.int32),
@@ -151,10 +148,10 @@ def _all_at_home(
 
 
 def _solve_groups(
-    load: jax.Array, phy2log: jax.Array, log2phy: jax.Array, num_ranks: int, num_groups: int, tol: float
+    load: jax.Array, log2phy: jax.Array, slots: int, num_ranks: int, num_groups: int, tol: float
 ) -> list[jax.Array]:
+    """All groups; `slots` a rank."""
     num_experts, max_replicas = log2phy.shape
-    slots = phy2log.shape[0] // num_ranks
     size = num_ranks // num_groups
     # Experts group by group; each group has equally many.
     group = jnp.clip(log2phy[:, 0] // (slots * size), 0, num_groups - 1)
@@ -348,8 +345,8 @@ def check_placement(placement: Placement, implementation: _ffi.Implementation) -
         raise TypeError(f"placement must be a jax_lplb.Placement, got {type(placement).__name__}")
     if np.ndim(placement.phy2log) != 1 or np.ndim(placement.log2phy) != 2:
         raise ValueError(
-            f"placement must be of one layer: phy2log [num_physical] and log2phy [num_experts, max_replicas], got shapes "
-            f"{np.shape(placement.phy2log)} and {np.shape(placement.log2phy)}; use jax.vmap or jax.lax.scan over layers"
+            "placement must be of one layer, phy2log [num_physical] and log2phy [num_experts, max_replicas], got "
+            f"{np.shape(placement.phy2log)} and {np.shape(placement.log2phy)}: use jax.vmap or jax.lax.scan over layers"
         )
     if implementation == "xla":
         return

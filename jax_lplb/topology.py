@@ -26,7 +26,7 @@ class Topology:
 
     r2o: np.ndarray
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         r2o = np.asarray(self.r2o)
         if r2o.ndim != 2 or 0 in r2o.shape:
             raise ValueError(f"r2o must have shape [group_size, num_columns], got shape {r2o.shape}")
