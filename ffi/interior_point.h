@@ -11,10 +11,11 @@
 //
 //   K = diag(s / lambda) + sum_e [diag(D) - D D^T / H_e]      K dlambda + dT 1 = r,   1^T dlambda = 0
 //
-// K is a graph Laplacian plus a positive diagonal that vanishes on the busy ranks as the method converges: the
-// ones vector becomes a null vector. Because dlambda sums to zero, K may be replaced with K + rho 1 1^T at no
-// loss; that keeps the float32 inverse accurate where K alone is nearly singular. The inverse of [[K, 1], [1^T, 0]]
-// turns each of the two directions of an iteration into one matrix-vector product.
+// K is a graph Laplacian with positive weights plus a positive diagonal, the excess s / lambda, which vanishes on the
+// busy ranks as the method converges; there K is singular but for it, and weights span many orders of magnitude. All
+// else is float32, but K is inverted in float64, each diagonal entry summed up from the weights of its row: in float32,
+// or with a regularised diagonal, one instance in some hundreds stalls short of 1e-4 with steps that go nowhere. The
+// inverse of [[K, 1], [1^T, 0]] turns each of the two directions of an iteration into one matrix-vector product.
 //
 // One text for both platforms: a Block runs it with many threads that share memory (CUDA) or with one (CPU).
 // A value that belongs to one variable or one rank is private to the thread that owns it; what other threads
@@ -45,8 +46,7 @@ namespace lplb {
 constexpr float kFloor = 1e-8f;
 constexpr float kTiny = 1e-12f;  // of x, lambda and z
 constexpr float kTinySlack = 1e-9f;
-constexpr float kStepShare = 0.99f;    // of the way to the boundary
-constexpr float kRegulariser = 2e-6f;  // of K's diagonal: the Laplacian part keeps a margin over rounding
+constexpr float kStepShare = 0.99f;  // of the way to the boundary
 
 // A variable as others see it. Its place is where it lies in arrays that run rank by rank; its expert's variables are
 // neighbours, from v - index to v - index + last.
@@ -68,7 +68,8 @@ struct Variable {
 
 // Views into the group's working memory.
 struct Shared {
-  float* matrix;        // [ranks, ranks + 1] K; the spare column keeps rows in different banks
+  float* matrix;        // [ranks, ranks + 1] K off its diagonal; the spare column keeps rows in different banks
+  float* excess;        // [ranks] s / lambda
   float* exchange;      // [places] a value of each variable, for its rank and its siblings
   float* weight;        // [places] pairs: D_1 D_2 / H of the expert; else D_p / sqrt(H) of the variable
   Variable* variable;   // [variables]
@@ -96,6 +97,7 @@ inline
   };
   Shared shared;
   shared.matrix = reinterpret_cast<float*>(take(ranks * (ranks + 1) * sizeof(float)));
+  shared.excess = reinterpret_cast<float*>(take(ranks * sizeof(float)));
   shared.exchange = reinterpret_cast<float*>(take(places * sizeof(float)));
   shared.weight = reinterpret_cast<float*>(take(places * sizeof(float)));
   shared.variable = reinterpret_cast<Variable*>(take(shape.max_variables * sizeof(Variable)));
@@ -398,7 +400,6 @@ class InteriorPoint {
       sum_q_[i] = -w_[i];
       shared_.exchange[self_[i].place()] = q_[i] + d_[i] * w_[i] * inverse_h;
       root_h_[i] = sqrtf(h_[i]);
-      // For pairs d (h - d) / h would lose the small one of two; see below.
       if constexpr (!Block::kPairs) shared_.weight[self_[i].place()] = d_[i] * root_h_[i] * inverse_h;
     });
     if constexpr (Block::kPairs) {
@@ -411,28 +412,22 @@ class InteriorPoint {
     each_rank([&](int i, int g) {
       float* row = shared_.matrix + g * stride;
       const int first = g * shape_.slots_per_rank, count = shared_.num_placed[g];
-      float degree = 0.0f;
-      const auto add_edge = [&](int rank, float weight) {
-        row[rank] -= weight;
-        degree += weight;
-      };
       LPLB_UNROLL_BY(2)
       for (int p = first; p < first + count; ++p) {
         const int other = shared_.at_place[p];
         const float own = shared_.weight[p];
         if constexpr (Block::kPairs) {
-          add_edge(other, own);
+          row[other] -= own;
         } else {
           each_sibling(other, shared_.variable[other],
-                       [&](Variable u) { add_edge(u.rank(), own * shared_.weight[u.place()]); });
+                       [&](Variable u) { row[u.rank()] -= own * shared_.weight[u.place()]; });
         }
       }
-      // A sum of magnitudes: as a difference, the diagonal would lose the matrix to rounding.
-      row[g] = degree * (1.0f + kRegulariser) + block_.divide(slack_[i], lambda_[i]) + 1e-9f;
+      shared_.excess[g] = block_.divide(slack_[i], lambda_[i]);
       shared_.right_side[g] = rank_sum(shared_.exchange, g) - slack_[i];
     });
     block_.sync();
-    block_.factorise(shared_.matrix, stride, num_ranks_);
+    block_.factorise(shared_.matrix, stride, shared_.excess, num_ranks_);
   }
 
   // dlambda and dT of the right side, then dx, dy, dz and ds.

@@ -29,19 +29,19 @@ struct CudaBlock {
   static constexpr int kGridRows = kThreads / kGridColumns;
   static constexpr int kColumnsEach = (kOrder + kGridColumns - 1) / kGridColumns;
   static constexpr int kRowsEach = (kOrder + kGridRows - 1) / kGridRows;
-  static constexpr int kBatch = kMostRanks <= 64 ? kColumnsEach : 1;  // more would not fit 99 KB with 128 ranks
+  static constexpr int kBatch = kMostRanks <= 32 ? kColumnsEach : 1;  // more would not fit the registers
   static constexpr int kPassed =
       kRowsEach * kGridRows > kColumnsEach* kGridColumns ? kRowsEach * kGridRows : kColumnsEach * kGridColumns;
   static_assert(kColumnsEach % kBatch == 0, "a tile's columns pass in whole batches");
 
   struct Scratch {
     float reduced[2][kWarps][kMostReduced];
-    float column[2][kBatch][kPassed];
+    double column[2][kBatch][kPassed];
     int counts[kWarps];
   };
   Scratch* scratch;
-  int turn = 0;                            // which half of Scratch::reduced comes next
-  float inverse[kRowsEach][kColumnsEach];  // negated
+  int turn = 0;                             // which half of Scratch::reduced comes next
+  double inverse[kRowsEach][kColumnsEach];  // negated
 
   __device__ int thread() const { return threadIdx.x; }
   __device__ void sync() const { __syncthreads(); }
@@ -143,29 +143,37 @@ struct CudaBlock {
     }
   }
 
-  // The negated inverse of [[matrix + shift, 1], [1^T, 0]], by symmetric sweeps (Gauss-Jordan on the diagonal): safe
-  // without pivoting, because the matrix is positive definite. A sweep of k turns A_ij into A_ij - A_ik A_jk / A_kk,
-  // row and column k into A_ik / A_kk, and A_kk into -1 / A_kk. Columns pass through shared memory a batch at a time,
-  // for one barrier; every thread brings its copies of the batch's later columns up to date by itself.
-  __device__ void factorise(const float* matrix, int stride, int n) {
+  // The negated inverse of [[K, 1], [1^T, 0]], by symmetric sweeps (Gauss-Jordan on the diagonal): safe without
+  // pivoting, because K is positive definite. K is `matrix` off the diagonal, of which the lower triangle counts, and
+  // has rows that sum to `excess`.
+  //
+  // A sweep of k turns A_ij into A_ij - A_ik A_jk / A_kk, row and column k into A_ik / A_kk, and A_kk into -1 / A_kk.
+  // Columns pass through shared memory a batch at a time, for one barrier; every thread brings its copies of the
+  // batch's later columns up to date by itself.
+  __device__ void factorise(const float* matrix, int stride, const float* excess, int n) {
     const int row = threadIdx.x / kGridColumns, column = threadIdx.x % kGridColumns;
-    float smallest = 3e38f;
-    for (int i = threadIdx.x % kWarp; i < n; i += kWarp) smallest = fminf(smallest, matrix[i * (stride + 1)]);
-    const float shift = warp_extreme<false>(smallest) / static_cast<float>(n);
 #pragma unroll
     for (int p = 0; p < kRowsEach; ++p) {
+      const int i = row * kRowsEach + p;
+      double sum = 0.0;
 #pragma unroll
       for (int q = 0; q < kColumnsEach; ++q) {
-        const int i = row * kRowsEach + p, j = column * kColumnsEach + q;
-        const bool border = (i == n && j < n) || (i < n && j == n);
-        inverse[p][q] = i < n && j < n ? matrix[i * stride + j] + shift : border ? 1.0f : 0.0f;
+        const int j = column * kColumnsEach + q;
+        const bool inside = i < n && j < n, border = (i == n && j < n) || (i < n && j == n);
+        inverse[p][q] = border ? 1.0 : inside && i != j ? matrix[max(i, j) * stride + min(i, j)] : 0.0f;
+        if (inside) sum += inverse[p][q];
+      }
+      sum = row_sum(sum);
+#pragma unroll
+      for (int q = 0; q < kColumnsEach; ++q) {
+        if (i < n && column * kColumnsEach + q == i) inverse[p][q] = excess[i] - sum;
       }
     }
     int half = 0;
     for (int owner = 0; owner * kColumnsEach <= n; ++owner) {
 #pragma unroll
       for (int first = 0; first < kColumnsEach; first += kBatch) {
-        float (*passed)[kPassed] = scratch->column[half];
+        double (*passed)[kPassed] = scratch->column[half];
         half ^= 1;
         if (column == owner) {
 #pragma unroll
@@ -175,7 +183,7 @@ struct CudaBlock {
           }
         }
         __syncthreads();
-        float down[kBatch][kRowsEach], across[kBatch][kColumnsEach], pivot[kBatch][kBatch];
+        double down[kBatch][kRowsEach], across[kBatch][kColumnsEach], pivot[kBatch][kBatch];
 #pragma unroll
         for (int b = 0; b < kBatch; ++b) {
 #pragma unroll
@@ -189,25 +197,25 @@ struct CudaBlock {
         for (int b = 0; b < kBatch; ++b) {
           const int k = owner * kColumnsEach + first + b;
           if (k > n) break;
-          const float r = divide(1.0f, pivot[b][b]);
+          const double r = reciprocal(pivot[b][b]);
 #pragma unroll
           for (int p = 0; p < kRowsEach; ++p) {
             const bool at = row * kRowsEach + p == k;
-            const float t = at ? -r : down[b][p] * r;
+            const double t = at ? -r : down[b][p] * r;
 #pragma unroll
             for (int q = 0; q < kColumnsEach; ++q) {
-              inverse[p][q] = (at ? 0.0f : inverse[p][q]) - t * across[b][q];
+              inverse[p][q] = (at ? 0.0 : inverse[p][q]) - t * across[b][q];
             }
             if (column == owner) inverse[p][first + b] = t;
 #pragma unroll
-            for (int c = b + 1; c < kBatch; ++c) down[c][p] = (at ? 0.0f : down[c][p]) - t * pivot[b][c];
+            for (int c = b + 1; c < kBatch; ++c) down[c][p] = (at ? 0.0 : down[c][p]) - t * pivot[b][c];
           }
 #pragma unroll
           for (int q = 0; q < kColumnsEach; ++q) {
             const bool at = column * kColumnsEach + q == k;
-            const float t = at ? -r : across[b][q] * r;
+            const double t = at ? -r : across[b][q] * r;
 #pragma unroll
-            for (int c = b + 1; c < kBatch; ++c) across[c][q] = (at ? 0.0f : across[c][q]) - t * pivot[b][c];
+            for (int c = b + 1; c < kBatch; ++c) across[c][q] = (at ? 0.0 : across[c][q]) - t * pivot[b][c];
           }
 #pragma unroll
           for (int c = b + 1; c < kBatch; ++c) {
@@ -222,7 +230,7 @@ struct CudaBlock {
   // result [n + 1] = the inverse times [right_side, 0].
   __device__ void apply(const float* right_side, int n, float* result) const {
     const int row = threadIdx.x / kGridColumns, column = threadIdx.x % kGridColumns;
-    float along[kColumnsEach];
+    double along[kColumnsEach];
 #pragma unroll
     for (int q = 0; q < kColumnsEach; ++q) {
       const int j = column * kColumnsEach + q;
@@ -230,14 +238,26 @@ struct CudaBlock {
     }
 #pragma unroll
     for (int p = 0; p < kRowsEach; ++p) {
-      float s = 0.0f;
+      double s = 0.0;
 #pragma unroll
       for (int q = 0; q < kColumnsEach; ++q) s -= inverse[p][q] * along[q];
-#pragma unroll
-      for (int step = kGridColumns / 2; step > 0; step /= 2) s += __shfl_xor_sync(kFullWarp, s, step);
+      s = row_sum(s);
       const int i = row * kRowsEach + p;
-      if (column == 0 && i <= n) result[i] = s;
+      if (column == 0 && i <= n) result[i] = static_cast<float>(s);
     }
+  }
+
+  // Sum over the threads of a row of the grid.
+  __device__ static double row_sum(double value) {
+#pragma unroll
+    for (int step = kGridColumns / 2; step > 0; step /= 2) value += __shfl_xor_sync(kFullWarp, value, step);
+    return value;
+  }
+  // Newton's iteration from float32's reciprocal: shorter than a division.
+  __device__ static double reciprocal(double value) {
+    double r = static_cast<double>(__fdividef(1.0f, static_cast<float>(value)));
+    r = r * (2.0 - value * r);
+    return r * (2.0 - value * r);
   }
 };
 

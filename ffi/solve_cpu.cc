@@ -13,7 +13,7 @@ struct SerialBlock {
   static constexpr int kRanks = kMaxGroupRanks;
   static constexpr bool kPairs = false;
 
-  float* inverse;  // [ranks + 1, ranks + 1], negated
+  double* inverse;  // [ranks + 1, ranks + 1], negated
 
   int thread() const { return 0; }
   void sync() const {}
@@ -45,41 +45,40 @@ struct SerialBlock {
     }
   }
 
-  // The negated inverse of [[matrix + shift, 1], [1^T, 0]], by symmetric sweeps (Gauss-Jordan on the diagonal): safe
-  // without pivoting, because the matrix is positive definite.
-  void factorise(const float* matrix, int stride, int n) const {
-    float smallest = matrix[0];
-    for (int i = 1; i < n; ++i) smallest = std::min(smallest, matrix[i * (stride + 1)]);
-    const float shift = smallest / static_cast<float>(n);
+  // The negated inverse of [[K, 1], [1^T, 0]], by symmetric sweeps (Gauss-Jordan on the diagonal): safe without
+  // pivoting, because K is positive definite. K is `matrix` off the diagonal, of which the lower triangle counts, and
+  // has rows that sum to `excess`.
+  void factorise(const float* matrix, int stride, const float* excess, int n) const {
     const int order = n + 1;
     for (int i = 0; i < order; ++i) {
-      for (int j = 0; j < order; ++j) {
-        inverse[i * order + j] = i < n && j < n ? matrix[i * stride + j] + shift : i == j ? 0.0f : 1.0f;
+      double* row = inverse + i * order;
+      double sum = 0.0;
+      for (int j = 0; j < n; ++j) {
+        row[j] = i == n ? 1.0 : i == j ? 0.0 : matrix[std::max(i, j) * stride + std::min(i, j)];
+        sum += row[j];
       }
+      row[n] = i == n ? 0.0 : 1.0;
+      if (i < n) row[i] = excess[i] - sum;
     }
-    float column[kMaxGroupRanks + 1];
+    double column[kMaxGroupRanks + 1];
     for (int k = 0; k < order; ++k) {
       for (int i = 0; i < order; ++i) column[i] = inverse[i * order + k];
-      const float r = 1.0f / column[k];
+      const double r = 1.0 / column[k];
       for (int i = 0; i < order; ++i) {
-        float* row = inverse + i * order;
-        const float t = column[i] * r;
-        if (i == k) {
-          for (int j = 0; j < order; ++j) row[j] = column[j] * r;
-          row[k] = -r;
-        } else {
-          for (int j = 0; j < order; ++j) row[j] -= t * column[j];
-          row[k] = t;
-        }
+        double* row = inverse + i * order;
+        const double t = i == k ? -r : column[i] * r;
+        if (i == k) std::fill_n(row, order, 0.0);
+        for (int j = 0; j < order; ++j) row[j] -= t * column[j];
+        row[k] = t;
       }
     }
   }
   // result [n + 1] = the inverse times [right_side, 0].
   void apply(const float* right_side, int n, float* result) const {
     for (int i = 0; i <= n; ++i) {
-      float s = 0.0f;
+      double s = 0.0;
       for (int j = 0; j < n; ++j) s -= inverse[i * (n + 1) + j] * right_side[j];
-      result[i] = s;
+      result[i] = static_cast<float>(s);
     }
   }
 };
@@ -91,7 +90,7 @@ void solve_cpu(const SolveShape& shape, const SolveOperands& in, const SolveResu
   Shared shared;
   carve_shared(memory.get(), shape, &shared);
   const size_t order = shape.group_size + 1;
-  const std::unique_ptr<float[]> inverse(new float[order * order]);
+  const std::unique_ptr<double[]> inverse(new double[order * order]);
   for (int batch = 0; batch < shape.num_batches; ++batch) {
     for (int group = 0; group < shape.num_groups; ++group) {
       // On the heap: its arrays of variables are large for a worker thread's stack.

@@ -53,10 +53,18 @@ def assign(
     if load.dtype != jnp.int32:
         raise TypeError(f"load must have dtype int32 to number tokens, got {load.dtype}")
     shape = (placement.num_experts, placement.max_replicas)
+    if not isinstance(split, (jax.Array, np.ndarray)):
+        raise TypeError(f"split must be a float32 array, got {type(split).__name__}")
     if np.shape(split) != shape:
         raise ValueError(f"split must have shape [num_experts, max_replicas] = {list(shape)}, got {np.shape(split)}")
     if split.dtype != jnp.float32:
         raise TypeError(f"split must have dtype float32, got {split.dtype}")
+    if isinstance(offset, (int, np.integer)):
+        if not 0 <= offset < 2**31:
+            raise ValueError(f"offset must be from 0 to {2**31 - 1}, got {offset}")
+        offset = jnp.int32(offset)
+    if not isinstance(offset, (jax.Array, np.ndarray)):
+        raise TypeError(f"offset must be an int32 array or an integer, got {offset!r}")
     offset = jnp.asarray(offset)
     if offset.dtype != jnp.int32:
         raise TypeError(f"offset must have dtype int32, got {offset.dtype}")
@@ -92,6 +100,7 @@ def assign_with_starts(
             .at[jnp.where(valid, expert_ids, -1)]
             .get(mode="fill", fill_value=-1, wrap_negative_indices=False)
         )
+        home = jnp.where((home >= 0) & (home < num_physical), home, -1)
         return home, _rank_load(split, load, log2phy, num_physical, num_ranks)
 
     def ffi(
@@ -135,7 +144,11 @@ def _quotas(split: jax.Array, load: jax.Array, log2phy: jax.Array, num_physical:
         upto = upto + part[:, replica]
         sums.append(upto)
     total = upto[:, None]
-    share = jnp.stack(sums, axis=1) / jnp.where(total > 0, total, 1)
+    # In float64, and column by column, so that each quotient is the one that IEEE float32 division gives: XLA divides
+    # approximately on GPUs, and by a broadcast as it multiplies by the reciprocal.
+    with jax.enable_x64(True):
+        whole = jnp.where(upto > 0, upto, 1).astype(jnp.float64)
+        share = jnp.stack([(sum_.astype(jnp.float64) / whole).astype(jnp.float32) for sum_ in sums], axis=1)
     index = jnp.arange(1, part.shape[1] + 1, dtype=jnp.int32)[None, :]
     fraction = jnp.where(share < 1, share * _ONE, _ONE).astype(jnp.uint32)
     even, _ = _mul_div(jnp.minimum(index, replicas), _ONE, jnp.maximum(replicas, 1))
@@ -179,13 +192,19 @@ def _choose_slots(
     left = jnp.maximum(load, 0)[ids].astype(jnp.uint32)
     unknown = left == 0  # a token the load does not know of goes home
     number = number % jnp.where(unknown, jnp.uint32(1), left)
-    slot = jnp.full_like(ids, -1)
-    for replica in range(max_replicas):
-        quota = quotas[ids, replica]
+
+    def try_replica(state: Any, of_replica: Any) -> tuple[Any, None]:
+        number, left, slot = state
+        replica, quotas, slots = of_replica
+        quota = quotas[ids]
         taken, remainder = _mul_div(number, quota, jnp.maximum(left, 1))
         here = (remainder + quota >= left) | (replicas[ids] == replica + 1) | unknown
-        slot = jnp.where((slot < 0) & here & (replicas[ids] > replica), log2phy[ids, replica], slot)
-        number, left = number - taken, left - quota
+        slot = jnp.where((slot < 0) & here & (replicas[ids] > replica), slots[ids], slot)
+        return (number - taken, left - quota, slot), None
+
+    axes = _ffi.varying(number, left, quotas, log2phy)
+    state = tuple(_ffi.vary(v, axes) for v in (number, left, jnp.full_like(ids, -1)))
+    (_, _, slot), _ = lax.scan(try_replica, state, (jnp.arange(max_replicas, dtype=jnp.int32), quotas.T, log2phy.T))
     return jnp.where(valid, slot, -1)
 
 

@@ -102,9 +102,9 @@ def balance(
             total, offset, predicted = local_load, jnp.zeros_like(local_load), local_load
         elif sync == "all_gather":
             loads = lax.all_gather(local_load, axis_name, to="invarying")
-            total = jnp.sum(loads, axis=0)
-            before = jnp.arange(num_shards) < lax.axis_index(axis_name)
-            offset = jnp.sum(jnp.where(before[:, None], loads, 0), axis=0)
+            total = jnp.sum(loads, axis=0, dtype=jnp.int32)
+            before = jnp.arange(num_shards, dtype=jnp.int32) < lax.axis_index(axis_name)
+            offset = jnp.sum(jnp.where(before[:, None], loads, 0), axis=0, dtype=jnp.int32)
             predicted = total
         else:
             total = lax.psum(local_load, axis_name)

@@ -74,6 +74,8 @@ def check_expert_ids(expert_ids: Any) -> None:
         raise TypeError(f"expert_ids must have dtype int32, got {expert_ids.dtype}; convert with .astype(jnp.int32)")
     if expert_ids.ndim < 1:
         raise ValueError(f"expert_ids must have shape [..., k] with at least one axis, got shape {expert_ids.shape}")
+    if expert_ids.size > 2**31 - 1:
+        raise ValueError(f"expert_ids: {expert_ids.size} ids are more than {2**31 - 1}, the largest count")
 
 
 def check_num_experts(num_experts: int, implementation: _ffi.Implementation) -> None:

@@ -156,8 +156,11 @@ class Placement:
             num_experts, max_replicas = _check_contents(phy2log, num_ranks, num_experts, max_replicas)
         elif num_experts is None or max_replicas is None:
             raise ValueError("num_experts and max_replicas must be given where phy2log is traced")
+        _check_count("num_experts", num_experts)
+        _check_count("max_replicas", max_replicas)
+        phy2log = phy2log.astype(np.int32)
         return cls(
-            phy2log.astype(np.int32),
+            phy2log,
             _log2phy(phy2log, num_experts, max_replicas),
             num_ranks,
             num_groups=1,
@@ -168,6 +171,8 @@ class Placement:
 def _log2phy(phy2log: Any, num_experts: int, max_replicas: int) -> Any:
     """Slots of each expert in ascending order, int32 [num_experts, max_replicas], padded with -1."""
     xp: Any = np if isinstance(phy2log, np.ndarray) else jnp
+    # Traced contents may hold anything: what is no expert goes last.
+    phy2log = xp.where((phy2log >= 0) & (phy2log < num_experts), phy2log, num_experts)
     by_expert = xp.argsort(phy2log, stable=True).astype(np.int32)
     sorted_experts = phy2log[by_expert]
     counts = xp.sum(phy2log[None, :] == xp.arange(num_experts, dtype=phy2log.dtype)[:, None], axis=1)

@@ -82,8 +82,8 @@ def solve(
       TypeError, ValueError: an argument has the wrong dtype, shape or value, or the placement is beyond the custom
         call's limits (128 ranks and 2,048 physical experts a group, 4,096 experts), named in the message.
     """
-    check_load(load, placement)
     check_placement(placement, implementation)
+    check_load(load, placement)
     tol = check_tol(tol)
     load = lax.stop_gradient(jnp.asarray(load))
     with jax.named_scope("lplb_solve"):
@@ -239,19 +239,22 @@ def _solve_group(
         h = jnp.where(replicated, of_expert(d), 1)
         experts = jnp.arange(d.shape[0])[:, None]
         v = jnp.zeros_like(d, shape=(d.shape[0], num_ranks)).at[experts, rank].add(d / jnp.sqrt(h)[:, None])
-        weights = jnp.matmul(v.T, v, precision=lax.Precision.HIGHEST) * (1 - jnp.eye(num_ranks, dtype=jnp.float32))
-        diagonal = jnp.sum(weights, axis=1) * (1 + 2e-6) + slack / lam + 1e-9
-        matrix = jnp.diag(diagonal) - weights + jnp.min(diagonal) / num_ranks
-        factor = jax.scipy.linalg.cho_factor(matrix, lower=True)
-        ones = jax.scipy.linalg.cho_solve(factor, jnp.ones_like(lam))
+        weights = jnp.matmul(v.T, v, precision=lax.Precision.HIGHEST)
+        with jax.enable_x64(True):
+            weights = weights.astype(jnp.float64) * (1 - jnp.eye(num_ranks, dtype=jnp.float64))
+            diagonal = jnp.sum(weights, axis=1) + (slack / lam).astype(jnp.float64)
+            factor = jax.scipy.linalg.cho_factor(jnp.diag(diagonal) - weights, lower=True)
+            ones = jax.scipy.linalg.cho_solve(factor, jnp.ones_like(diagonal))
 
         def direction(q: jax.Array, q_slack: jax.Array) -> tuple[jax.Array, ...]:
             """With q = (target of x z) / z - x, and likewise for the slacks."""
             sum_q = of_expert(q)
             right_side = q_slack + on_rank(q - d * (sum_q / h)[:, None])
-            a = jax.scipy.linalg.cho_solve(factor, right_side)
-            step_top = jnp.sum(a) / jnp.sum(ones)
-            step_lam = a - step_top * ones
+            with jax.enable_x64(True):
+                a = jax.scipy.linalg.cho_solve(factor, right_side.astype(jnp.float64))
+                step_top = jnp.sum(a) / jnp.sum(ones)
+                step_lam = (a - step_top * ones).astype(jnp.float32)
+                step_top = step_top.astype(jnp.float32)
             step_y = (of_expert(d * step_lam[rank]) - sum_q) / h
             step_z = jnp.where(active, step_lam[rank] - step_y[:, None], 0)
             step_x = q - d * step_z
@@ -348,6 +351,8 @@ def check_placement(placement: Placement, implementation: _ffi.Implementation) -
             "placement must be of one layer, phy2log [num_physical] and log2phy [num_experts, max_replicas], got "
             f"{np.shape(placement.phy2log)} and {np.shape(placement.log2phy)}: use jax.vmap or jax.lax.scan over layers"
         )
+    if implementation not in (None, "ffi", "xla"):
+        raise ValueError(f"implementation must be None, 'ffi' or 'xla', got {implementation!r}")
     if implementation == "xla":
         return
     for what, value, limit in (
@@ -363,7 +368,7 @@ def check_placement(placement: Placement, implementation: _ffi.Implementation) -
 
 
 def check_tol(tol: float) -> float:
-    if isinstance(tol, jax.core.Tracer) or np.ndim(tol) != 0:
+    if not isinstance(tol, (float, int, np.floating)):
         raise TypeError(f"tol must be a Python float, got {tol!r}")
     if not 0 <= tol < 1:
         raise ValueError(f"tol must be in [0, 1), got {tol}")

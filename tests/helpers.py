@@ -104,11 +104,11 @@ def skewed_ids(
     return np.argpartition(-popularity, top_k, axis=1)[:, :top_k].astype(np.int32)
 
 
-def new_python(script: str) -> str:
+def new_python(script: str, **environment: str) -> str:
     """What a script prints in a Python of its own, where JAX sees a CPU only."""
     run = subprocess.run(
         [sys.executable, "-c", script],
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""} | environment,
         capture_output=True,
         text=True,
         check=False,

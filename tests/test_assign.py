@@ -17,6 +17,7 @@ topology = lplb.topology
 ONE = 2**30
 MOST = 2**31 - 1
 INT32 = np.iinfo(np.int32)
+SHAPE = (1500, 2)  # of ids wherever no other is called for: pure JAX takes seconds to compile for 72 replicas
 
 
 def quotas(split: np.ndarray, num_replicas: int, load: int) -> list[int]:
@@ -116,7 +117,7 @@ def place(request) -> lplb.Placement:
 @pytest.mark.smoke
 def test_equals_the_reference(platform, implementation, rng, place):
     """One shard of several: its tokens begin at an offset, and others follow; some ids are padding."""
-    ids = rng.integers(-2, place.num_experts + 2, (1100, 3), np.int32)
+    ids = rng.integers(-2, place.num_experts + 2, SHAPE, np.int32)
     split = random_split(rng, place)
     offset = rng.integers(0, 300, place.num_experts, np.int32)
     load = bincount(ids, place.num_experts) + offset + rng.integers(0, 300, place.num_experts, np.int32)
@@ -139,16 +140,16 @@ def test_padding(platform, implementation, rng, padding):
 
 @pytest.mark.parametrize("shape", [(60,), (60, 1), (12, 5), (3, 4, 5), (2, 3, 2, 5), (0,), (0, 8)], ids=str)
 def test_keeps_the_shape(platform, implementation, rng, shape):
-    place = placements()["5 to 1"]
-    ids = rng.integers(0, 5, shape, np.int32)
-    split, load = random_split(rng, place), bincount(ids, 5)
-    expected = reference(ids, split, place.log2phy, load, np.zeros(5, np.int32))
+    place = placements()["ring"]
+    ids = rng.integers(0, 16, shape, np.int32)
+    split, load = random_split(rng, place), bincount(ids, 16)
+    expected = reference(ids, split, place.log2phy, load, np.zeros(16, np.int32))
     np.testing.assert_array_equal(run(implementation, ids, split, place, load), expected)
 
 
 def test_quotas_are_exact(platform, implementation, rng, place):
     """All tokens of the axis: each replica gets the share that the split names to within a token, and none of 0."""
-    ids = rng.integers(0, place.num_experts, (4000, 2), np.int32)
+    ids = rng.integers(0, place.num_experts, SHAPE, np.int32)
     ids[rng.random(ids.shape) < 0.3] = 0
     load, split = bincount(ids, place.num_experts), random_split(rng, place)
     physical_ids = run(implementation, ids, split, place, load)
@@ -173,7 +174,7 @@ def test_random_contents(platform, implementation, data):
         st.floats(0, 1000, width=32, allow_subnormal=False),
         st.floats(width=32, allow_nan=False, allow_infinity=False, allow_subnormal=False),
     )
-    draw = partial(data.draw)
+    draw = data.draw
     ids = np.array(draw(st.lists(st.integers(-1, 5), min_size=64, max_size=64)), np.int32)
     split = np.array(draw(st.lists(part, min_size=25, max_size=25)), np.float32).reshape(5, 5)
     load = np.array(draw(st.lists(number, min_size=5, max_size=5)), np.int32)
@@ -182,8 +183,18 @@ def test_random_contents(platform, implementation, data):
     np.testing.assert_array_equal(physical_ids, reference(ids, split, place.log2phy, load, offset))
 
 
+def test_large_loads(platform, implementation, rng):
+    """Products of numbers near 2**31, and float32 shares of which each bit is worth tokens."""
+    place = helpers.many_replicas(rng, num_experts=320, num_ranks=16, redundants=8)
+    ids = rng.integers(0, 320, SHAPE, np.int32)
+    split = rng.random(place.log2phy.shape, np.float32)
+    load = rng.integers(2**30, MOST, 320, np.int32, endpoint=True)
+    offset = rng.integers(load // 2, load - 50, dtype=np.int32)
+    physical_ids = run(implementation, ids, split, place, load, offset)
+    np.testing.assert_array_equal(physical_ids, reference(ids, split, place.log2phy, load, offset))
+
+
 def test_the_last_tokens_of_the_largest_load(platform, implementation):
-    """Products of two numbers near 2**31: 62 bits."""
     place = placements()["5 to 1"]
     ids = np.tile(np.arange(5, dtype=np.int32), 20)
     load = np.array([MOST, MOST - 1, MOST, 2**30 + 1, MOST], np.int32)
@@ -193,12 +204,10 @@ def test_the_last_tokens_of_the_largest_load(platform, implementation):
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize(
-    "cuts", [[1], [1023], [1024, 1025], [500, 500, 2000], [7, 900, 1800, 2400, 2999, 3000]], ids=str
-)
+@pytest.mark.parametrize("cuts", [[1500], [0, 1, 1024, 2049, 2049, 3000]], ids=str)
 def test_shards_give_what_the_whole_gives(platform, implementation, rng, cuts):
     """Shards of any sizes, none or one token too, each with the tokens before it as offset."""
-    place = placements()["many"]
+    place = placements()["5 to 1"]
     ids = rng.integers(-1, place.num_experts, 3000, np.int32)
     load, split = bincount(ids, place.num_experts), random_split(rng, place)
     offset, parts = np.zeros_like(load), []
@@ -240,30 +249,28 @@ def most_off(slots: np.ndarray, quota: dict[int, int]) -> dict[int, Fraction]:
 @pytest.mark.parametrize("share", [0.5, 0.01, 0.3, 0.999, 1 / 3])
 def test_any_run_of_two_replicas_is_within_a_token_of_its_share(platform, implementation, share):
     place = placements()["ring"]
-    ids = np.full(3001, 5, np.int32)
-    load = bincount(ids, 16)
+    ids = np.full(SHAPE, 4, np.int32)  # a replicated expert
     split = np.tile(np.array([share, 1 - share], np.float32), (16, 1))
-    physical_ids = run(implementation, ids, split, place, load)
-    quota = dict(zip(place.log2phy[5].tolist(), np.bincount(physical_ids)[place.log2phy[5]].tolist(), strict=True))
-    assert max(most_off(physical_ids, quota).values()) < 1
-    # Not for want of spread: both replicas get their tokens.
-    assert quota[place.log2phy[5, 0]] == round(share * 3001)
+    physical_ids = run(implementation, ids, split, place, bincount(ids, 16)).ravel()
+    slots = place.log2phy[4].tolist()
+    quota = np.bincount(physical_ids, minlength=place.num_physical)[slots].tolist()
+    assert quota == [round(share * ids.size), ids.size - round(share * ids.size)]
+    assert max(most_off(physical_ids, dict(zip(slots, quota, strict=True))).values()) < 1
 
 
 @pytest.mark.parametrize("split", ["even", "skewed"])
 def test_any_run_of_many_replicas_is_near_its_share(platform, implementation, rng, split):
     """Each replica takes from what those before it left, and inherits what they are off in proportion."""
     place = placements()["72 replicas"]
-    num_tokens = 5000
-    ids = np.zeros(num_tokens, np.int32)
+    ids = np.zeros(SHAPE, np.int32)
     shares = np.zeros(place.log2phy.shape, np.float32)
     if split == "skewed":
         shares[0] = rng.lognormal(0, 1, 72)
-    physical_ids = run(implementation, ids, shares, place, bincount(ids, 73))
+    physical_ids = run(implementation, ids, shares, place, bincount(ids, 73)).ravel()
     slots = place.log2phy[0]
     quota = np.bincount(physical_ids, minlength=place.num_physical)[slots].tolist()
     off = most_off(physical_ids, dict(zip(slots.tolist(), quota, strict=True)))
-    left = num_tokens
+    left = ids.size
     after = []  # tokens left after each replica
     for replica, (slot, q) in enumerate(zip(slots.tolist(), quota, strict=True)):
         assert off[slot] <= 1 + sum(Fraction(q, v) for v in after if v), replica
@@ -329,7 +336,7 @@ def test_unit_of_the_split_does_not_matter(platform, implementation, unit):
 
 
 def test_tokens_that_the_load_does_not_know_of_go_home(platform, implementation, rng, place):
-    ids = rng.integers(0, place.num_experts, (200, 2), np.int32)
+    ids = rng.integers(0, place.num_experts, SHAPE, np.int32)
     for load in (np.zeros(place.num_experts, np.int32), np.full(place.num_experts, INT32.min)):
         physical_ids = run(implementation, ids, random_split(rng, place), place, load)
         np.testing.assert_array_equal(physical_ids, place.log2phy[ids, 0])
@@ -358,15 +365,13 @@ def test_negative_offset_is_none(platform, implementation, rng):
 
 
 def test_one_number_as_offset(platform, implementation, rng):
-    place = placements()["5 to 1"]
-    ids = rng.integers(0, 5, 100, np.int32)
-    split, load = random_split(rng, place), np.full(5, 400, np.int32)
-    assign = partial(lplb.assign, load=load, implementation=implementation)
-    expected = reference(ids, split, place.log2phy, load, np.full(5, 17))
-    np.testing.assert_array_equal(assign(ids, split, place, offset=17), expected)
-    np.testing.assert_array_equal(assign(ids, split, place, offset=np.int32(17)), expected)
-    expected = reference(ids, split, place.log2phy, load, np.zeros(5, np.int32))
-    np.testing.assert_array_equal(assign(ids, split, place), expected)
+    place = placements()["ring"]
+    ids = rng.integers(0, 16, 100, np.int32)
+    split, load = random_split(rng, place), np.full(16, 400, np.int32)
+    for offset in ({"offset": 17}, {"offset": np.int32(17)}, {}):
+        assign = jax.jit(partial(lplb.assign, load=load, implementation=implementation, **offset))
+        expected = reference(ids, split, place.log2phy, load, np.full(16, offset.get("offset", 0)))
+        np.testing.assert_array_equal(assign(ids, split, place), expected)
 
 
 @cache
@@ -399,7 +404,7 @@ def test_many_experts(platform, implementation, rng, num_experts):
 
 
 def test_vmapped(platform, implementation, rng):
-    """Over layers with placements, splits and loads of their own; over some of them only; and twice."""
+    """Twice, over layers with placements, splits and loads of their own; and over some of these only."""
     base = placements()["5 to 1"]
     layers = [lplb.Placement.from_phy2log(np.roll(base.phy2log.reshape(5, 3), i, axis=0).ravel(), 5) for i in range(4)]
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
@@ -411,8 +416,6 @@ def test_vmapped(platform, implementation, rng):
     assign = assigner(implementation)
 
     expected = [reference(*layer) for layer in zip(ids, split, stacked.log2phy, load, offset, strict=True)]
-    np.testing.assert_array_equal(jax.vmap(assign)(ids, split, stacked, load, offset), expected)
-
     twice = jax.tree.map(lambda leaf: leaf.reshape(2, 2, *leaf.shape[1:]), (ids, split, stacked, load, offset))
     np.testing.assert_array_equal(jax.vmap(jax.vmap(assign))(*twice), np.reshape(expected, (2, 2, 333)))
 
@@ -454,9 +457,9 @@ def test_garbage_stays_in_bounds(platform, implementation, table, max_replicas):
 
 def test_same_bits_every_time(platform, implementation, rng):
     """Run after run, and inside a remat, a scan and a conditional."""
-    place = placements()["many"]
-    ids = rng.integers(-1, 36, (2000, 4), np.int32)
-    load, split = bincount(ids, 36), random_split(rng, place)
+    place = placements()["5 to 1"]
+    ids = rng.integers(-1, 5, SHAPE, np.int32)
+    load, split = bincount(ids, 5), random_split(rng, place)
     assign = partial(lplb.assign, load=load, implementation=implementation)
     expected = run(implementation, ids, split, place, load)
     for _ in range(3):

@@ -1,13 +1,12 @@
 """Every split is feasible and certified; compared with the optimum of SciPy's HiGHS on over 2,000 instances."""
 
 import dataclasses
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import hypothesis
 import hypothesis.strategies as st
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import configurations, many_replicas, optimum, placement, rank_loads, topology
@@ -56,13 +55,8 @@ def random_loads(rng: np.random.Generator, num_experts: int, number: int) -> np.
     return np.stack([kinds[i % len(kinds)]().astype(np.int32) for i in range(number)])
 
 
-# Random placements: ranks, home experts a rank, redundant experts a rank, room for replicas.
-RANDOM = {
-    "4 ranks": (4, 4, 2, 4),
-    "12 ranks": (12, 3, 3, 12),
-    "36 ranks": (36, 4, 2, 36),
-    "72 ranks": (72, 4, 3, 72),
-}
+# Random placements: how many, of how many ranks, home experts a rank, redundant experts a rank.
+RANDOM = {"6 ranks": (128, 6, 4, 2), "36 ranks": (96, 36, 4, 2), "72 ranks": (64, 72, 4, 3)}
 NAMES = [*configurations(), *RANDOM]
 
 
@@ -70,15 +64,29 @@ NAMES = [*configurations(), *RANDOM]
 def case(name: str) -> Case:
     rng = np.random.default_rng(NAMES.index(name))
     if name in RANDOM:
-        ranks, home, redundants, room = RANDOM[name]
+        number, ranks, home, redundants = RANDOM[name]
         placements = []
-        for _ in range(96):
+        for _ in range(number):
             place = many_replicas(rng, num_experts=ranks * home, num_ranks=ranks, redundants=redundants)
-            placements.append(lplb.Placement.from_phy2log(place.phy2log, ranks, max_replicas=room))
+            placements.append(lplb.Placement.from_phy2log(place.phy2log, ranks, max_replicas=ranks))
     else:
         placements = [configurations()[name]] * 152
     loads = random_loads(rng, placements[0].num_experts, len(placements))
     return Case(placements, loads, np.stack([optimum(*one) for one in zip(loads, placements, strict=True)]))
+
+
+# Placements are arguments, so that instances of equal shapes share what is compiled.
+compiled = jax.jit(lplb.solve, static_argnames=("tol", "implementation"))
+
+
+@partial(jax.jit, static_argnames="implementation")
+def compiled_for_loads(loads: jax.Array, place: lplb.Placement, implementation: str) -> lplb.Solution:
+    return jax.vmap(partial(lplb.solve, placement=place, implementation=implementation))(loads)
+
+
+@partial(jax.jit, static_argnames="implementation")
+def compiled_for_stacks(loads: jax.Array, placements: lplb.Placement, implementation: str) -> lplb.Solution:
+    return jax.vmap(partial(lplb.solve, implementation=implementation))(loads, placements)
 
 
 @lru_cache
@@ -87,15 +95,8 @@ def solved(name: str, implementation: str, platform: str) -> lplb.Solution:
     del platform  # the default device; keeps the results of several apart
     placements, loads, _ = case(name)
     if name in RANDOM:
-        return jax.tree.map(np.asarray, solve_stack(loads, stack(placements), implementation))
-    run = jax.jit(jax.vmap(lambda load: lplb.solve(load, placements[0], implementation=implementation)))
-    return jax.tree.map(np.asarray, run(loads))
-
-
-def solve_stack(loads: np.ndarray, placements: lplb.Placement, implementation: str) -> lplb.Solution:
-    return jax.jit(jax.vmap(lambda load, place: lplb.solve(load, place, implementation=implementation)))(
-        loads, placements
-    )
+        return solve_stack(loads, stack(placements), implementation)
+    return jax.tree.map(np.asarray, compiled_for_loads(loads, placements[0], implementation))
 
 
 def stack(placements: list[lplb.Placement]) -> lplb.Placement:
@@ -103,8 +104,11 @@ def stack(placements: list[lplb.Placement]) -> lplb.Placement:
 
 
 def solve(load: np.ndarray, place: lplb.Placement, implementation: str, tol: float = TOL) -> lplb.Solution:
-    run = jax.jit(lambda load: lplb.solve(load, place, tol=tol, implementation=implementation))
-    return jax.tree.map(np.asarray, run(load))
+    return jax.tree.map(np.asarray, compiled(load, place, tol=tol, implementation=implementation))
+
+
+def solve_stack(loads: np.ndarray, placements: lplb.Placement, implementation: str) -> lplb.Solution:
+    return jax.tree.map(np.asarray, compiled_for_stacks(loads, placements, implementation))
 
 
 def most(loads: np.ndarray, place: lplb.Placement) -> np.ndarray:
@@ -125,7 +129,8 @@ def check(
     assert (split >= 0).all()
     assert (split[~present] == 0).all()
     assert (split[load == 0] == 0).all()
-    np.testing.assert_allclose(split.sum(axis=1), load, rtol=EPS * (place.max_replicas + 4), atol=0)
+    subnormal = place.max_replicas * float(np.finfo(np.float32).tiny)  # what XLA takes for 0
+    np.testing.assert_allclose(split.sum(axis=1), load, rtol=EPS * (place.max_replicas + 4), atol=subnormal)
 
     # The loads it reports are those it gives.
     loads = rank_loads(split, place)
@@ -191,9 +196,9 @@ def test_groups_are_independent(platform, rng):
 
 def test_stops_at_the_tolerance(implementation, platform, rng):
     """A looser tolerance takes no more iterations, and every tolerance is met."""
-    place, load = configurations()["hypercube 16x2"], random_loads(rng, 256, 1)[0]
+    place, load = configurations()["cube 8x2"], random_loads(rng, 256, 1)[0]
     best, iterations = optimum(load, place), []
-    for tol in (0.1, 1e-2, 1e-3, 1e-4, 1e-5):
+    for tol in (0.1, TOL, 1e-5):
         solution = solve(load, place, implementation, tol)
         true_gap = check(load, place, solution, best, tol)
         assert solution.status == Status.CONVERGED
@@ -203,30 +208,23 @@ def test_stops_at_the_tolerance(implementation, platform, rng):
     assert iterations[0] < iterations[-1]
 
 
-@pytest.mark.parametrize("name", ["ring 8x1", "cube 8x2", "cube EP32 x2", "torus 8x4 x2", "many 16 ranks"])
+@pytest.mark.parametrize("name", ["cube 8x2", "torus 8x4 x2", "many 16 ranks"])
 def test_tolerance_zero(name, implementation, platform, rng):
     """Float32 may not get there; the answer is still certified, and better than at the default tolerance."""
     place = configurations()[name]
-    loads = random_loads(rng, place.num_experts, 16)
-    run = jax.jit(jax.vmap(lambda load: lplb.solve(load, place, tol=0, implementation=implementation)))
-    solutions = jax.tree.map(np.asarray, run(loads))
-    for i, load in enumerate(loads):
-        solution = jax.tree.map(lambda leaf, i=i: leaf[i], solutions)
+    for load in random_loads(rng, place.num_experts, 24):
+        solution = solve(load, place, implementation, tol=0)
         true_gap = check(load, place, solution, optimum(load, place), tol=0)
         assert (true_gap <= TOL).all()
         assert (solution.status != Status.SKIPPED).all()
 
 
-@pytest.mark.smoke
 def test_no_load(implementation, platform):
-    for place in (configurations()["cube 8x2"], configurations()["many 16 ranks"]):
-        for dtype in (np.int32, np.float32):
-            solution = solve(np.zeros(256, dtype), place, implementation)
-            assert not solution.split.any()
-            assert not solution.rank_load.any()
-            assert not solution.gap.any()
-            assert not solution.iterations.any()
-            assert (solution.status == Status.CONVERGED).all()
+    for dtype in (np.int32, np.float32):
+        solution = solve(np.zeros(256, dtype), configurations()["cube 8x2"], implementation)
+        assert solution.status == Status.CONVERGED
+        for values in solution:
+            assert not values.any()
 
 
 def test_negative_loads_count_as_none(implementation, platform, rng):
@@ -253,7 +251,7 @@ def test_one_expert_holds_everything(implementation, platform):
         np.testing.assert_allclose(solution.split[hot, :replicas], tokens / replicas, rtol=TOL * replicas)
 
 
-@pytest.mark.parametrize("name", ["cube 8x2", "ring 64x1", "many 72 ranks"])
+@pytest.mark.parametrize("name", ["cube 8x2", "many 16 ranks"])
 def test_largest_total(name, implementation, platform, rng):
     """Loads whose sum is the largest int32."""
     place = configurations()[name]
@@ -301,8 +299,7 @@ def test_nan_counts_as_none(implementation, platform, rng):
     assert nothing.status == Status.CONVERGED
 
 
-@pytest.mark.parametrize("dtype", [np.int32, np.float32])
-@pytest.mark.parametrize("room", [1, 2])
+@pytest.mark.parametrize(("room", "dtype"), [(1, np.int32), (1, np.float32), (2, np.float32)])
 def test_nothing_replicated(room, dtype, implementation, platform, rng):
     place = lplb.Placement.from_phy2log(rng.permutation(64), 8, max_replicas=room)
     load = random_loads(rng, 64, 1)[0].astype(dtype)
@@ -316,7 +313,7 @@ def test_nothing_replicated(room, dtype, implementation, platform, rng):
 
 
 @pytest.mark.parametrize("tol", [TOL, 0])
-@pytest.mark.parametrize("name", ["ring 8x1", "cube 8x2", "hypercube 16x2", "torus 8x4 x2"])
+@pytest.mark.parametrize("name", ["cube 8x2", "torus 8x4 x2"])
 def test_even_split_already_optimal(name, tol, implementation, platform):
     """Equal loads on a topology: the even split stands."""
     place = configurations()[name]
@@ -333,32 +330,24 @@ def test_even_split_already_optimal(name, tol, implementation, platform):
 
 
 # Contents of placements are drawn; their shapes are few, because each is compiled: ranks, experts, slots a rank.
-SHAPES = [(2, 3, 2), (4, 6, 3), (6, 12, 3)]
+SHAPES = [(2, 3, 2), (4, 6, 3)]
 ROOM = 4
 
 
 @st.composite
 def instances(draw) -> tuple[np.ndarray, lplb.Placement]:
     ranks, experts, slots = draw(st.sampled_from(SHAPES))
-    # Every expert has a home; then copies where there is room, else the home of one that is full stays as it is.
-    homes = np.array(draw(st.permutations(range(experts)))).reshape(ranks, -1)
+    homes = draw(st.permutations(range(experts)))
+    held = [homes[rank::ranks] for rank in range(ranks)]
     replicas = np.ones(experts, int)
-    phy2log = []
-    for own in homes.tolist():
-        for _ in range(slots - len(own)):
-            others = [e for e in range(experts) if e not in own and replicas[e] < ROOM]
-            own.append(draw(st.sampled_from(others)))
+    for own in held:
+        while len(own) < slots:
+            own.append(draw(st.sampled_from([e for e in range(experts) if e not in own and replicas[e] < ROOM])))
             replicas[own[-1]] += 1
-        phy2log += own
+    phy2log = np.concatenate(held)
     sizes = st.one_of(st.integers(0, 3), st.integers(0, 1000), st.integers(0, (2**31 - 1) // experts))
     load = draw(st.lists(sizes, min_size=experts, max_size=experts))
     return np.array(load, np.int32), lplb.Placement.from_phy2log(phy2log, ranks, max_replicas=ROOM)
-
-
-@lru_cache
-def solve_traced(implementation: str, platform: str):
-    del platform
-    return jax.jit(lambda load, place: lplb.solve(load, place, implementation=implementation))
 
 
 @hypothesis.settings(
@@ -367,7 +356,7 @@ def solve_traced(implementation: str, platform: str):
 @hypothesis.given(instance=instances())
 def test_any_placement_and_load(instance, implementation, platform):
     load, place = instance
-    solution = jax.tree.map(np.asarray, solve_traced(implementation, platform)(load, place))
+    solution = solve(load, place, implementation)
     true_gap = check(load, place, solution, optimum(load, place))
     assert (true_gap[solution.status == Status.CONVERGED] <= TOL + ROUNDING).all()
 
@@ -382,7 +371,7 @@ def test_traced_placements(platform, rng):
     loads = random_loads(rng, 32, len(places))
     stacked = solve_stack(loads, stack(places), "ffi")
     for i, (load, place) in enumerate(zip(loads, places, strict=True)):
-        single = solve(load, place, "ffi")
+        single = jax.tree.map(np.asarray, jax.jit(partial(lplb.solve, placement=place, implementation="ffi"))(load))
         jax.tree.map(lambda leaf, one, i=i: np.testing.assert_array_equal(leaf[i], one), stacked, single)
 
 
@@ -418,7 +407,7 @@ def test_garbage_placements(name, implementation, platform, rng):
         batch += [one, place]
     load = random_loads(rng, place.num_experts, 1)[0]
     loads = np.tile(load, (len(batch), 1))
-    solutions = jax.tree.map(np.asarray, solve_stack(loads, stack(batch), implementation))
+    solutions = solve_stack(loads, stack(batch), implementation)
     for i in range(2, len(batch), 2):
         jax.tree.map(lambda leaf, i=i: np.testing.assert_array_equal(leaf[i], leaf[0]), solutions)
     check(load, place, jax.tree.map(lambda leaf: leaf[0], solutions), optimum(load, place))
@@ -436,9 +425,9 @@ def test_garbage_placements(name, implementation, platform, rng):
 def test_no_gradient(implementation, platform, rng):
     """Loads carry none, as said; and asking for it is no error."""
     place = configurations()["cube 8x2"]
-    load = jnp.asarray(rng.lognormal(0, 1, 256), jnp.float32)
+    load = rng.lognormal(0, 1, 256).astype(np.float32)
 
     def total(load: jax.Array) -> jax.Array:
-        return jnp.sum(lplb.solve(load, place, implementation=implementation).split ** 2)
+        return (lplb.solve(load, place, implementation=implementation).split ** 2).sum()
 
     assert not np.asarray(jax.jit(jax.grad(total))(load)).any()

@@ -1,0 +1,94 @@
+"""What `balance` becomes: for CUDA too, on machines without one."""
+
+import re
+from functools import partial
+
+import helpers
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import jax_lplb as lplb
+
+PLACEMENT = helpers.placement(helpers.topology.cube(), 64, 8, 2)
+IDS = np.zeros((512, 6), np.int32)
+THREE = ["lplb_assign", "lplb_count", "lplb_solve"]
+COLLECTIVES = {"all_gather": "stablehlo.all_gather", "psum": "stablehlo.all_reduce"}
+
+
+def lowered(function, *arguments, platform: str = "cuda") -> str:
+    return jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+
+
+def custom_calls(text: str) -> list[str]:
+    """Targets of all custom calls but the markers that shard_map leaves."""
+    return sorted(
+        set(re.findall(r"custom_call @(\w+)", text)) - {"Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape"}
+    )
+
+
+def count_calls(text: str) -> int:
+    return len(re.findall(r"custom_call @lplb_", text))
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+@pytest.mark.smoke
+def test_three_custom_calls_and_no_callbacks(platform):
+    text = lowered(partial(lplb.balance, placement=PLACEMENT, implementation="ffi"), IDS, platform=platform)
+    assert custom_calls(text) == THREE
+    assert count_calls(text) == 3
+    assert "callback" not in text
+
+
+@pytest.mark.parametrize("sync", COLLECTIVES)
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint], ids=["plain", "remat"])
+def test_one_collective_inside_shard_map(platform, sync, wrap):
+    mesh = jax.make_mesh((8,), ("ep",), axis_types=(AxisType.Auto,), devices=jax.devices("cpu"))
+    run = jax.shard_map(
+        wrap(partial(lplb.balance, placement=PLACEMENT, axis_name="ep", sync=sync, implementation="ffi")),
+        mesh=mesh,
+        in_specs=P("ep"),
+        out_specs=lplb.Balanced(P("ep"), P(), P(), P(), P()),
+    )
+    text = lowered(run, IDS, platform=platform)
+    assert custom_calls(text) == THREE
+    assert count_calls(text) == 3
+    assert "callback" not in text
+    for name, operation in COLLECTIVES.items():
+        assert text.count(f'"{operation}"') == (name == sync)
+
+
+def test_vmap_is_one_call_for_all_layers():
+    text = lowered(jax.vmap(partial(lplb.balance, placement=PLACEMENT, implementation="ffi")), np.stack([IDS] * 3))
+    assert count_calls(text) == 3
+
+
+def test_platforms_without_handlers_run_pure_jax():
+    """None chooses by the platform that is lowered for, not by the one at hand."""
+    text = lowered(partial(lplb.balance, placement=PLACEMENT), IDS, platform="tpu")
+    assert count_calls(text) == 0
+    assert count_calls(lowered(partial(lplb.balance, placement=PLACEMENT), IDS, platform="cpu")) == 3
+
+
+@pytest.mark.parametrize("implementation", [None, "ffi", "xla"])
+def test_nothing_replicated_is_a_lookup(implementation):
+    """Ids alone need no solve and no collective; XLA drops the counting when the loads go unused."""
+    placement = helpers.placement(helpers.topology.cube(), 64, 8, 0)
+    run = jax.jit(lambda ids: lplb.balance(ids, placement, implementation=implementation).physical_ids)
+    compiled = run.lower(IDS).compile().as_text()
+    assert "custom-call" not in compiled
+    ids = np.array([[0, 5, -1], [63, 64, 2]], np.int32)
+    np.testing.assert_array_equal(run(ids), [[0, 5, -1], [63, -1, 2]])
+    out = lplb.balance(jax.numpy.asarray(ids), placement, implementation=implementation)
+    np.testing.assert_array_equal(out.rank_load, [3, 0, 0, 0, 0, 0, 0, 1])
+    np.testing.assert_array_equal(out.status, lplb.Status.SKIPPED)
+    np.testing.assert_array_equal(out.gap, 0)
+
+
+def test_profiles_name_each_step():
+    text = jax.jit(partial(lplb.balance, placement=PLACEMENT)).lower(IDS).compile().as_text()
+    for step in ("lplb_count", "lplb_solve", "lplb_assign"):
+        assert step in text
