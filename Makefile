@@ -31,7 +31,7 @@ demo: $(VENV)/installed
 
 # At most four workers: each has a JAX of its own, and most of a test's time is compilation.
 test: $(VENV)/installed
-	$(VENV)/bin/python -m pytest -m "$(MARK)" -n auto --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -m "$(MARK)" -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 # Without CUDA, whose kernels `make test` has compiled: here it is Python, JAX and the ABI that differ.
 smoke:

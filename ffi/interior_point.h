@@ -211,7 +211,11 @@ class InteriorPoint {
       const int32_t* row = log2phy_ + static_cast<int64_t>(e) * shape_.max_replicas;
       const int32_t load = load_[e] > 0 ? load_[e] : 0;
       const int count = count_replicas(row);
-      if (count == 0) continue;
+      if (count == 0) {
+        // Nothing for an expert without a slot; one of another group is left to that group.
+        if (first_slot_ == 0 && (row[0] < 0 || row[0] >= shape_.num_physical)) fill_row(e, 0);
+        continue;
+      }
       total += static_cast<uint32_t>(load);
       if (count == 1) {
         keep_home(e, load);
@@ -237,10 +241,7 @@ class InteriorPoint {
         expert_of[first + r] = e;
       }
       if (fits) {
-        for (int r = 0; r < shape_.max_replicas; ++r) {
-          fraction_[static_cast<int64_t>(e) * shape_.max_replicas + r] =
-              r < count ? 1.0f / static_cast<float>(count) : 0.0f;
-        }
+        fill_row(e, count);
       } else {
         keep_home(e, load_[e] > 0 ? load_[e] : 0);
       }
@@ -264,7 +265,12 @@ class InteriorPoint {
   LPLB_DEVICE void keep_home(int e, int32_t load) const {
     const int64_t row = static_cast<int64_t>(e) * shape_.max_replicas;
     block_.add(&shared_.fixed_load[slot_in_group(log2phy_[row]) / shape_.slots_per_rank], load);
-    for (int r = 0; r < shape_.max_replicas; ++r) fraction_[row + r] = r == 0 ? 1.0f : 0.0f;
+    fill_row(e, 1);
+  }
+  // An even split over the first `count` replicas.
+  LPLB_DEVICE void fill_row(int e, int count) const {
+    float* row = fraction_ + static_cast<int64_t>(e) * shape_.max_replicas;
+    for (int r = 0; r < shape_.max_replicas; ++r) row[r] = r < count ? 1.0f / static_cast<float>(count) : 0.0f;
   }
 
   LPLB_DEVICE void publish(const float (&value)[kVariables]) const {

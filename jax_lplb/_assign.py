@@ -144,11 +144,10 @@ def _quotas(split: jax.Array, load: jax.Array, log2phy: jax.Array, num_physical:
         upto = upto + part[:, replica]
         sums.append(upto)
     total = upto[:, None]
-    # In float64, and column by column, so that each quotient is the one that IEEE float32 division gives: XLA divides
-    # approximately on GPUs, and by a broadcast as it multiplies by the reciprocal.
-    with jax.enable_x64(True):
-        whole = jnp.where(upto > 0, upto, 1).astype(jnp.float64)
-        share = jnp.stack([(sum_.astype(jnp.float64) / whole).astype(jnp.float32) for sum_ in sums], axis=1)
+    # Column by column: XLA divides by a broadcast as it multiplies by the reciprocal, and rounds otherwise. (On GPUs it
+    # divides approximately anyway; there quotas may differ from the handlers' by a token.)
+    whole = jnp.where(upto > 0, upto, 1)
+    share = jnp.stack([sum_ / whole for sum_ in sums], axis=1)
     index = jnp.arange(1, part.shape[1] + 1, dtype=jnp.int32)[None, :]
     fraction = jnp.where(share < 1, share * _ONE, _ONE).astype(jnp.uint32)
     even, _ = _mul_div(jnp.minimum(index, replicas), _ONE, jnp.maximum(replicas, 1))

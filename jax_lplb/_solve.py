@@ -23,7 +23,6 @@ from jax_lplb._placement import Placement
 _MAX_ITERATIONS = 50
 _FLOOR = 1e-8  # of a scaled expert load: keeps idle experts strictly inside
 _TINY = 1e-12
-_FLOAT_LOAD_TOTAL = 2.0**30  # float loads are solved as integers with this sum
 
 
 class Status(enum.IntEnum):
@@ -88,7 +87,7 @@ def solve(
     load = lax.stop_gradient(jnp.asarray(load))
     with jax.named_scope("lplb_solve"):
         fraction, rank_load, gap, iterations, status = solve_fractions(load, placement, tol, implementation)
-        split = fraction * jnp.maximum(load.astype(jnp.float32), 0)[:, None]
+        split = fraction * jnp.where(load > 0, load.astype(jnp.float32), 0)[:, None]
         return Solution(split, rank_load, gap, iterations, status)
 
 
@@ -96,12 +95,9 @@ def solve_fractions(
     load: jax.Array, placement: Placement, tol: float, implementation: _ffi.Implementation
 ) -> list[jax.Array]:
     """As `solve`, with fractions of the load in place of tokens: they are even where an expert has no load."""
-    unit = None
+    exponent = None
     if load.dtype == jnp.float32:
-        load = jnp.where(load > 0, jnp.minimum(load, 1e30), 0)
-        total = jnp.sum(load)
-        unit = jnp.where(total > 0, total, 1) / _FLOAT_LOAD_TOTAL
-        load = jnp.rint(load / unit).astype(jnp.int32)
+        load, exponent = _to_integers(load)
     ranks, groups = placement.num_ranks, placement.num_groups
 
     def ffi(load: jax.Array, log2phy: jax.Array) -> list[jax.Array]:
@@ -129,9 +125,28 @@ def solve_fractions(
         fraction, rank_load, gap, iterations, status = _all_at_home(load, placement)
     else:
         fraction, rank_load, gap, iterations, status = _ffi.dispatch("solve", implementation, ffi, xla, load, log2phy)
-    if unit is not None:
-        rank_load = rank_load * unit
+    if exponent is not None:
+        rank_load = rank_load * 2.0 ** -_integer_bits(placement.num_experts) * _power_of_two(exponent)
     return [fraction, rank_load, gap, iterations, status]
+
+
+def _to_integers(load: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Float loads as int32 in units of 2**(exponent - _integer_bits(num_experts)), and the exponent."""
+    most = jnp.max(load, initial=0, where=load > 0)
+    # Powers of two scale exactly, so that neither the order of a sum nor a division shows in the result. Beyond these
+    # bounds they, or the ranks' loads, would leave float32's range.
+    exponent = jnp.clip((lax.bitcast_convert_type(most, jnp.int32) >> 23) - 126, -125, 115)  # most < 2**exponent
+    scaled = jnp.minimum(load * _power_of_two(-exponent), 1) * 2.0 ** _integer_bits(load.shape[0])
+    return jnp.where(load > 0, jnp.rint(scaled), 0).astype(jnp.int32), exponent
+
+
+def _integer_bits(num_experts: int) -> int:
+    """Bits for each expert's load, so that all of them sum to at most 2**30."""
+    return 30 - (num_experts - 1).bit_length()
+
+
+def _power_of_two(exponent: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
 
 
 def _all_at_home(load: jax.Array, placement: Placement) -> list[jax.Array]:
@@ -202,8 +217,11 @@ def _solve_group(
     total = jnp.sum(tokens).astype(jnp.float32)
     scale = num_ranks / jnp.maximum(total, 1)
 
+    # Sums over ranks as products, which GPUs add up in a fixed order; scatters use atomics there.
+    on = jax.nn.one_hot(rank, num_ranks, dtype=jnp.float32) * present.astype(jnp.float32)[:, :, None]
+
     def on_rank(v: jax.Array) -> jax.Array:
-        return jnp.zeros_like(v, shape=(num_ranks,)).at[rank].add(v)
+        return jnp.einsum("er,erg->g", v, on, precision=lax.Precision.HIGHEST)
 
     def of_expert(v: jax.Array) -> jax.Array:
         return jnp.sum(v, axis=1)
@@ -237,8 +255,7 @@ def _solve_group(
         x, y, z, lam, slack, top, _ = search.iterate
         d = jnp.where(active, x / z, 0)
         h = jnp.where(replicated, of_expert(d), 1)
-        experts = jnp.arange(d.shape[0])[:, None]
-        v = jnp.zeros_like(d, shape=(d.shape[0], num_ranks)).at[experts, rank].add(d / jnp.sqrt(h)[:, None])
+        v = jnp.einsum("er,erg->eg", d / jnp.sqrt(h)[:, None], on, precision=lax.Precision.HIGHEST)
         weights = jnp.matmul(v.T, v, precision=lax.Precision.HIGHEST)
         with jax.enable_x64(True):
             weights = weights.astype(jnp.float64) * (1 - jnp.eye(num_ranks, dtype=jnp.float64))

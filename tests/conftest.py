@@ -13,6 +13,7 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")  # GPUs would multiply in TensorFloat-32
 
 
 def pytest_addoption(parser):

@@ -168,16 +168,14 @@ def test_implementations_agree(name, platform):
     np.testing.assert_allclose(largest[0][converged], largest[1][converged], rtol=2 * TOL)
 
 
-def test_nearly_all_converge(implementation, platform):
+def test_all_converge_in_a_few_iterations(implementation, platform):
     solutions = [solved(name, implementation, platform) for name in NAMES]
-    status = np.concatenate([solution.status.ravel() for solution in solutions])
-    gap = np.concatenate([solution.gap.ravel() for solution in solutions])
-    iterations = np.concatenate([solution.iterations.ravel() for solution in solutions])
     assert sum(len(solution.gap) for solution in solutions) > 2000
-    assert (status == Status.CONVERGED).mean() >= 0.999
-    assert gap.max() <= 1e-3
+    for solution in solutions:
+        assert (solution.status == Status.CONVERGED).all()
+    iterations = np.concatenate([solution.iterations.ravel() for solution in solutions])
     assert np.median(iterations) <= 4
-    assert np.quantile(iterations, 0.99) <= 12
+    assert iterations.max() <= 12
 
 
 @pytest.mark.smoke
@@ -266,7 +264,7 @@ def test_largest_total(name, implementation, platform, rng):
     assert true_gap <= TOL + ROUNDING
 
 
-@pytest.mark.parametrize("scale", [1e-36, 1e-30, 1e-20, 1, 1e20, 1e28, 1e33])
+@pytest.mark.parametrize("scale", [1e-33, 1e-30, 1e-20, 1, 1e20, 1e28, 1e33])
 def test_float_loads(scale, implementation, platform, rng):
     """Moving averages, in any unit."""
     place = configurations()["cube 8x2"]
