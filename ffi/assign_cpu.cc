@@ -24,7 +24,8 @@ void assign_cpu(const AssignShape& shape, const AssignOperands& in, int32_t* phy
       next[e] = static_cast<uint32_t>(std::max(0, in.offset[batch * experts + e]));
       Quotas quotas = quotas_of(e);
       for (int r = 0; r < quotas.num_replicas(); ++r) {
-        sums[log2phy[e * replicas + r] / slots_per_rank] += static_cast<int32_t>(quotas.next());
+        int32_t& sum = sums[log2phy[e * replicas + r] / slots_per_rank];
+        sum = static_cast<int32_t>(static_cast<uint32_t>(sum) + quotas.next());  // wraps, as on CUDA
       }
     }
     // All ids in one run: the chunks' starts are what it has counted when it reaches them.

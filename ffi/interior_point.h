@@ -18,9 +18,9 @@
 // inverse of [[K, 1], [1^T, 0]] turns each of the two directions of an iteration into one matrix-vector product.
 //
 // One text for both platforms: a Block runs it with many threads that share memory (CUDA) or with one (CPU).
-// A value that belongs to one variable or one rank is private to the thread that owns it; what other threads
-// read lies in Shared, and is written and read on different sides of a block.sync(). Sums run in a fixed
-// order, so that equal inputs give equal bits.
+// A value that belongs to one variable or one rank is private to the thread that owns it; what other threads read lies
+// in Shared, and is written and read on different sides of a block.sync(), or passes through the block's reduce() and,
+// for pairs, sibling(). Sums run in a fixed order, so that equal inputs give equal bits.
 #pragma once
 
 #include <cmath>
@@ -41,8 +41,8 @@
 
 namespace lplb {
 
-// Smallest scaled load (the mean rank load is 1) an expert takes part with: keeps idle experts strictly inside, and is
-// far below the tolerance even when 2,048 of them sit on one rank.
+// Smallest scaled load (the mean rank load is 1) an expert takes part with: keeps idle experts strictly inside. 2,048
+// of them add 2e-5 at most.
 constexpr float kFloor = 1e-8f;
 constexpr float kTiny = 1e-12f;  // of x, lambda and z
 constexpr float kTinySlack = 1e-9f;
@@ -113,7 +113,8 @@ inline
 }
 
 // Block: kThreads; kVariables and kRanks, the most of them that a thread owns; kPairs, every replicated expert has two
-// replicas; and thread(), sync(), add(), scan(), collect(), reduce(), sibling(), divide(), factorise(), apply().
+// replicas; and thread(), sync(), add(), scan(), collect(), reduce(), divide(), factorise(), apply() and, for pairs,
+// sibling().
 template <class Block>
 class InteriorPoint {
  public:
@@ -181,7 +182,8 @@ class InteriorPoint {
     }
   }
 
-  // Place of the r-th replica of an expert in this group, or -1. Contents may be traced, hence anything.
+  // A slot, counted from the group's first, or -1 where it is not of this group. Contents may be traced, hence
+  // anything.
   LPLB_DEVICE int slot_in_group(int32_t slot) const {
     const int64_t local = static_cast<int64_t>(slot) - first_slot_;
     return local >= 0 && local < num_places_ ? static_cast<int>(local) : -1;
@@ -225,8 +227,9 @@ class InteriorPoint {
     }
     block_.add(shared_.total, total);
     int first = block_.scan(mine, &num_variables_);
-    // More than the shapes allow for: only contents that name a slot twice.
+    // More than the shapes allow for: only contents that name a slot twice, or leave an expert without one.
     if (num_variables_ > shape_.max_variables) num_variables_ = shape_.max_variables;
+    if constexpr (Block::kPairs) num_variables_ &= ~1;  // whole pairs only
     int32_t* expert_of = reinterpret_cast<int32_t*>(shared_.weight);
     for (int e = thread_; mine > 0 && e < shape_.num_experts; e += Block::kThreads) {
       const int32_t* row = log2phy_ + static_cast<int64_t>(e) * shape_.max_replicas;

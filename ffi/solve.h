@@ -44,6 +44,7 @@ struct SolveResults {
 
 // nullptr where the shape can be solved, else what is wrong with it.
 inline const char* check(const SolveShape& s) {
+  if (s.num_experts < 1 || s.max_replicas < 1) return "solve: log2phy has at least one row and one column";
   if (s.group_size < 1 || s.group_size > kMaxGroupRanks) return "solve: a group has 1 to 128 ranks";
   if (s.slots_per_rank < 1 || s.group_size * s.slots_per_rank > kMaxGroupSlots) {
     return "solve: a group has 1 to 2048 physical experts";

@@ -17,11 +17,10 @@ struct SerialBlock {
 
   int thread() const { return 0; }
   void sync() const {}
-  float sibling(float value) const { return value; }
   float divide(float a, float b) const { return a / b; }
   template <class T>
   void add(T* target, T value) const {
-    *target += value;
+    *target = static_cast<T>(static_cast<uint32_t>(*target) + static_cast<uint32_t>(value));  // wraps, as on CUDA
   }
   int scan(int mine, int* total) const {
     *total = mine;

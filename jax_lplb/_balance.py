@@ -115,6 +115,8 @@ def balance(
 
     with jax.named_scope("lplb_solve"):
         fraction, solved_rank_load, gap, _, status = solve_fractions(predicted, placement, tol, implementation)
+        if load is not None:
+            fraction = jnp.where((load > 0)[:, None], fraction, 0)  # a row of zeros is the even split
 
     with jax.named_scope("lplb_assign"):
         physical_ids, rank_load = assign_with_starts(
@@ -122,7 +124,9 @@ def balance(
         )
         if load is not None:
             rank_load = jnp.rint(solved_rank_load).astype(jnp.int32)
-            predicted = jnp.rint(load).astype(jnp.int32)
+            predicted = jnp.where(load > 0, load, 0)
+            if load.dtype == jnp.float32:
+                predicted = jnp.rint(predicted).astype(jnp.int32)
     return Balanced(physical_ids.reshape(shape), predicted, rank_load, gap, status)
 
 

@@ -94,7 +94,7 @@ def solve(
 def solve_fractions(
     load: jax.Array, placement: Placement, tol: float, implementation: _ffi.Implementation
 ) -> list[jax.Array]:
-    """As `solve`, with fractions of the load in place of tokens: they are even where an expert has no load."""
+    """As `solve`, with fractions of the load in place of tokens; an expert without load has some split, too."""
     exponent = None
     if load.dtype == jnp.float32:
         load, exponent = _to_integers(load)
@@ -150,8 +150,12 @@ def _power_of_two(exponent: jax.Array) -> jax.Array:
 
 
 def _all_at_home(load: jax.Array, placement: Placement) -> list[jax.Array]:
-    held = load.at[jnp.asarray(placement.phy2log)].get(mode="fill", fill_value=0)
-    rank_load = jnp.sum(jnp.maximum(held, 0).reshape(placement.num_ranks, -1), axis=1).astype(jnp.float32)
+    home = jnp.asarray(placement.log2phy)[:, 0]
+    rank = jnp.where(
+        (home >= 0) & (home < placement.num_physical), home // placement.slots_per_rank, placement.num_ranks
+    )
+    rank_load = jnp.zeros_like(load, shape=(placement.num_ranks,)).at[rank].add(jnp.maximum(load, 0), mode="drop")
+    rank_load = rank_load.astype(jnp.float32)
     nothing = jnp.zeros_like(rank_load, shape=(placement.num_groups,))
     return [
         jnp.ones_like(load, jnp.float32)[:, None],

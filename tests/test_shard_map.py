@@ -217,3 +217,21 @@ def test_given_load_spares_the_collective(devices, implementation, dtype, check_
         got = np.bincount(physical[physical >= 0], minlength=placement.num_physical)
         of_replica = np.where(placement.log2phy >= 0, got[placement.log2phy], 0)
         assert np.max(np.abs(of_replica - share * count[:, None])) <= 1 + 1e-3
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_given_loads_of_zero_split_evenly(implementation, dtype):
+    """And what is returned as the load is what was given, to the token."""
+    placement = ring_placement(4)
+    load = np.where(np.arange(NUM_EXPERTS) % 3 == 0, 0, 2**20 + np.arange(NUM_EXPERTS)).astype(dtype)
+    load[1] = 2**24 + 1
+    load[3] = -5
+    ids = np.repeat(np.arange(0, NUM_EXPERTS, 3, dtype=np.int32), 100)[:, None]
+    out = lplb.balance(jnp.asarray(ids), placement, load=jnp.asarray(load), implementation=implementation)
+    physical = np.asarray(out.physical_ids)
+    for expert in range(0, NUM_EXPERTS, 3):
+        slots = placement.log2phy[expert][placement.log2phy[expert] >= 0]
+        counts = [np.sum(physical == slot) for slot in slots]
+        assert sum(counts) == 100
+        assert max(counts) - min(counts) <= 1
+    np.testing.assert_array_equal(out.load, np.maximum(load, 0).astype(np.int32))
