@@ -351,7 +351,6 @@ def balancer(case: str, implementation: str):
     return place, jax.jit(lambda ids: lplb.balance(ids, place, implementation=implementation))
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize("batch", batches())
 @pytest.mark.parametrize("case", ["copies", "no copies"])
 def test_no_batch_raises_or_loses_a_token(platform, implementation, case, batch):
