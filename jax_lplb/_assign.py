@@ -133,9 +133,14 @@ def assign_with_starts(
     return physical_ids, rank_load
 
 
+def _present(log2phy: jax.Array, num_physical: int) -> jax.Array:
+    """Which entries are replicas: the leading ones of a row that are slots."""
+    return jnp.cumprod((log2phy >= 0) & (log2phy < num_physical), axis=1, dtype=jnp.int32) > 0
+
+
 def _quotas(split: jax.Array, load: jax.Array, log2phy: jax.Array, num_physical: int) -> jax.Array:
     """uint32 [num_experts, max_replicas], integers near load * split / sum(split) that sum to the load."""
-    present = jnp.cumprod((log2phy >= 0) & (log2phy < num_physical), axis=1, dtype=jnp.int32) > 0
+    present = _present(log2phy, num_physical)
     replicas = jnp.sum(present, axis=1, keepdims=True, dtype=jnp.int32)
     part = jnp.where(present & (split > 0), split, 0)
     # Added up one by one, as the handlers do: a parallel prefix sum would round otherwise.
@@ -185,9 +190,7 @@ def _choose_slots(
     number = place - first[by_expert] + jnp.maximum(offset, 0)[ids].astype(jnp.uint32)
 
     quotas = _quotas(split, load, log2phy, num_physical)
-    replicas = jnp.sum(
-        jnp.cumprod((log2phy >= 0) & (log2phy < num_physical), axis=1, dtype=jnp.int32), axis=1, dtype=jnp.int32
-    )
+    replicas = jnp.sum(_present(log2phy, num_physical), axis=1, dtype=jnp.int32)
     left = jnp.maximum(load, 0)[ids].astype(jnp.uint32)
     unknown = left == 0  # a token the load does not know of goes home
     number = number % jnp.where(unknown, jnp.uint32(1), left)

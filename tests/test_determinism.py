@@ -113,9 +113,11 @@ def probes_for(call: Callable[..., lplb.Balanced], *inputs) -> lplb.Balanced:
     return jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), jax.eval_shape(jax.vmap(call), *inputs))
 
 
-def assert_computed_twice(compiled: jax.stages.Compiled) -> None:
+def assert_computed_twice(compiled: jax.stages.Compiled, platform: str = "cpu") -> None:
     for target in ("lplb_count", "lplb_solve", "lplb_assign"):
-        assert compiled.as_text().count(f'custom_call_target="{target}"') >= 2
+        calls = compiled.as_text().count(f'custom_call_target="{target}"')
+        # Compiled for GPUs, the text may name one call more often.
+        assert calls == 2 if platform == "cpu" else calls >= 2
 
 
 @pytest.mark.smoke
@@ -126,7 +128,7 @@ def test_remat(name, load, platform, rng):
     call, inputs = balance(configurations()[name]), drawn(rng, load)
     probes = probes_for(call, *inputs)
     compiled = jax.jit(probe(call)).lower(probes, *inputs).compile()
-    assert_computed_twice(compiled)
+    assert_computed_twice(compiled, platform)
     again, first = on_host(compiled(probes, *inputs))
     assert len(np.unique(first.physical_ids)) > 100
     assert_same(again, jax.tree.map(np.float32, first))

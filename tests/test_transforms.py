@@ -138,18 +138,14 @@ def test_everything_at_once(implementation, check_vma, rng):
     x = rng.normal(size=(256, 16)).astype(np.float32)
     mesh = jax.make_mesh((8,), ("ep",), axis_types=(AxisType.Auto,), devices=jax.devices("cpu"))
 
-    def local_loss(weights, x, wrap):
-        layer, _ = moe(weights, x, implementation, "ep")
-        y, ids = jax.lax.scan(wrap(layer), x, weights)
-        return jnp.sum(y**2), ids
-
     def run(wrap):
-        def step(weights, x):
-            def whole(w):
-                loss, ids = local_loss(w, x, wrap)
-                return loss, ids
+        def loss(weights, x):
+            layer, _ = moe(weights, x, implementation, "ep")
+            y, ids = jax.lax.scan(wrap(layer), x, weights)
+            return jnp.sum(y**2), ids
 
-            (_, ids), gradient = jax.value_and_grad(whole, has_aux=True)(weights)
+        def step(weights, x):
+            (_, ids), gradient = jax.value_and_grad(loss, has_aux=True)(weights, x)
             return ids, gradient[None]
 
         return jax.jit(
