@@ -126,7 +126,7 @@ int main(int argc, char** argv) {
   const std::vector<float> tol = read<float>(file, 1);
   lplb::CountShape count_shape = {1, num_ids, header[2], header[7], header[8]};
   lplb::SolveShape solve_shape = {
-      1, header[2], header[3], header[4], header[6], header[5] / header[6], header[3] / header[5], 0, tol[0], 50};
+      1, header[2], header[3], header[4], header[6], header[5] / header[6], header[3] / header[5], 0, tol[0], 50, 0.0f};
   solve_shape.max_variables =
       lplb::max_variables(solve_shape.num_experts, solve_shape.num_physical, solve_shape.num_groups);
   if (const char* wrong = lplb::check(solve_shape); wrong != nullptr) fail(wrong, 0);

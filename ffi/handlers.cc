@@ -105,7 +105,7 @@ ffi::Error count(Launch launch, Ids expert_ids, ffi::Result<Ids> load, ffi::Resu
 template <class Launch>
 ffi::Error solve(Launch launch, Ids load, Ids log2phy, ffi::Result<Reals> fraction, ffi::Result<Reals> rank_load,
                  ffi::Result<Reals> gap, ffi::Result<Ids> iterations, ffi::Result<Ids> status, int64_t num_physical,
-                 float tol, int64_t max_iterations) {
+                 float tol, int64_t max_iterations, float threshold) {
   Shapes shapes("solve");
   SolveShape shape;
   const int64_t* table = shapes.last("log2phy", log2phy, 2);
@@ -130,6 +130,7 @@ ffi::Error solve(Launch launch, Ids load, Ids log2phy, ffi::Result<Reals> fracti
   shape.max_variables = max_variables(shape.num_experts, shape.num_physical, shape.num_groups);
   shape.tol = tol;
   shape.max_iterations = static_cast<int>(max_iterations);
+  shape.threshold = threshold;
   if (const char* wrong = check(shape); wrong != nullptr) return ffi::Error::InvalidArgument(wrong);
   const SolveOperands in = {load.typed_data(), log2phy.typed_data()};
   const SolveResults out = {fraction->typed_data(), rank_load->typed_data(), gap->typed_data(),
@@ -183,7 +184,8 @@ auto bind_solve(Binding binding) {
       .template Ret<Ids>()
       .template Attr<int64_t>("num_physical")
       .template Attr<float>("tol")
-      .template Attr<int64_t>("max_iterations");
+      .template Attr<int64_t>("max_iterations")
+      .template Attr<float>("threshold");
 }
 template <class Binding>
 auto bind_assign(Binding binding) {

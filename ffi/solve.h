@@ -27,6 +27,7 @@ struct SolveShape {
   int max_variables;  // replicas of replicated experts, at most, in a group
   float tol;          // relative gap to stop at
   int max_iterations;
+  float threshold;  // largest over mean rank load up to which a group is left at home; 0 for never
 };
 
 struct SolveOperands {

@@ -8,7 +8,7 @@ namespace {
 
 // One thread owns everything; barriers and sums over threads fall away.
 struct SerialBlock {
-  static constexpr int kThreads = 1;
+  static constexpr int kThreads = 1, kSetupThreads = 1, kLanes = 1, kBalancingRounds = 8;
   static constexpr int kVariables = kMaxGroupSlots;
   static constexpr int kRanks = kMaxGroupRanks;
   static constexpr bool kPairs = false;
@@ -17,11 +17,17 @@ struct SerialBlock {
 
   int thread() const { return 0; }
   void sync() const {}
-  float divide(float a, float b) const { return a / b; }
-  template <class T>
-  void add(T* target, T value) const {
-    *target = static_cast<T>(static_cast<uint32_t>(*target) + static_cast<uint32_t>(value));  // wraps, as on CUDA
+  void sync_setup() const {}
+  void sync_lanes() const {}
+  struct Four {
+    float v[4];
+  };
+  Four load4(const float* from) const { return {{from[0], from[1], from[2], from[3]}}; }
+  float reciprocal(float value) const { return 1.0f / value; }
+  void add(int32_t* targets, int which, int32_t value, bool wanted) const {
+    if (wanted) targets[which] = static_cast<int32_t>(static_cast<uint32_t>(targets[which]) + value);  // may wrap
   }
+  void add_all(uint32_t* target, uint32_t value) const { *target += value; }
   int scan(int mine, int* total) const {
     *total = mine;
     return 0;
@@ -29,31 +35,21 @@ struct SerialBlock {
   template <bool kLargest, int kSums, int kExtremes>
   void reduce(float (&)[kSums], float (&)[kExtremes]) const {}
 
-  // Moves the entries of each row that are not `none` to its front, and says where they went.
-  template <class Moved>
-  void collect(uint16_t* rows, int num_rows, int row_size, uint16_t none, int32_t* counts, Moved moved) const {
-    for (int g = 0; g < num_rows; ++g) {
-      uint16_t* row = rows + g * row_size;
-      int n = 0;
-      for (int i = 0; i < row_size; ++i) {
-        if (row[i] == none) continue;
-        moved(row[i], g * row_size + n);
-        row[n++] = row[i];
-      }
-      counts[g] = n;
-    }
+  // Numbers the variables of each rank, and counts them.
+  void place(const int (&rank)[kVariables], int num_variables, int, int (&place)[kVariables], int32_t* counts) const {
+    for (int v = 0; v < num_variables; ++v) place[v] = counts[rank[v]]++;
   }
 
   // The negated inverse of [[K, 1], [1^T, 0]], by symmetric sweeps (Gauss-Jordan on the diagonal): safe without
-  // pivoting, because K is positive definite. K is `matrix` off the diagonal, of which the lower triangle counts, and
-  // has rows that sum to `excess`.
-  void factorise(const float* matrix, int stride, const float* excess, int n) const {
+  // pivoting, because K is positive definite. K has the packed lower triangle `matrix` off its diagonal, and rows that
+  // sum to `excess`.
+  void factorise(const float* matrix, const float* excess, int n) const {
     const int order = n + 1;
     for (int i = 0; i < order; ++i) {
       double* row = inverse + i * order;
       double sum = 0.0;
       for (int j = 0; j < n; ++j) {
-        row[j] = i == n ? 1.0 : i == j ? 0.0 : matrix[std::max(i, j) * stride + std::min(i, j)];
+        row[j] = i == n ? 1.0 : i == j ? 0.0 : matrix[packed(std::max(i, j), std::min(i, j))];
         sum += row[j];
       }
       row[n] = i == n ? 0.0 : 1.0;

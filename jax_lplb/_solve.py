@@ -115,6 +115,7 @@ def solve_fractions(
             num_physical=np.int64(placement.num_physical),
             tol=np.float32(tol),
             max_iterations=np.int64(_MAX_ITERATIONS),
+            threshold=np.float32(0),
         )
 
     def xla(load: jax.Array, log2phy: jax.Array) -> list[jax.Array]:
