@@ -102,11 +102,13 @@ ffi::Error count(Launch launch, Ids expert_ids, ffi::Result<Ids> load, ffi::Resu
   return launch(shape, expert_ids.typed_data(), load->typed_data(), starts->typed_data());
 }
 
+// What both algorithms of the solve have in common; `launch` takes the shape, operands and results.
 template <class Launch>
-ffi::Error solve(Launch launch, Ids load, Ids log2phy, ffi::Result<Reals> fraction, ffi::Result<Reals> rank_load,
-                 ffi::Result<Reals> gap, ffi::Result<Ids> iterations, ffi::Result<Ids> status, int64_t num_physical,
-                 float tol, int64_t max_iterations, float threshold) {
-  Shapes shapes("solve");
+ffi::Error solve_with(Launch launch, const char* name, Ids load, Ids log2phy, ffi::Result<Reals> fraction,
+                      ffi::Result<Reals> rank_load, ffi::Result<Reals> gap, ffi::Result<Ids> iterations,
+                      ffi::Result<Ids> status, int64_t num_physical, float tol, float threshold,
+                      int64_t max_iterations) {
+  Shapes shapes(name);
   SolveShape shape;
   const int64_t* table = shapes.last("log2phy", log2phy, 2);
   shape.num_experts = static_cast<int>(table[0]);
@@ -136,6 +138,30 @@ ffi::Error solve(Launch launch, Ids load, Ids log2phy, ffi::Result<Reals> fracti
   const SolveResults out = {fraction->typed_data(), rank_load->typed_data(), gap->typed_data(),
                             iterations->typed_data(), status->typed_data()};
   return launch(shape, in, out);
+}
+
+template <class Launch>
+ffi::Error solve(Launch launch, Ids load, Ids log2phy, ffi::Result<Reals> fraction, ffi::Result<Reals> rank_load,
+                 ffi::Result<Reals> gap, ffi::Result<Ids> iterations, ffi::Result<Ids> status, int64_t num_physical,
+                 float tol, float threshold, int64_t max_iterations) {
+  return solve_with(launch, "solve", load, log2phy, fraction, rank_load, gap, iterations, status, num_physical, tol,
+                    threshold, max_iterations);
+}
+
+template <class Launch>
+ffi::Error edge_balance(Launch launch, Ids load, Ids log2phy, ffi::Result<Reals> fraction, ffi::Result<Reals> rank_load,
+                        ffi::Result<Reals> gap, ffi::Result<Ids> iterations, ffi::Result<Ids> status,
+                        int64_t num_physical, float tol, float threshold, int64_t max_iterations,
+                        ffi::Span<const int32_t> partners) {
+  const auto launch_with_edges = [&](const SolveShape& shape, const SolveOperands& in, const SolveResults& out) {
+    EdgeColouring colouring;
+    if (const char* wrong = check_edges(shape, partners.begin(), partners.size(), &colouring); wrong != nullptr) {
+      return ffi::Error::InvalidArgument(wrong);
+    }
+    return launch(shape, colouring, in, out);
+  };
+  return solve_with(launch_with_edges, "edge_balance", load, log2phy, fraction, rank_load, gap, iterations, status,
+                    num_physical, tol, threshold, max_iterations);
 }
 
 template <class Launch>
@@ -173,7 +199,7 @@ auto bind_count(Binding binding) {
       "chunk_size");
 }
 template <class Binding>
-auto bind_solve(Binding binding) {
+auto bind_solve(Binding&& binding) {
   return std::move(binding)
       .template Arg<Ids>()
       .template Arg<Ids>()
@@ -184,8 +210,12 @@ auto bind_solve(Binding binding) {
       .template Ret<Ids>()
       .template Attr<int64_t>("num_physical")
       .template Attr<float>("tol")
-      .template Attr<int64_t>("max_iterations")
-      .template Attr<float>("threshold");
+      .template Attr<float>("threshold")
+      .template Attr<int64_t>("max_iterations");
+}
+template <class Binding>
+auto bind_edge_balance(Binding binding) {
+  return bind_solve(std::move(binding)).template Attr<ffi::Span<const int32_t>>("partners");
 }
 template <class Binding>
 auto bind_assign(Binding binding) {
@@ -219,6 +249,7 @@ auto bind_assign(Binding binding) {
 
 LPLB_CPU_HANDLER(CountCpu, count, count_cpu);
 LPLB_CPU_HANDLER(SolveCpu, solve, solve_cpu);
+LPLB_CPU_HANDLER(EdgeBalanceCpu, edge_balance, edge_balance_cpu);
 LPLB_CPU_HANDLER(AssignCpu, assign, assign_cpu);
 
 #ifdef LPLB_CUDA
@@ -235,6 +266,7 @@ LPLB_CPU_HANDLER(AssignCpu, assign, assign_cpu);
 
 LPLB_CUDA_HANDLER(CountCuda, count, count_cuda);
 LPLB_CUDA_HANDLER(SolveCuda, solve, solve_cuda);
+LPLB_CUDA_HANDLER(EdgeBalanceCuda, edge_balance, edge_balance_cuda);
 LPLB_CUDA_HANDLER(AssignCuda, assign, assign_cuda);
 
 // Function attributes may not be set while a stream is captured; XLA initialises before it captures.

@@ -21,6 +21,7 @@ nb::dict handlers() {
   nb::dict cpu;
   cpu["lplb_count"] = execute(lplb::CountCpu);
   cpu["lplb_solve"] = execute(lplb::SolveCpu);
+  cpu["lplb_edge_balance"] = execute(lplb::EdgeBalanceCpu);
   cpu["lplb_assign"] = execute(lplb::AssignCpu);
   nb::dict platforms;
   platforms["cpu"] = cpu;
@@ -30,6 +31,7 @@ nb::dict handlers() {
   nb::dict solve = execute(lplb::SolveCuda);
   solve["initialize"] = capsule(lplb::SolveCudaInitialize);
   cuda["lplb_solve"] = solve;
+  cuda["lplb_edge_balance"] = execute(lplb::EdgeBalanceCuda);
   cuda["lplb_assign"] = execute(lplb::AssignCuda);
   platforms["CUDA"] = cuda;
 #endif
@@ -44,4 +46,6 @@ NB_MODULE(_handlers, m) {
   m.attr("max_experts") = lplb::kMaxExperts;
   m.attr("max_group_ranks") = lplb::kMaxGroupRanks;
   m.attr("max_group_slots") = lplb::kMaxGroupSlots;
+  m.attr("max_edge_ranks") = lplb::kMaxEdgeRanks;
+  m.attr("max_colours") = lplb::kMaxColours;
 }

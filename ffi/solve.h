@@ -1,4 +1,4 @@
-// Launchers of the balancing solve. Raw pointers, no framework.
+// Launchers of the balancing solve, by either algorithm. Raw pointers, no framework.
 #pragma once
 
 #include <cstddef>
@@ -12,6 +12,9 @@ namespace lplb {
 
 constexpr int kMaxGroupRanks = 128;
 constexpr int kMaxGroupSlots = 2048;
+// Of edge balance, whose ranks are the lanes of a warp.
+constexpr int kMaxEdgeRanks = 32;
+constexpr int kMaxColours = 16;
 
 // Mirrors jax_lplb.Status.
 enum Status : int32_t { kConverged = 0, kMaxIterations = 1, kEvenSplit = 2, kSkipped = 3 };
@@ -27,7 +30,14 @@ struct SolveShape {
   int max_variables;  // replicas of replicated experts, at most, in a group
   float tol;          // relative gap to stop at
   int max_iterations;
-  float threshold;  // largest over mean rank load up to which a group is left at home; 0 for never
+  float threshold;  // load stays at home where the largest rank load is at most this times the mean; 0: never
+};
+
+// Edges of one colour touch no common rank.
+struct EdgeColouring {
+  int num_colours;
+  uint8_t partner[kMaxColours]
+                 [kMaxEdgeRanks];  // at the other end of a rank's edge of a colour; itself where it has none
 };
 
 struct SolveOperands {
@@ -63,13 +73,46 @@ inline int max_variables(int num_experts, int num_physical, int num_groups) {
   return redundant < 0 ? 0 : 2 * redundant < slots ? 2 * redundant : slots;
 }
 
+// nullptr where edge balance can solve the shape, with the partners [colours * group_size] as given; fills `out`.
+inline const char* check_edges(const SolveShape& s, const int32_t* partners, size_t num_partners, EdgeColouring* out) {
+  if (const char* wrong = check(s); wrong != nullptr) return wrong;
+  if (s.group_size > kMaxEdgeRanks) return "edge_balance: a group has at most 32 ranks";
+  if (s.max_replicas != 2) return "edge_balance: log2phy has two columns";
+  const size_t size = s.group_size;
+  if (num_partners % size != 0 || num_partners > kMaxColours * size) {
+    return "edge_balance: partners must have shape [colours, group_size], of at most 16 colours";
+  }
+  out->num_colours = static_cast<int>(num_partners / size);
+  uint32_t met[kMaxEdgeRanks] = {};
+  for (int colour = 0; colour < kMaxColours; ++colour) {
+    for (int rank = 0; rank < kMaxEdgeRanks; ++rank) out->partner[colour][rank] = static_cast<uint8_t>(rank);
+    if (colour >= out->num_colours) continue;
+    const int32_t* partner = partners + colour * size;
+    for (int rank = 0; rank < s.group_size; ++rank) {
+      const int32_t other = partner[rank];
+      if (other < 0 || other >= s.group_size || partner[other] != rank) {
+        return "edge_balance: partners of a colour must be pairs of ranks";
+      }
+      if (other == rank) continue;
+      if (met[rank] >> other & 1) return "edge_balance: an edge must have one colour";
+      met[rank] |= 1u << other;
+      out->partner[colour][rank] = static_cast<uint8_t>(other);
+    }
+  }
+  return nullptr;
+}
+
 void solve_cpu(const SolveShape& shape, const SolveOperands& in, const SolveResults& out);
+void edge_balance_cpu(const SolveShape& shape, const EdgeColouring& colouring, const SolveOperands& in,
+                      const SolveResults& out);
 
 #ifdef LPLB_CUDA
 // Lets the kernels use more than 48 KB of shared memory; once for each device, outside of stream capture.
 cudaError_t prepare_solve_cuda();
 // One thread block for each group and batch.
 cudaError_t solve_cuda(cudaStream_t stream, const SolveShape& shape, const SolveOperands& in, const SolveResults& out);
+cudaError_t edge_balance_cuda(cudaStream_t stream, const SolveShape& shape, const EdgeColouring& colouring,
+                              const SolveOperands& in, const SolveResults& out);
 #endif
 
 }  // namespace lplb

@@ -11,5 +11,5 @@ from jax_lplb._balance import balance as balance
 from jax_lplb._count import count_load as count_load
 from jax_lplb._placement import Placement as Placement
 from jax_lplb._solve import Solution as Solution
-from jax_lplb._solve import Status as Status
 from jax_lplb._solve import solve as solve
+from jax_lplb._status import Status as Status

@@ -10,7 +10,7 @@ from jax_lplb import _ffi
 from jax_lplb._assign import assign_with_starts
 from jax_lplb._count import check_expert_ids, count
 from jax_lplb._placement import Placement
-from jax_lplb._solve import check_load, check_placement, check_tol, solve_fractions
+from jax_lplb._solve import Solver, check_load, check_options, check_placement, solve_fractions
 
 AxisName = str | tuple[str, ...]
 _MOST_TOKENS = 2**31 - 1
@@ -43,7 +43,9 @@ def balance(
     axis_name: AxisName | None = None,
     load: jax.Array | None = None,
     sync: Literal["all_gather", "psum"] = "all_gather",
+    solver: Solver = "auto",
     tol: float = 1e-4,
+    threshold: float | None = None,
     implementation: _ffi.Implementation = None,
 ) -> Balanced:
     """Redirects the tokens of one batch to replicas, so that the busiest rank carries as little as possible.
@@ -64,7 +66,10 @@ def balance(
       sync: how ranks learn of each other's tokens. "all_gather": each rank's counts; quotas are exact. "psum": the sum
         only, cheaper on very large axes; each rank spreads its own tokens as the whole should, to within a few tokens
         for each rank and replica.
+      solver: "auto", "ipm" or "edge_balance"; see `solve`.
       tol: relative gap to the optimum at which the solver stops.
+      threshold: all load of a group stays at home where that leaves the busiest rank at most `threshold` times the
+        mean rank load. At least 1. None: never.
       implementation: "ffi" (custom calls), "xla" (pure JAX), or None: the custom calls on platforms that have them.
 
     Returns:
@@ -72,11 +77,12 @@ def balance(
 
     Raises:
       TypeError, ValueError: an argument has the wrong dtype, shape or value, `axis_name` is not bound or its size is
-        not `num_ranks`, or the placement is beyond the custom calls' limits; named in the message, when tracing.
+        not `num_ranks`, the solver cannot solve the placement, or the placement is beyond the custom calls' limits;
+        named in the message, when tracing.
     """
     check_expert_ids(expert_ids)
     check_placement(placement, implementation)
-    tol = check_tol(tol)
+    options = check_options(placement, solver, tol, threshold)
     if sync not in ("all_gather", "psum"):
         raise ValueError(f"sync must be 'all_gather' or 'psum', got {sync!r}")
     if load is not None:
@@ -114,7 +120,7 @@ def balance(
             predicted = total
 
     with jax.named_scope("lplb_solve"):
-        fraction, solved_rank_load, gap, _, status = solve_fractions(predicted, placement, tol, implementation)
+        fraction, solved_rank_load, gap, _, status = solve_fractions(predicted, placement, options, implementation)
         if load is not None:
             fraction = jnp.where((load > 0)[:, None], fraction, 0)  # a row of zeros is the even split
 

@@ -17,6 +17,8 @@ Implementation = Literal["ffi", "xla"] | None
 MAX_EXPERTS: int = _handlers.max_experts
 MAX_GROUP_RANKS: int = _handlers.max_group_ranks
 MAX_GROUP_SLOTS: int = _handlers.max_group_slots
+MAX_EDGE_RANKS: int = _handlers.max_edge_ranks
+MAX_COLOURS: int = _handlers.max_colours
 
 
 def _runtime_api_version() -> tuple[int, int]:

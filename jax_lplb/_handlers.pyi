@@ -4,5 +4,7 @@ ffi_api_version: tuple[int, int]
 max_experts: int
 max_group_ranks: int
 max_group_slots: int
+max_edge_ranks: int
+max_colours: int
 
 def handlers() -> dict[str, dict[str, dict[str, Any]]]: ...

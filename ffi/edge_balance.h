@@ -1,0 +1,336 @@
+// The balancing linear program of one group whose experts have two replicas at most, by edge balance.
+//
+// Experts that can move between the ranks i and j, in either direction, are one edge {i, j}: its capacity is the sum of
+// their loads, and its state how much of that rank i carries; rank j carries the rest. A step equalises the loads of
+// both ends as far as the capacity lets it, and edges of one colour of an edge colouring touch no common rank, so that
+// they step at once (edge balance: Lyu, proposed for DeepSeek's LPLB, Aug 2026). That is coordinate descent on the sum
+// of the squared rank loads, whose minimiser also has the smallest largest load. A step that goes further than to
+// equality, by a factor omega < 2, still never raises the larger of the two loads, and takes far fewer sweeps where
+// load has to travel far: projected successive over-relaxation (SOR). It starts from the even split, so that no answer
+// is worse.
+//
+// All of it is done in integers, with all loads of a group scaled by one power of two. So the order of sums does not
+// show, and CPU, CUDA and the pure JAX in jax_lplb/_edge_balance.py give the same bits. A product or quotient of floats
+// here stands alone, for no compiler to contract.
+//
+// Certificate: of what a set of ranks carries, at most their shares of the edges that leave the set can be moved away,
+// so that one of them always carries at least (sum of loads - sum of those shares) / (number of ranks). The set is that
+// of the ranks within a little of the largest load.
+//
+// One text for both platforms. A Block runs the passes over experts, with many threads that share memory (CUDA) or with
+// one (CPU). A Warp runs the sweeps: one lane for each rank, whose values are a Word: a register of the lane (CUDA), or
+// an array over all lanes (CPU). Words are unsigned, so that contents whose loads sum to more than fits wrap.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "solve.h"
+
+#ifndef LPLB_DEVICE
+#ifdef __CUDACC__
+#define LPLB_DEVICE __device__ __forceinline__
+#define LPLB_UNROLL _Pragma("unroll")
+#else
+#define LPLB_DEVICE inline
+#define LPLB_UNROLL
+#endif
+#endif
+
+namespace lplb {
+
+// What the passes over experts and the sweeps hand each other.
+struct EdgeShared {
+  uint32_t fixed[kMaxEdgeRanks];                       // tokens that stay on a rank
+  uint32_t neighbours[kMaxEdgeRanks];                  // bit masks of ranks
+  uint32_t at_home[kMaxEdgeRanks][kMaxEdgeRanks + 1];  // tokens that may move, by home and copy
+  uint32_t to_move[kMaxEdgeRanks][kMaxEdgeRanks + 1];  // of those, scaled by 2**shift
+  int shift;
+  int32_t status;
+};
+
+// Words of shared memory beside it: for each slot of the group the load of the expert that has its copy there, and then
+// for each 1 + that expert's home.
+inline size_t edge_slot_words(const SolveShape& shape) {
+  return 2 * static_cast<size_t>(shape.group_size) * shape.slots_per_rank;
+}
+
+// An expert as the passes see it.
+struct EdgeExpert {
+  uint32_t load;
+  int32_t home_slot;  // as log2phy has them
+  int32_t copy_slot;
+};
+
+// The step that equalises the ends of an edge is half their difference d; over-relaxed by omega = 2 - 2**(1 - s), it is
+// d - (d >> s). A large omega pays where load has to travel far, and costs sweeps elsewhere: so it grows as a problem
+// turns out to be of the former kind. The numbers are the best of those measured over rings, cube, hypercube and tori.
+LPLB_DEVICE int relaxation_shift(int sweep) {
+  return sweep < 2 ? 1 : sweep < 6 ? 2 - sweep % 2 : sweep < 16 ? 2 : sweep < 40 ? 3 : 4;
+}
+
+// The certificate's set holds the ranks within this share of the largest load. Once loads have settled, tol certifies
+// any of them; before that 2 * tol often does, and so they take turns. The bounds keep the set from being a single rank
+// at tol = 0, and its sums within 32 bits.
+LPLB_DEVICE float set_width(float tol, int sweep) {
+  return fminf(fmaxf(sweep % 4 == 0 ? 2.0f * tol : tol, 0x1p-20f), 0x1p-4f);
+}
+
+// One group: clear() and, after a barrier, collect() for each expert; after another one solve() by one warp; after a
+// third one write() for each expert.
+//
+// Block: kThreads; thread(); add(), largest() on shared memory; add_by_rank(); read_pair(), write_pair(), divide().
+// Warp: Word; kColours, at least num_colours(); each_rank(), each_edge(); partner(), sign(), shift_right(), clamp();
+// largest(), sum(), at_least(), count(), leaving(); leading_zeros(), divide().
+class EdgeBalance {
+ public:
+  LPLB_DEVICE EdgeBalance(const SolveShape& shape, const SolveOperands& in, const SolveResults& out, int batch,
+                          int group, EdgeShared& shared, uint32_t* by_slot)
+      : shape_(shape), shared_(shared) {
+    const int64_t experts = shape.num_experts, cells = experts * 2;
+    load_ = in.load + batch * experts;
+    log2phy_ = in.log2phy + batch * cells;
+    fraction_ = out.fraction + batch * cells;
+    const int64_t which = static_cast<int64_t>(batch) * shape.num_groups + group;
+    rank_load_ = out.rank_load + which * shape.group_size;
+    gap_ = out.gap + which;
+    iterations_ = out.iterations + which;
+    status_ = out.status + which;
+    num_slots_ = shape.group_size * shape.slots_per_rank;
+    first_slot_ = group * num_slots_;
+    reciprocal_ = (1u << kReciprocalBits) / shape.slots_per_rank + 1;
+    copy_load_ = by_slot;
+    copy_home_ = by_slot + num_slots_;
+  }
+
+  template <class Block>
+  LPLB_DEVICE EdgeExpert read(const Block& block, int e) const {
+    EdgeExpert expert = {0, -1, -1};
+    if (e < shape_.num_experts) {
+      block.read_pair(log2phy_ + 2 * static_cast<int64_t>(e), &expert.home_slot, &expert.copy_slot);
+      const int32_t load = load_[e];
+      expert.load = load > 0 ? load : 0;
+    }
+    return expert;
+  }
+
+  template <class Block>
+  LPLB_DEVICE void clear(const Block& block, const EdgeColouring& colouring) const {
+    uint32_t* at_home = &shared_.at_home[0][0];
+    for (int i = block.thread(); i < kMaxEdgeRanks * (kMaxEdgeRanks + 1); i += Block::kThreads) at_home[i] = 0;
+    for (int p = block.thread(); p < num_slots_; p += Block::kThreads) {
+      copy_load_[p] = 0;
+      copy_home_[p] = 0;
+    }
+    for (int g = block.thread(); g < kMaxEdgeRanks; g += Block::kThreads) {
+      uint32_t neighbours = 0;
+      for (int c = 0; c < colouring.num_colours; ++c) neighbours |= 1u << colouring.partner[c][g];
+      shared_.neighbours[g] = neighbours & ~(1u << g);
+      shared_.fixed[g] = 0;
+    }
+  }
+
+  // Adds an expert up; true where it may move. All threads come here together.
+  template <class Block>
+  LPLB_DEVICE bool collect(const Block& block, const EdgeExpert& expert) const {
+    const int home = rank_of(expert.home_slot), copy = rank_of(expert.copy_slot);
+    const bool moves = may_move(home, copy);
+    block.add_by_rank(shared_.fixed, home, home >= 0 && !moves, expert.load);
+    if (moves) {
+      const int slot = expert.copy_slot - first_slot_;
+      block.add(&shared_.at_home[home][copy], expert.load);
+      block.add(&copy_load_[slot], expert.load);
+      block.largest(&copy_home_[slot], static_cast<uint32_t>(home) + 1);
+    }
+    return moves;
+  }
+
+  // `replicated`: whether any expert of the group may move.
+  template <class Warp>
+  LPLB_DEVICE void solve(const Warp& warp, bool replicated) const {
+    using Word = typename Warp::Word;
+    constexpr int kColours = Warp::kColours;
+    const int colours = warp.num_colours();
+    Word load, at_home[kColours], share[kColours];
+    warp.each_rank(load, [&](int g, uint32_t& word) { word = shared_.fixed[g]; });
+    LPLB_UNROLL
+    for (int c = 0; c < colours; ++c) {
+      warp.each_edge(c, at_home[c], [&](int g, int other, uint32_t& word) { word = shared_.at_home[g][other]; });
+      load = load + at_home[c];
+    }
+    const uint32_t total = warp.sum(kAllRanks, load);
+    int32_t status = replicated ? kConverged : kSkipped;
+    int shift = 0, sweeps = 0;
+    float gap = 0.0f;
+    if (replicated && total > 0) {
+      const int zeros = warp.leading_zeros(total);
+      shift = zeros > 2 ? zeros - 2 : 0;  // to below 2**30, where it is not above
+      load = load << shift;
+      LPLB_UNROLL
+      for (int c = 0; c < colours; ++c) at_home[c] = at_home[c] << shift;
+      const float whole = to_float(warp.largest(load)) * static_cast<float>(shape_.group_size);
+      const float mean = to_float(total << shift);
+      if (shape_.threshold > 0.0f && whole <= shape_.threshold * mean) {
+        status = kSkipped;
+        gap = fmaxf(1.0f - warp.divide(mean, whole), 0.0f);
+      } else {
+        status = balance(warp, at_home, share, load, gap, sweeps);
+      }
+    }
+    if (status == kSkipped || total == 0) {
+      LPLB_UNROLL
+      for (int c = 0; c < colours; ++c) share[c] = at_home[c];
+    }
+    LPLB_UNROLL
+    for (int c = 0; c < colours; ++c) {
+      Word moved = at_home[c] - share[c];
+      warp.each_edge(c, moved, [&](int g, int other, uint32_t& word) { shared_.to_move[g][other] = word; });
+    }
+    warp.each_rank(load, [&](int g, uint32_t& word) {
+      if (g == 0) {
+        shared_.shift = shift;
+        shared_.status = status;
+        *gap_ = gap;
+        *iterations_ = sweeps;
+        *status_ = status;
+      }
+      if (g < shape_.group_size) rank_load_[g] = warp.divide(to_float(word), static_cast<float>(1u << shift));
+    });
+  }
+
+  // The fractions of expert e.
+  template <class Block>
+  LPLB_DEVICE void write(const Block& block, int e, const EdgeExpert& expert) const {
+    if (e >= shape_.num_experts) return;
+    float* row = fraction_ + 2 * static_cast<int64_t>(e);
+    const int home = rank_of(expert.home_slot), copy = rank_of(expert.copy_slot);
+    if (home < 0) {
+      // Nothing for an expert without a slot; one of another group is left to that group.
+      const bool nowhere = expert.home_slot < 0 || expert.home_slot >= shape_.num_physical;
+      if (first_slot_ == 0 && nowhere) block.write_pair(row, 0.0f, 0.0f);
+    } else if (shared_.status == kSkipped || !may_move(home, copy)) {
+      block.write_pair(row, 1.0f, 0.0f);
+    } else if (expert.load == 0) {
+      block.write_pair(row, 0.0f, 0.0f);  // as assign reads it, the even split
+    } else {
+      const uint32_t load = expert.load << shared_.shift, moved = to_move(expert, home, copy);
+      const float whole = to_float(load);
+      block.write_pair(row, block.divide(to_float(load - moved), whole), block.divide(to_float(moved), whole));
+    }
+  }
+
+ private:
+  static constexpr int kReciprocalBits = 22;
+  static constexpr uint32_t kAllRanks = 0xffffffffu;
+
+  LPLB_DEVICE static float to_float(uint32_t word) { return static_cast<float>(static_cast<int32_t>(word)); }
+
+  // The rank within the group, or -1 where the slot is not of the group. Contents may be traced, hence anything.
+  LPLB_DEVICE int rank_of(int32_t slot) const {
+    const uint32_t local = static_cast<uint32_t>(slot) - static_cast<uint32_t>(first_slot_);
+    // local / slots_per_rank, exact below 2,048 slots.
+    return local < static_cast<uint32_t>(num_slots_) ? static_cast<int>(local * reciprocal_ >> kReciprocalBits) : -1;
+  }
+  LPLB_DEVICE bool may_move(int home, int copy) const {
+    return home >= 0 && copy >= 0 && (shared_.neighbours[home] >> copy & 1) != 0;
+  }
+
+  // Scaled load that the expert sends to its copy. What an edge moves, its experts send in the order of their slots, so
+  // that all but one of them stay whole.
+  LPLB_DEVICE uint32_t to_move(const EdgeExpert& expert, int home, int copy) const {
+    uint32_t left = shared_.to_move[home][copy];
+    if (static_cast<int32_t>(left) <= 0) return 0;
+    const uint32_t load = expert.load << shared_.shift, all = shared_.at_home[home][copy] << shared_.shift;
+    if (left == all) return load;
+    if (load != all) {
+      const int slot = expert.copy_slot - first_slot_;
+      const uint32_t same = copy_home_[slot];
+      uint32_t before = 0;
+      for (int p = copy * shape_.slots_per_rank; p < slot; ++p) {
+        before += copy_home_[p] == same ? copy_load_[p] : 0;
+      }
+      left -= before << shared_.shift;
+    }
+    const int32_t moved = static_cast<int32_t>(left);
+    return moved <= 0 ? 0 : moved < static_cast<int32_t>(load) ? left : load;
+  }
+
+  // Sweeps from the even split until the certified gap is at most tol.
+  template <class Warp, class Word, int kColours>
+  LPLB_DEVICE int32_t balance(const Warp& warp, const Word (&at_home)[kColours], Word (&share)[kColours], Word& load,
+                              float& gap, int& sweeps) const {
+    const int colours = warp.num_colours();
+    const Word home_load = load;
+    Word capacity[kColours];
+    LPLB_UNROLL
+    for (int c = 0; c < colours; ++c) capacity[c] = at_home[c] + warp.partner(c, at_home[c]);
+    const auto split_evenly = [&] {
+      load = home_load;
+      LPLB_UNROLL
+      for (int c = 0; c < colours; ++c) {
+        share[c] = (capacity[c] + (warp.sign(c) >> 31)) >> 1;  // the odd unit goes to the higher rank
+        load = load + share[c] - at_home[c];
+      }
+    };
+    split_evenly();
+    const uint32_t even_most = warp.largest(load);
+    float best_missing = 1.0f, best_whole = 1.0f;
+    for (;; sweeps += 2) {
+      const uint32_t most = warp.largest(load);
+      const uint32_t set = warp.at_least(
+          load, most - static_cast<uint32_t>(static_cast<int32_t>(to_float(most) * set_width(shape_.tol, sweeps))));
+      Word short_of = most - load;
+      LPLB_UNROLL
+      for (int c = 0; c < colours; ++c) short_of = short_of + warp.leaving(c, set, share[c]);
+      const float missing = static_cast<float>(warp.sum(set, short_of));
+      const float whole = to_float(most) * static_cast<float>(warp.count(set));
+      if (missing <= shape_.tol * whole) {
+        gap = fminf(warp.divide(missing, whole), shape_.tol);
+        return kConverged;
+      }
+      // The largest load never rises, so that an earlier gap still holds.
+      if (missing * best_whole < best_missing * whole) {
+        best_missing = missing;
+        best_whole = whole;
+      }
+      if (sweeps >= shape_.max_iterations) {
+        gap = warp.divide(best_missing, best_whole);
+        if (static_cast<int32_t>(most) < static_cast<int32_t>(even_most)) return kMaxIterations;
+        split_evenly();
+        return kEvenSplit;
+      }
+      sweep(warp, capacity, relaxation_shift(sweeps), share, load);
+      sweep(warp, capacity, relaxation_shift(sweeps + 1), share, load);
+    }
+  }
+
+  template <class Warp, class Word, int kColours>
+  LPLB_DEVICE void sweep(const Warp& warp, const Word (&capacity)[kColours], int shift, Word (&share)[kColours],
+                         Word& load) const {
+    LPLB_UNROLL
+    for (int c = 0; c < warp.num_colours(); ++c) {
+      // Of the edge's lower rank, so that both ends round alike.
+      const Word difference = warp.sign(c) * (load - warp.partner(c, load));
+      const Word step = difference - warp.shift_right(difference, shift);
+      const Word next = warp.clamp(share[c] - warp.sign(c) * step, capacity[c]);
+      load = load + next - share[c];
+      share[c] = next;
+    }
+  }
+
+  const SolveShape& shape_;
+  EdgeShared& shared_;
+  uint32_t* copy_load_;
+  uint32_t* copy_home_;
+  const int32_t* load_;
+  const int32_t* log2phy_;
+  float* fraction_;
+  float* rank_load_;
+  float* gap_;
+  int32_t* iterations_;
+  int32_t* status_;
+  int num_slots_, first_slot_;
+  uint32_t reciprocal_;
+};
+
+}  // namespace lplb
