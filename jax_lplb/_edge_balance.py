@@ -167,7 +167,7 @@ def _solve_group(
     def certify(search: _Search) -> _Search:
         load, share = search.load, search.share
         most = jnp.max(load)
-        width = jnp.where(search.sweeps % 4 == 0, *widths)
+        width = jnp.where(search.sweeps % 4 == 0, widths[0], widths[1])
         inside = load >= most - (most.astype(jnp.float32) * width).astype(jnp.int32)
         leaving = jnp.sum(jnp.where(inside[partner], 0, share), axis=0, dtype=jnp.int32)
         short = jnp.sum(jnp.where(inside, most - load + leaving, 0), dtype=jnp.int32)
@@ -183,13 +183,15 @@ def _solve_group(
 
     def sweep(load: jax.Array, share: jax.Array, sweeps: jax.Array) -> tuple[jax.Array, jax.Array]:
         shift = _relaxation_shift(sweeps)
-        for colour, others in enumerate(partner):
-            difference = (load - load[others]) * sign[colour]
-            step = (difference - (difference >> shift)) * sign[colour]
-            following = jnp.maximum(jnp.minimum(share[colour] - step, capacity[colour]), 0)
-            load = load + following - share[colour]
-            share = share.at[colour].set(following)
-        return load, share
+
+        def of_colour(load: jax.Array, edges: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+            others, signs, capacity, share = edges
+            difference = (load - load[others]) * signs
+            step = (difference - (difference >> shift)) * signs
+            following = jnp.maximum(jnp.minimum(share - step, capacity), 0)
+            return load + following - share, following
+
+        return lax.scan(of_colour, load, (jnp.asarray(partner), jnp.asarray(sign), capacity, share))
 
     def two_sweeps(search: _Search) -> _Search:
         load, share = sweep(search.load, search.share, search.sweeps)

@@ -4,7 +4,10 @@ import enum
 
 
 class Status(enum.IntEnum):
-    """How a group's solve ended. Every split is feasible and no worse than the even one, whatever the status."""
+    """How a group's solve ended.
+
+    Every split is feasible and, unless `threshold` left all load at home, no worse than the even one.
+    """
 
     CONVERGED = 0
     """The certified gap is at most `tol`."""

@@ -1,5 +1,6 @@
 """References in NumPy and SciPy, and inputs, that several tests share."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -12,6 +13,9 @@ import scipy.sparse
 import jax_lplb as lplb
 
 topology = lplb.topology
+EPS = float(np.finfo(np.float32).eps)
+ROUNDING = 1e-6  # relative: what float32 sums of a rank's slots may lose
+TOL = 1e-4  # of `solve`, by default
 
 
 def placement(topo: lplb.topology.Topology, num_experts: int, num_ranks: int, redundants: int) -> lplb.Placement:
@@ -115,3 +119,97 @@ def new_python(script: str, **environment: str) -> str:
     )
     assert run.returncode == 0, run.stderr
     return run.stdout
+
+
+def random_loads(rng: np.random.Generator, num_experts: int, number: int) -> np.ndarray:
+    """int32 [number, num_experts]: three in eight log-normal, the others of the kinds that upset solvers."""
+
+    def log_normal() -> np.ndarray:
+        popularity = rng.lognormal(0, rng.uniform(0.3, 2.5), num_experts)
+        return rng.multinomial(32768, popularity / popularity.sum())
+
+    def one_expert() -> np.ndarray:
+        return np.where(np.arange(num_experts) == rng.integers(num_experts), rng.integers(1, 10**6), 0)
+
+    def mostly_zero() -> np.ndarray:
+        return np.where(rng.random(num_experts) < 0.1, rng.integers(1, 1000, num_experts), 0)
+
+    def equal() -> np.ndarray:
+        return np.full(num_experts, rng.integers(1, 10**4))
+
+    def tiny() -> np.ndarray:
+        return rng.integers(0, 4, num_experts)
+
+    def wide() -> np.ndarray:
+        loads = np.exp(rng.uniform(0, np.log(1e8), num_experts))
+        return loads * min(1, 2e9 / loads.sum())
+
+    kinds = [log_normal, log_normal, log_normal, one_expert, mostly_zero, equal, tiny, wide]
+    return np.stack([kinds[i % len(kinds)]().astype(np.int32) for i in range(number)])
+
+
+def most(loads: np.ndarray, place: lplb.Placement) -> np.ndarray:
+    """Largest rank load of each group."""
+    return loads.reshape(place.num_groups, -1).max(axis=1)
+
+
+def check(
+    load: np.ndarray,
+    place: lplb.Placement,
+    solution: lplb.Solution,
+    best: np.ndarray,
+    tol: float = TOL,
+    *,
+    max_iterations: int,
+) -> np.ndarray:
+    """What `solve` promises of any answer, given the optima; returns the true gap of each group."""
+    load = np.asarray(load, np.float64)
+    split, present = np.asarray(solution.split, np.float64), place.log2phy >= 0
+    for values in solution:
+        assert np.isfinite(values).all()
+
+    # Feasible.
+    assert (split >= 0).all()
+    assert (split[~present] == 0).all()
+    assert (split[load == 0] == 0).all()
+    subnormal = place.max_replicas * float(np.finfo(np.float32).tiny)  # what XLA takes for 0
+    np.testing.assert_allclose(split.sum(axis=1), load, rtol=EPS * (place.max_replicas + 4), atol=subnormal)
+
+    # The loads it reports are those it gives.
+    loads = rank_loads(split, place)
+    mean = np.repeat(loads.reshape(place.num_groups, -1).mean(axis=1), place.group_size)
+    assert (np.abs(solution.rank_load - loads) <= ROUNDING * np.maximum(loads, mean)).all()
+
+    # Certified, within tolerance where it says so, and never worse than the even split.
+    true_gap = 1 - best / np.maximum(most(loads, place), np.finfo(np.float64).tiny)
+    true_gap[most(loads, place) == 0] = 0
+    assert (true_gap >= -ROUNDING).all()
+    assert (solution.gap >= true_gap - ROUNDING).all()
+    assert (solution.gap[solution.status == lplb.Status.CONVERGED] <= tol).all()
+    assert (solution.iterations >= 0).all()
+    assert (solution.iterations <= max_iterations).all()
+    even = np.where(present, (load / present.sum(axis=1))[:, None], 0)
+    assert (most(loads, place) <= most(rank_loads(even, place), place) * (1 + ROUNDING)).all()
+    return true_gap
+
+
+def garbage(place: lplb.Placement, rng: np.random.Generator) -> dict[str, lplb.Placement]:
+    slots, (experts, room) = place.num_physical, place.log2phy.shape
+
+    def made(phy2log: np.ndarray, log2phy: np.ndarray) -> lplb.Placement:
+        return dataclasses.replace(place, phy2log=phy2log.astype(np.int32), log2phy=log2phy.astype(np.int32))
+
+    def full(value: int) -> lplb.Placement:
+        return made(np.full(slots, value), np.full((experts, room), value))
+
+    far = [-(2**31), -5, -1, 0, slots - 1, slots, 10**6, 2**31 - 1]
+    return {f"all {value}": full(value) for value in far} | {
+        "random": made(rng.integers(-5, 2 * slots, slots), rng.integers(-5, 2 * slots, (experts, room))),
+        "far": made(rng.choice(far, slots), rng.choice(far, (experts, room))),
+        "slots moved": made(rng.permutation(place.phy2log), place.log2phy),
+        "replicas moved": made(place.phy2log, rng.permutation(place.log2phy.ravel()).reshape(experts, room)),
+        "one slot twice": made(place.phy2log, np.repeat(place.log2phy[:, :1], room, axis=1)),
+        "one expert everywhere": made(np.full(slots, 3), np.tile(np.arange(room), (experts, 1))),
+        "one slot for all": made(place.phy2log, np.zeros((experts, room))),
+        "an expert without a slot": made(np.where(place.phy2log == 5, 6, place.phy2log), place.log2phy),
+    }

@@ -14,7 +14,7 @@ import jax_lplb as lplb
 
 PLACEMENT = helpers.placement(helpers.topology.cube(), 64, 8, 2)
 IDS = np.zeros((512, 6), np.int32)
-THREE = ["lplb_assign", "lplb_count", "lplb_solve"]
+THREE = ["lplb_assign", "lplb_count", "lplb_edge_balance"]  # of a placement along a topology
 COLLECTIVES = {"all_gather": "stablehlo.all_gather", "psum": "stablehlo.all_reduce"}
 
 
@@ -34,10 +34,14 @@ def count_calls(text: str) -> int:
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda"])
+@pytest.mark.parametrize(
+    ("solver", "solve"), [("auto", "lplb_edge_balance"), ("edge_balance", "lplb_edge_balance"), ("ipm", "lplb_solve")]
+)
 @pytest.mark.smoke
-def test_three_custom_calls_and_no_callbacks(platform):
-    text = lowered(partial(lplb.balance, placement=PLACEMENT, implementation="ffi"), IDS, platform=platform)
-    assert custom_calls(text) == THREE
+def test_three_custom_calls_and_no_callbacks(platform, solver, solve):
+    run = partial(lplb.balance, placement=PLACEMENT, solver=solver, implementation="ffi")
+    text = lowered(run, IDS, platform=platform)
+    assert custom_calls(text) == sorted(["lplb_assign", "lplb_count", solve])
     assert count_calls(text) == 3
     assert "callback" not in text
 
