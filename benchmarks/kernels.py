@@ -36,7 +36,7 @@ def write_problem(
         placement.max_replicas,
         placement.num_ranks,
         placement.num_groups,
-        *chunking(ids.shape[1]),
+        *chunking(ids.shape[1], placement.num_experts),
     ]
     with path.open("wb") as file:
         for part, dtype in (

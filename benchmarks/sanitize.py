@@ -37,7 +37,11 @@ def problems() -> dict:
         "many 30 ranks": (many(rng, num_experts=60, num_ranks=30, redundants=3), 33),
         "many 60 ranks": (many(rng, num_experts=120, num_ranks=60, redundants=3), 33),
         "many 72 ranks": (many(rng, num_experts=288, num_ranks=72, redundants=4), 33),
+        # Two kernels that count; several passes over a chunk, with and without the shares in shared memory.
         "4096 experts": (place(topology.cube(), 4096, 64, 2), 700),
+        "2048 experts": (place(topology.cube(), 2048, 32, 2), 700),
+        # Too many ids for one cluster, and chunks of which a thread takes several ids.
+        "many ids": (place(topology.ring(8), 64, 8, 1), 20_000),
     }
 
 

@@ -5,95 +5,224 @@ namespace {
 
 constexpr int kWarp = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
-constexpr int kMaxWarps = 32;
+constexpr int kMaxWarps = 16, kLeastWarps = 4;  // powers of two
+constexpr int kMaxIds = 4;                      // of a thread at once, where there are many
 constexpr size_t kSharedBytes = 48 * 1024;
 
-// A block's shared memory: for each expert the tokens seen so far (uint32), and for each warp and the tile as a
-// whole the tokens of the current tile (uint16).
-constexpr size_t shared_bytes(int num_experts, int num_warps) {
-  return num_experts * (sizeof(uint32_t) + (num_warps + 1) * sizeof(uint16_t));
+// A block's shared memory. Experts are padded so that each warp's counts can be stored eight at a time.
+struct Shared {
+  uint16_t* of_warp;  // [num_warps, padded experts] tokens of the tile, then those up to and with each warp's
+  uint32_t* seen;     // [padded experts] number of the tile's first token
+  uint32_t* stored;   // [experts, StoredShares::size] where there is room
+
+  __host__ __device__ static int padded(int experts) { return (experts + 7) / 8 * 8; }
+  __host__ __device__ static size_t counts(const AssignShape& shape, int num_warps) {
+    const size_t bytes = padded(shape.count.num_experts) * (num_warps * sizeof(uint16_t) + sizeof(uint32_t));
+    const size_t for_ranks = (shape.num_ranks + 3) / 4 * 4 * sizeof(uint32_t);
+    return bytes < for_ranks ? for_ranks : bytes;
+  }
+  static size_t bytes(const AssignShape& shape, int num_warps, bool stored) {
+    const size_t shares = static_cast<size_t>(shape.count.num_experts) * StoredShares::size(shape.max_replicas);
+    return counts(shape, num_warps) + (stored ? shares * sizeof(uint32_t) : 0);
+  }
+  __device__ Shared(void* memory, const AssignShape& shape, int num_warps)
+      : of_warp(static_cast<uint16_t*>(memory)),
+        seen(reinterpret_cast<uint32_t*>(of_warp + num_warps * padded(shape.count.num_experts))),
+        stored(reinterpret_cast<uint32_t*>(static_cast<char*>(memory) + counts(shape, num_warps))) {}
+};
+
+// One batch element's operands.
+class Batch {
+ public:
+  __device__ Batch(const AssignShape& shape, const AssignOperands& in, int64_t batch)
+      : replicas_(shape.max_replicas),
+        num_physical_(shape.num_physical),
+        load_(in.load + batch * shape.count.num_experts),
+        split_(in.split + batch * shape.count.num_experts * replicas_),
+        log2phy_(in.log2phy + batch * shape.count.num_experts * replicas_) {}
+
+  __device__ Shares shares(int e) const {
+    const int64_t row = static_cast<int64_t>(e) * replicas_;
+    return Shares(Quotas(split_ + row, log2phy_ + row, replicas_, num_physical_, load_[e]));
+  }
+
+  __device__ void store(int e, uint32_t* stored) const {
+    if (replicas_ == 2) {
+      // The most frequent kind: all operands at once, and no loop.
+      const float2 split = reinterpret_cast<const float2*>(split_)[e];
+      const int2 slots = reinterpret_cast<const int2*>(log2phy_)[e];
+      const float parts[] = {split.x, split.y};
+      const int32_t entries[] = {slots.x, slots.y};
+      StoredShares::store(Shares(Quotas(parts, entries, 2, num_physical_, load_[e])), 2, stored);
+    } else {
+      StoredShares::store(shares(e), replicas_, stored);
+    }
+  }
+
+  // Slot of a replica, -1 where there is none.
+  __device__ int32_t slot(int e, int replica) const {
+    const int32_t slot = log2phy_[static_cast<int64_t>(e) * replicas_ + replica];
+    return Quotas::is_slot(slot, num_physical_) ? slot : -1;
+  }
+
+ private:
+  int replicas_, num_physical_;
+  const int32_t* load_;
+  const float* split_;
+  const int32_t* log2phy_;
+};
+
+// Numbers a warp's ids among those of the same expert, 32 at a time, and leaves its counts.
+template <int kIds>
+__device__ void number_in_warp(const int32_t (&ids)[kIds], int padded, uint16_t* counts, uint32_t (&numbers)[kIds]) {
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll 1
+  for (int i = lane; i < padded / 8; i += kWarp) reinterpret_cast<uint4*>(counts)[i] = make_uint4(0, 0, 0, 0);
+  __syncwarp();
+#pragma unroll
+  for (int k = 0; k < kIds; ++k) {
+    const unsigned same = __match_any_sync(kFullWarp, ids[k]);
+    const unsigned before = k > 0 && ids[k] >= 0 ? counts[ids[k]] : 0;
+    numbers[k] = before + __popc(same & ((1u << lane) - 1));
+    if (k > 0) __syncwarp();
+    // The first of them counts for all.
+    if (ids[k] >= 0 && numbers[k] == before) counts[ids[k]] = static_cast<uint16_t>(before + __popc(same));
+    if (k + 1 < kIds) __syncwarp();
+  }
 }
 
-// One block numbers and assigns the ids of a chunk, a tile of one id a thread at a time; the blocks behind the
-// last chunk add up the ranks' quotas.
+// Counts of each warp become those up to and with it. A thread adds for two experts at once: counts of a tile stay
+// below 2^16.
+__device__ void add_up_warps(int padded, int num_warps, uint16_t* of_warp) {
+  const int pairs = padded / 2;
+  for (int pair = threadIdx.x; pair < pairs; pair += blockDim.x) {
+    uint32_t* counts = reinterpret_cast<uint32_t*>(of_warp) + pair;
+    uint32_t sum = 0;
+    for (int warp = 0; warp < num_warps; warp += kLeastWarps, counts += kLeastWarps * pairs) {
+      uint32_t here[kLeastWarps];
+#pragma unroll
+      for (int w = 0; w < kLeastWarps; ++w) here[w] = counts[w * pairs];
+#pragma unroll
+      for (int w = 0; w < kLeastWarps; ++w) counts[w * pairs] = sum += here[w];
+    }
+  }
+}
+
+// Adds up the quotas of each rank's slots, given any expert's shares.
+template <class SharesOf>
+__device__ void add_ranks(const AssignShape& shape, const Batch& batch, SharesOf shares_of, uint32_t* sums,
+                          int32_t* rank_load) {
+  const int experts = shape.count.num_experts, threads = blockDim.x;
+  const unsigned slots_per_rank = shape.num_physical / shape.num_ranks;
+  for (int g = threadIdx.x; g < shape.num_ranks; g += threads) sums[g] = 0;
+  __syncthreads();
+  for (int first = threadIdx.x / kWarp * kWarp; first < experts; first += threads) {
+    const int lane = threadIdx.x % kWarp, e = first + lane;
+    auto shares = shares_of(min(e, experts - 1));
+    uint32_t left = shares.load();
+    bool more = e < experts;
+    for (int r = 0; __any_sync(kFullWarp, more); ++r) {
+      uint32_t quota = 0;
+      int rank = -1;
+      if (more) {
+        more = !shares.last();
+        quota = more ? shares.next().quota : left;
+        left -= quota;
+        const int32_t slot = batch.slot(e, r);
+        if (slot >= 0) rank = static_cast<unsigned>(slot) / slots_per_rank;
+      }
+      // Experts of a warp are often at home on one rank: one of them adds for all.
+      const unsigned same = __match_any_sync(kFullWarp, rank);
+      quota = __reduce_add_sync(same, quota);
+      if (rank >= 0 && (same & ((1u << lane) - 1)) == 0) atomicAdd(&sums[rank], quota);
+    }
+  }
+  __syncthreads();
+  for (int g = threadIdx.x; g < shape.num_ranks; g += threads) rank_load[g] = static_cast<int32_t>(sums[g]);
+}
+
+// Blocks go through the chunks, the ranks' sums before them, and assign a chunk tile by tile: kIds ids a thread. The
+// shares of all experts are kept in shared memory, or computed anew for each token.
+template <int kIds, bool kStored>
 __global__ void __launch_bounds__(kMaxWarps* kWarp)
     assign_kernel(const AssignShape shape, const AssignOperands in, int32_t* physical_ids, int32_t* rank_load) {
-  extern __shared__ uint32_t shared[];
-  const int experts = shape.count.num_experts, replicas = shape.max_replicas;
-  const int64_t batch = blockIdx.y;
-  const int32_t* load = in.load + batch * experts;
-  const float* split = in.split + batch * experts * replicas;
-  const int32_t* log2phy = in.log2phy + batch * experts * replicas;
-  const auto quotas_of = [&](int e) {
-    return Quotas(split + static_cast<int64_t>(e) * replicas, log2phy + static_cast<int64_t>(e) * replicas, replicas,
-                  shape.num_physical, load[e]);
-  };
-  const int threads = blockDim.x;
-
-  if (blockIdx.x == shape.count.num_chunks) {
-    uint32_t* sums = shared;
-    for (int g = threadIdx.x; g < shape.num_ranks; g += threads) sums[g] = 0;
-    __syncthreads();
-    const int slots_per_rank = shape.num_physical / shape.num_ranks;
-    for (int e = threadIdx.x; e < experts; e += threads) {
-      Quotas quotas = quotas_of(e);
-      for (int r = 0; r < quotas.num_replicas(); ++r) {
-        atomicAdd(&sums[log2phy[static_cast<int64_t>(e) * replicas + r] / slots_per_rank], quotas.next());
-      }
-    }
-    __syncthreads();
-    for (int g = threadIdx.x; g < shape.num_ranks; g += threads) {
-      rank_load[batch * shape.num_ranks + g] = static_cast<int32_t>(sums[g]);
-    }
-    return;
-  }
-
+  extern __shared__ uint4 memory[];
+  const int experts = shape.count.num_experts, padded = Shared::padded(experts), threads = blockDim.x;
   const int num_warps = threads / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  uint32_t* seen = shared;                                          // [experts] numbers given out before this tile
-  uint16_t* of_warp = reinterpret_cast<uint16_t*>(seen + experts);  // [num_warps, experts]
-  uint16_t* of_tile = of_warp + num_warps * experts;                // [experts]
-  const int32_t* starts = in.starts + (batch * shape.count.num_chunks + blockIdx.x) * experts;
-  const int32_t* offset = in.offset + batch * experts;
-  for (int e = threadIdx.x; e < experts; e += threads) {
-    seen[e] = static_cast<uint32_t>(starts[e]) + static_cast<uint32_t>(max(0, offset[e]));
-    of_tile[e] = 0;
-  }
+  const Shared shared(memory, shape, num_warps);
+  uint16_t* counts = shared.of_warp + warp * padded;
+  for (int64_t b = blockIdx.y; b < shape.count.num_batches; b += gridDim.y) {
+    const Batch batch(shape, in, b);
+    const auto shares_of = [&](int e) {
+      if constexpr (kStored) {
+        return StoredShares(shared.stored + e * StoredShares::size(shape.max_replicas), shape.max_replicas);
+      } else {
+        return batch.shares(e);
+      }
+    };
+    for (int item = blockIdx.x; item <= shape.count.num_chunks; item += gridDim.x) {
+      const bool is_first = item == static_cast<int>(blockIdx.x), is_chunk = item > 0;
+      const int64_t chunk = item - 1, begin = chunk * shape.count.chunk_size;
+      const int num_ids = is_chunk ? static_cast<int>(min(shape.count.num_ids - begin, shape.count.chunk_size)) : 0;
+      const int32_t* expert_ids = in.expert_ids + b * shape.count.num_ids + begin;
+      int32_t* results = physical_ids + b * shape.count.num_ids + begin;
+      const int32_t* starts = in.starts + (b * shape.count.num_chunks + chunk) * experts;
+      const int32_t* offset = in.offset + b * experts;
 
-  const int64_t begin = blockIdx.x * shape.count.chunk_size;
-  const int64_t end = min(shape.count.num_ids, begin + shape.count.chunk_size);
-  for (int64_t tile = begin; tile < end; tile += threads) {
-    const int64_t i = tile + threadIdx.x;
-    int32_t e = i < end ? in.expert_ids[batch * shape.count.num_ids + i] : -1;
-    if (e >= experts) e = -1;
-    for (int w = threadIdx.x; w < num_warps * experts; w += threads) of_warp[w] = 0;
-    __syncthreads();
-    // Tokens of the same expert in this warp; the first of them counts for all.
-    const unsigned same = __match_any_sync(kFullWarp, e);
-    const int rank_in_warp = __popc(same & ((1u << lane) - 1));
-    if (e >= 0 && rank_in_warp == 0) of_warp[warp * experts + e] = static_cast<uint16_t>(__popc(same));
-    __syncthreads();
-    // Over the warps: counts become numbers within the tile.
-    for (int x = threadIdx.x; x < experts; x += threads) {
-      seen[x] += of_tile[x];
-      unsigned before = 0;
-#pragma unroll 8
-      for (int w = 0; w < num_warps; ++w) {
-        const unsigned here = of_warp[w * experts + x];
-        of_warp[w * experts + x] = static_cast<uint16_t>(before);
-        before += here;
+      // A warp's ids are next to each other, and so are 32 of them that it takes at once.
+      const int first = warp * kIds * kWarp + lane;
+      int32_t ids[kIds];
+      const auto load_ids = [&](int tile) {
+#pragma unroll
+        for (int k = 0; k < kIds; ++k) {
+          const int i = tile + first + k * kWarp;
+          ids[k] = i < num_ids ? expert_ids[i] : -1;
+        }
+      };
+      load_ids(0);
+      for (int e = threadIdx.x; e < experts; e += threads) {
+        // All loads before the first use of any.
+        const int32_t start = is_chunk ? starts[e] : 0, ahead = offset[e];
+        if (kStored && is_first) batch.store(e, shared.stored + e * StoredShares::size(shape.max_replicas));
+        shared.seen[e] = static_cast<uint32_t>(start) + static_cast<uint32_t>(max(0, ahead));
       }
-      of_tile[x] = static_cast<uint16_t>(before);
-    }
-    __syncthreads();
-    if (i < end) {
-      int32_t slot = -1;
-      if (e >= 0) {
-        const uint32_t index = seen[e] + of_warp[warp * experts + e] + rank_in_warp;
-        slot = choose_slot(quotas_of(e), log2phy + static_cast<int64_t>(e) * replicas, index);
+      if (!is_chunk) {
+        __syncthreads();
+        add_ranks(shape, batch, shares_of, reinterpret_cast<uint32_t*>(memory), rank_load + b * shape.num_ranks);
+        __syncthreads();
+        continue;
       }
-      physical_ids[batch * shape.count.num_ids + i] = slot;
+
+      for (int tile = 0; tile < num_ids; tile += kIds * threads) {
+        if (tile > 0) {
+          load_ids(tile);
+          if (warp == num_warps - 1) {
+#pragma unroll 1
+            for (int e = lane; e < experts; e += kWarp) shared.seen[e] += counts[e];
+            __syncwarp();
+          }
+        }
+#pragma unroll
+        for (int k = 0; k < kIds; ++k) ids[k] = ids[k] < experts ? max(ids[k], -1) : -1;
+        uint32_t numbers[kIds];
+        number_in_warp(ids, padded, counts, numbers);
+        __syncthreads();
+        add_up_warps(padded, num_warps, shared.of_warp);
+        __syncthreads();
+#pragma unroll
+        for (int k = 0; k < kIds; ++k) {
+          const int i = tile + first + k * kWarp, e = ids[k];
+          if (i >= num_ids) continue;
+          int32_t slot = -1;
+          if (e >= 0) {
+            const uint32_t before = warp > 0 ? counts[e - padded] : 0;
+            slot = batch.slot(e, choose_replica(shares_of(e), shared.seen[e] + before + numbers[k]));
+          }
+          results[i] = slot;
+        }
+        __syncthreads();
+      }
     }
-    __syncthreads();
   }
 }
 
@@ -101,13 +230,21 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
 
 cudaError_t assign_cuda(cudaStream_t stream, const AssignShape& shape, const AssignOperands& in, int32_t* physical_ids,
                         int32_t* rank_load) {
-  int warps = kMaxWarps;
-  while (warps > 1 && shared_bytes(shape.count.num_experts, warps) > kSharedBytes) warps /= 2;
-  size_t bytes = shared_bytes(shape.count.num_experts, warps);
-  const size_t for_ranks = shape.num_ranks * sizeof(int32_t);
-  if (bytes < for_ranks) bytes = for_ranks;
-  assign_kernel<<<dim3(shape.count.num_chunks + 1, shape.count.num_batches), warps * kWarp, bytes, stream>>>(
-      shape, in, physical_ids, rank_load);
+  const int64_t chunk_size = shape.count.chunk_size;
+  const bool many = chunk_size > kMaxWarps * kWarp;
+  int most_warps = kLeastWarps;
+  while (most_warps < kMaxWarps && most_warps * kWarp * (many ? kMaxIds : 1) < chunk_size) most_warps *= 2;
+  int warps = most_warps;
+  while (warps > kLeastWarps && Shared::bytes(shape, warps, true) > kSharedBytes) warps /= 2;
+  const bool stored = Shared::bytes(shape, warps, true) <= kSharedBytes;
+  if (!stored) {
+    warps = most_warps;  // the least always fit
+    while (Shared::bytes(shape, warps, false) > kSharedBytes) warps /= 2;
+  }
+  const auto kernel = many ? (stored ? assign_kernel<kMaxIds, true> : assign_kernel<kMaxIds, false>)
+                           : (stored ? assign_kernel<1, true> : assign_kernel<1, false>);
+  kernel<<<grid_of(shape.count, shape.count.num_chunks + 1), warps * kWarp, Shared::bytes(shape, warps, stored),
+           stream>>>(shape, in, physical_ids, rank_load);
   return cudaGetLastError();
 }
 

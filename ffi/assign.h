@@ -48,27 +48,30 @@ class Quotas {
  public:
   LPLB_INLINE Quotas(const float* split, const int32_t* log2phy, int max_replicas, int num_physical, int32_t load)
       : split_(split), load_(load > 0 ? static_cast<uint32_t>(load) : 0) {
-    while (num_replicas_ < max_replicas && log2phy[num_replicas_] >= 0 && log2phy[num_replicas_] < num_physical) {
-      total_ += part(num_replicas_++);
+    for (; num_replicas_ < max_replicas; ++num_replicas_) {
+      const float share = part(num_replicas_);
+      if (!is_slot(log2phy[num_replicas_], num_physical)) break;
+      total_ += share;
     }
   }
 
-  // Replicas the expert has: the leading entries of log2phy that are slots.
-  LPLB_INLINE int num_replicas() const { return num_replicas_; }
-  LPLB_INLINE uint32_t load() const { return load_; }
+  // Replicas are the leading entries of log2phy that are slots.
+  LPLB_INLINE static bool is_slot(int32_t entry, int num_physical) { return entry >= 0 && entry < num_physical; }
 
-  // Quota of the next replica, from the first on.
+  LPLB_INLINE uint32_t load() const { return load_; }
+  // Whether the next replica is the last, or there is none.
+  LPLB_INLINE bool last() const { return replica_ + 1 >= num_replicas_; }
+
+  // Quota of the next replica, which is not the last; that one has the rest.
   LPLB_INLINE uint32_t next() {
     constexpr uint64_t kOne = 1u << 30;
     sum_ += part(replica_++);
-    uint64_t fraction = kOne;
-    if (replica_ < num_replicas_) {
-      if (total_ > 0.0f) {
-        const float share = sum_ / total_;
-        fraction = share < 1.0f ? static_cast<uint64_t>(share * static_cast<float>(kOne)) : kOne;
-      } else {
-        fraction = kOne * static_cast<uint64_t>(replica_) / static_cast<uint64_t>(num_replicas_);
-      }
+    uint64_t fraction;
+    if (total_ > 0.0f) {
+      const float share = sum_ / total_;
+      fraction = share < 1.0f ? static_cast<uint32_t>(share * static_cast<float>(kOne)) : kOne;
+    } else {
+      fraction = kOne * static_cast<uint64_t>(replica_) / static_cast<uint64_t>(num_replicas_);
     }
     const uint32_t upto = static_cast<uint32_t>((fraction * load_ + kOne / 2) >> 30);
     const uint32_t quota = upto - before_;
@@ -86,23 +89,89 @@ class Quotas {
   float total_ = 0.0f, sum_ = 0.0f;
 };
 
-// Slot of token `index` of the expert, or -1 where the expert has no slot.
-LPLB_INLINE int32_t choose_slot(Quotas quotas, const int32_t* log2phy, uint32_t index) {
-  if (quotas.num_replicas() == 0) return -1;
-  uint32_t left = quotas.load();
-  if (left == 0) return log2phy[0];  // a token the load does not know of
-  uint32_t o = index % left;
-  const int last = quotas.num_replicas() - 1;
-  for (int r = 0; r < last; ++r) {
-    const uint32_t quota = quotas.next();
-    const uint64_t product = static_cast<uint64_t>(o) * quota;
-    const uint32_t taken = static_cast<uint32_t>(product / left);
-    const uint32_t remainder = static_cast<uint32_t>(product - static_cast<uint64_t>(taken) * left);
-    if (static_cast<uint64_t>(remainder) + quota >= left) return log2phy[r];
-    o -= taken;
-    left -= quota;
+// What a replica takes of the tokens that those before it left.
+struct Share {
+  uint32_t quota;
+  uint32_t ratio;  // 2^32 quota / left or up to 2 less, to divide by `left` without dividing
+};
+
+// The shares of an expert's replicas but the last, in order.
+class Shares {
+ public:
+  LPLB_INLINE explicit Shares(const Quotas& quotas) : quotas_(quotas), left_(quotas.load()) {}
+  LPLB_INLINE uint32_t load() const { return quotas_.load(); }
+  LPLB_INLINE bool last() const { return quotas_.last(); }
+  LPLB_INLINE Share next() {
+    const uint32_t quota = quotas_.next();
+    Share share = {quota, 0};
+#ifdef LPLB_RATIO_DOUBLE
+    if (left_ > 0) share.ratio = static_cast<uint32_t>(quota * 4294967295.5 / left_);
+#else
+    if (left_ > 0) share.ratio = static_cast<uint32_t>(((static_cast<uint64_t>(quota) << 32) - quota) / left_);
+#endif
+    left_ -= quota;
+    return share;
   }
-  return log2phy[last];
+
+ private:
+  Quotas quotas_;
+  uint32_t left_;
+};
+
+// The same, computed once for all tokens of an expert: `size` integers.
+class StoredShares {
+ public:
+  LPLB_INLINE static int size(int max_replicas) { return 2 * max_replicas - 1; }
+  LPLB_INLINE static void store(Shares shares, int max_replicas, uint32_t* stored) {
+    *stored++ = shares.load();
+    for (int r = 1; r < max_replicas; ++r, stored += 2) {
+      if (shares.last()) {
+        *stored = kLast;
+        return;
+      }
+      const Share share = shares.next();
+      stored[0] = share.quota;
+      stored[1] = share.ratio;
+    }
+  }
+
+  LPLB_INLINE StoredShares(const uint32_t* stored, int max_replicas)
+      : next_(stored + 1), end_(stored + size(max_replicas)), load_(*stored) {}
+  LPLB_INLINE uint32_t load() const { return load_; }
+  LPLB_INLINE bool last() const { return next_ == end_ || *next_ == kLast; }
+  LPLB_INLINE Share next() {
+    const Share share = {next_[0], next_[1]};
+    next_ += 2;
+    return share;
+  }
+
+ private:
+  static constexpr uint32_t kLast = 0xffffffffu;  // no quota: those are below 2^31
+  const uint32_t *next_, *end_;
+  uint32_t load_;
+};
+
+// Replica of token `index` of an expert with these shares; 0 where the load does not know of the token.
+template <class AnyShares>
+LPLB_INLINE int choose_replica(AnyShares shares, uint32_t index) {
+  uint32_t left = shares.load();
+  if (left == 0) return 0;
+  uint32_t o = index < left ? index : index % left;
+  for (int r = 0;; ++r) {
+    if (shares.last()) return r;
+    const Share share = shares.next();
+    // floor(o * quota / left), or one less: o is below 2^31, and the ratio at most 2 / 2^32 too small. The remainder
+    // is then below 2 * left and so below 2^32.
+    uint32_t taken = static_cast<uint32_t>((static_cast<uint64_t>(o) * share.ratio) >> 32);
+    uint32_t remainder = o * share.quota - taken * left;
+    if (remainder >= left) {
+      remainder -= left;
+      ++taken;
+    }
+    if (remainder + share.quota >= left) return r;
+    o -= taken;
+    left -= share.quota;
+  }
 }
 
 }  // namespace lplb

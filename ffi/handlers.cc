@@ -4,6 +4,7 @@
 // The CUDA handlers carry kCmdBufferCompatible: while executing they only launch kernels.
 #include "handlers.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <string>
@@ -77,7 +78,7 @@ class Shapes {
   std::string message_;
 };
 
-CountShape count_shape(Shapes& shapes, const Ids& expert_ids, const Ids& starts, int64_t chunk_size) {
+CountShape count_shape(Shapes& shapes, const Ids& expert_ids, const Ids& starts, int64_t chunk_size, int64_t num_sms) {
   CountShape shape;
   shape.num_ids = shapes.last("expert_ids", expert_ids, 1)[0];
   const int64_t* chunks = shapes.last("starts", starts, 2);
@@ -85,18 +86,24 @@ CountShape count_shape(Shapes& shapes, const Ids& expert_ids, const Ids& starts,
   shape.num_experts = static_cast<int>(chunks[1]);
   shape.chunk_size = chunk_size;
   shape.num_batches = shapes.batch();
+  shape.num_sms = static_cast<int>(std::min<int64_t>(num_sms, std::numeric_limits<int>::max()));
+  shapes.require(num_sms >= 0, "num_sms " + std::to_string(num_sms) + " is negative");
   shapes.require(shape.num_experts >= 1 && shape.num_experts <= kMaxExperts,
                  "at most " + std::to_string(kMaxExperts) + " experts, got " + std::to_string(chunks[1]));
-  shapes.require(chunk_size >= 1 && chunks[0] >= 1 && chunks[0] * chunk_size >= shape.num_ids,
+  shapes.require(
+      chunk_size >= 4 && chunk_size <= kMaxChunk && chunk_size % 4 == 0,
+      "chunk_size must be a multiple of 4 up to " + std::to_string(kMaxChunk) + ", got " + std::to_string(chunk_size));
+  shapes.require(chunks[0] >= 1 && chunks[0] * chunk_size >= shape.num_ids,
                  std::to_string(chunks[0]) + " chunks of " + std::to_string(chunk_size) + " do not hold " +
                      std::to_string(shape.num_ids) + " ids");
   return shape;
 }
 
 template <class Launch>
-ffi::Error count(Launch launch, Ids expert_ids, ffi::Result<Ids> load, ffi::Result<Ids> starts, int64_t chunk_size) {
+ffi::Error count(Launch launch, Ids expert_ids, ffi::Result<Ids> load, ffi::Result<Ids> starts, int64_t chunk_size,
+                 int64_t num_sms) {
   Shapes shapes("count");
-  const CountShape shape = count_shape(shapes, expert_ids, *starts, chunk_size);
+  const CountShape shape = count_shape(shapes, expert_ids, *starts, chunk_size, num_sms);
   shapes.expect("load", "num_experts", shape.num_experts, shapes.last("load", *load, 1)[0]);
   if (!shapes.ok()) return shapes.error();
   return launch(shape, expert_ids.typed_data(), load->typed_data(), starts->typed_data());
@@ -166,10 +173,11 @@ ffi::Error edge_balance(Launch launch, Ids load, Ids log2phy, ffi::Result<Reals>
 
 template <class Launch>
 ffi::Error assign(Launch launch, Ids expert_ids, Ids starts, Reals split, Ids load, Ids offset, Ids log2phy,
-                  ffi::Result<Ids> physical_ids, ffi::Result<Ids> rank_load, int64_t num_physical, int64_t chunk_size) {
+                  ffi::Result<Ids> physical_ids, ffi::Result<Ids> rank_load, int64_t num_physical, int64_t chunk_size,
+                  int64_t num_sms) {
   Shapes shapes("assign");
   AssignShape shape;
-  shape.count = count_shape(shapes, expert_ids, starts, chunk_size);
+  shape.count = count_shape(shapes, expert_ids, starts, chunk_size, num_sms);
   const int experts = shape.count.num_experts;
   const int64_t* table = shapes.last("log2phy", log2phy, 2);
   shapes.expect("log2phy", "num_experts", experts, table[0]);
@@ -195,8 +203,12 @@ ffi::Error assign(Launch launch, Ids expert_ids, Ids starts, Reals split, Ids lo
 // Appends the operands, results and attributes of each call, in the order of the functions above.
 template <class Binding>
 auto bind_count(Binding binding) {
-  return std::move(binding).template Arg<Ids>().template Ret<Ids>().template Ret<Ids>().template Attr<int64_t>(
-      "chunk_size");
+  return std::move(binding)
+      .template Arg<Ids>()
+      .template Ret<Ids>()
+      .template Ret<Ids>()
+      .template Attr<int64_t>("chunk_size")
+      .template Attr<int64_t>("num_sms");
 }
 template <class Binding>
 auto bind_solve(Binding&& binding) {
@@ -229,7 +241,8 @@ auto bind_assign(Binding binding) {
       .template Ret<Ids>()
       .template Ret<Ids>()
       .template Attr<int64_t>("num_physical")
-      .template Attr<int64_t>("chunk_size");
+      .template Attr<int64_t>("chunk_size")
+      .template Attr<int64_t>("num_sms");
 }
 
 }  // namespace

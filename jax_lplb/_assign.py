@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 
 from jax_lplb import _ffi
-from jax_lplb._count import check_expert_ids, chunking, count
+from jax_lplb._count import check_expert_ids, check_num_sms, chunking, count
 from jax_lplb._placement import Placement
 from jax_lplb._solve import check_load, check_placement
 
@@ -22,6 +22,7 @@ def assign(
     *,
     load: jax.Array,
     offset: jax.Array | int = 0,
+    num_sms: int | None = None,
     implementation: _ffi.Implementation = None,
 ) -> jax.Array:
     """Sends each token to a replica of its expert, so that replicas share the load as the split says.
@@ -39,6 +40,8 @@ def assign(
       placement: where the replicas are.
       load: int32 [num_experts], tokens of each expert over all shards.
       offset: int32 [num_experts] (or one number), tokens of each expert on the shards before this one.
+      num_sms: most thread blocks that run at once, to leave the rest of a GPU to what runs beside this; None: no limit.
+        Results do not depend on it. Of no effect on CPU and in pure JAX.
       implementation: "ffi" (custom call), "xla" (pure JAX), or None: the custom call on platforms that have one.
 
     Returns:
@@ -50,6 +53,7 @@ def assign(
     check_expert_ids(expert_ids)
     check_placement(placement, implementation)
     check_load(load, placement)
+    check_num_sms(num_sms)
     if load.dtype != jnp.int32:
         raise TypeError(f"load must have dtype int32 to number tokens, got {load.dtype}")
     shape = (placement.num_experts, placement.max_replicas)
@@ -73,9 +77,9 @@ def assign(
     offset = jnp.broadcast_to(offset, (placement.num_experts,))
     with jax.named_scope("lplb_assign"):
         flat = expert_ids.reshape(-1)
-        _, starts = count(flat, placement.num_experts, implementation)
+        _, starts = count(flat, placement.num_experts, num_sms, implementation)
         physical_ids, _ = assign_with_starts(
-            flat, starts, lax.stop_gradient(split), placement, load, offset, implementation
+            flat, starts, lax.stop_gradient(split), placement, load, offset, num_sms, implementation
         )
         return physical_ids.reshape(expert_ids.shape)
 
@@ -87,6 +91,7 @@ def assign_with_starts(
     placement: Placement,
     load: jax.Array,
     offset: jax.Array,
+    num_sms: int | None,
     implementation: _ffi.Implementation,
 ) -> tuple[jax.Array, jax.Array]:
     """Physical ids of flat expert ids, given `count`'s starts; and the rank load that the quotas give."""
@@ -115,7 +120,8 @@ def assign_with_starts(
             ],
             *operands,
             num_physical=np.int64(num_physical),
-            chunk_size=np.int64(chunking(num_ids)[1]),
+            chunk_size=np.int64(chunking(num_ids, placement.num_experts)[1]),
+            num_sms=np.int64(num_sms or 0),
         )
 
     def xla(

@@ -8,7 +8,7 @@ from jax import lax
 
 from jax_lplb import _ffi
 from jax_lplb._assign import assign_with_starts
-from jax_lplb._count import check_expert_ids, count
+from jax_lplb._count import check_expert_ids, check_num_sms, count
 from jax_lplb._placement import Placement
 from jax_lplb._solve import Solver, check_load, check_options, check_placement, solve_fractions
 
@@ -46,6 +46,7 @@ def balance(
     solver: Solver = "auto",
     tol: float = 1e-4,
     threshold: float | None = None,
+    num_sms: int | None = None,
     implementation: _ffi.Implementation = None,
 ) -> Balanced:
     """Redirects the tokens of one batch to replicas, so that the busiest rank carries as little as possible.
@@ -70,6 +71,8 @@ def balance(
       tol: relative gap to the optimum at which the solver stops.
       threshold: all load of a group stays at home where that leaves the busiest rank at most `threshold` times the
         mean rank load. At least 1. None: never.
+      num_sms: most thread blocks with which count and assign run at once, so that the balancer can run beside a matmul
+        or a collective; None: no limit. Results do not depend on it. Of no effect on CPU and in pure JAX.
       implementation: "ffi" (custom calls), "xla" (pure JAX), or None: the custom calls on platforms that have them.
 
     Returns:
@@ -83,6 +86,7 @@ def balance(
     check_expert_ids(expert_ids)
     check_placement(placement, implementation)
     options = check_options(placement, solver, tol, threshold)
+    check_num_sms(num_sms)
     if sync not in ("all_gather", "psum"):
         raise ValueError(f"sync must be 'all_gather' or 'psum', got {sync!r}")
     if load is not None:
@@ -96,7 +100,7 @@ def balance(
     shape, expert_ids = expert_ids.shape, jnp.asarray(expert_ids).reshape(-1)
 
     with jax.named_scope("lplb_count"):
-        local_load, starts = count(expert_ids, placement.num_experts, implementation)
+        local_load, starts = count(expert_ids, placement.num_experts, num_sms, implementation)
 
     with jax.named_scope("lplb_sync"):
         if load is not None:
@@ -126,7 +130,7 @@ def balance(
 
     with jax.named_scope("lplb_assign"):
         physical_ids, rank_load = assign_with_starts(
-            expert_ids, starts, fraction, placement, total, offset, implementation
+            expert_ids, starts, fraction, placement, total, offset, num_sms, implementation
         )
         if load is not None:
             rank_load = jnp.rint(solved_rank_load).astype(jnp.int32)

@@ -8,17 +8,24 @@ import numpy as np
 
 from jax_lplb import _ffi
 
-# Thread blocks count and assign chunks of ids: enough chunks to fill a GPU, few enough to add up in one pass.
-_LEAST_CHUNK = 1024
-_MOST_CHUNKS = 256
+# Thread blocks count and assign chunks of ids: enough chunks to fill a GPU, few enough to add up fast.
+_LEAST_CHUNK = 256
 
 
-def count_load(expert_ids: jax.Array, num_experts: int, *, implementation: _ffi.Implementation = None) -> jax.Array:
+def count_load(
+    expert_ids: jax.Array,
+    num_experts: int,
+    *,
+    num_sms: int | None = None,
+    implementation: _ffi.Implementation = None,
+) -> jax.Array:
     """Counts the tokens that picked each expert.
 
     Args:
       expert_ids: int32 [..., k], logical experts; an id that is negative or >= num_experts is padding.
       num_experts: logical experts.
+      num_sms: most thread blocks that run at once, to leave the rest of a GPU to what runs beside this; None: no limit.
+        Results do not depend on it. Of no effect on CPU and in pure JAX.
       implementation: "ffi" (custom call), "xla" (pure JAX), or None: the custom call on platforms that have one.
 
     Returns:
@@ -29,14 +36,17 @@ def count_load(expert_ids: jax.Array, num_experts: int, *, implementation: _ffi.
     """
     check_expert_ids(expert_ids)
     check_num_experts(num_experts, implementation)
+    check_num_sms(num_sms)
     with jax.named_scope("lplb_count"):
-        return count(expert_ids.reshape(-1), num_experts, implementation)[0]
+        return count(expert_ids.reshape(-1), num_experts, num_sms, implementation)[0]
 
 
-def count(expert_ids: jax.Array, num_experts: int, implementation: _ffi.Implementation) -> tuple[jax.Array, jax.Array]:
+def count(
+    expert_ids: jax.Array, num_experts: int, num_sms: int | None, implementation: _ffi.Implementation
+) -> tuple[jax.Array, jax.Array]:
     """Load [num_experts], and [num_chunks, num_experts]: the load of the chunks of ids before each chunk."""
     num_ids = expert_ids.shape[0]
-    num_chunks, chunk_size = chunking(num_ids)
+    num_chunks, chunk_size = chunking(num_ids, num_experts)
 
     def ffi(ids: jax.Array) -> list[jax.Array]:
         return _ffi.call(
@@ -47,6 +57,7 @@ def count(expert_ids: jax.Array, num_experts: int, implementation: _ffi.Implemen
             ],
             ids,
             chunk_size=np.int64(chunk_size),
+            num_sms=np.int64(num_sms or 0),
         )
 
     def xla(ids: jax.Array) -> list[jax.Array]:
@@ -54,16 +65,20 @@ def count(expert_ids: jax.Array, num_experts: int, implementation: _ffi.Implemen
         chunk = jnp.arange(num_ids, dtype=jnp.int32) // chunk_size
         histograms = jnp.zeros((num_chunks, num_experts), jnp.int32)
         histograms = histograms.at[chunk, jnp.where(valid, ids, num_experts)].add(1, mode="drop")
-        upto = jnp.cumsum(histograms, axis=0, dtype=jnp.int32)
-        return [upto[-1], upto - histograms]
+        load = jnp.sum(histograms, axis=0, dtype=jnp.int32)
+        return [load, jnp.cumsum(histograms, axis=0, dtype=jnp.int32) - histograms]
 
     load, starts = _ffi.dispatch("count", implementation, ffi, xla, expert_ids)
     return load, starts
 
 
-def chunking(num_ids: int) -> tuple[int, int]:
+def chunking(num_ids: int, num_experts: int) -> tuple[int, int]:
     """Number and size of the chunks that ids are cut into; the last chunk may be shorter."""
-    chunk_size = max(1, -(-num_ids // (_MOST_CHUNKS * _LEAST_CHUNK))) * _LEAST_CHUNK
+    most_chunks = 256 if num_ids <= 2**20 else 1024
+    chunk_size = _LEAST_CHUNK
+    # Each chunk costs a row of `num_experts` counts, so it has that many ids, or half as many.
+    while chunk_size < num_experts // 2 or chunk_size * most_chunks < num_ids:
+        chunk_size *= 2
     return max(1, -(-num_ids // chunk_size)), chunk_size
 
 
@@ -88,3 +103,12 @@ def check_num_experts(num_experts: int, implementation: _ffi.Implementation) -> 
             f"num_experts = {num_experts} is more than the {_ffi.MAX_EXPERTS} that the custom calls hold in shared "
             "memory; pass implementation='xla'"
         )
+
+
+def check_num_sms(num_sms: int | None) -> None:
+    if num_sms is None:
+        return
+    if not isinstance(num_sms, (int, np.integer)) or isinstance(num_sms, bool):
+        raise TypeError(f"num_sms must be an integer or None, got {num_sms!r}")
+    if num_sms < 1:
+        raise ValueError(f"num_sms must be at least 1, got {num_sms}; pass None for no limit")

@@ -398,6 +398,31 @@ def test_a_million_ids(platform, implementation):
     np.testing.assert_array_equal(run(implementation, *arguments), expected)
 
 
+@pytest.mark.parametrize("num_sms", [1, 2, 5, 300])
+@pytest.mark.parametrize("name", ["ring", "many"])
+def test_number_of_thread_blocks_does_not_matter(platform, implementation, rng, name, num_sms):
+    """Few blocks go through many chunks and batch elements."""
+    place = placements()[name]
+    ids = rng.integers(-1, place.num_experts + 1, (2, 5003), np.int32)
+    load, split = bincount(ids[0], place.num_experts), random_split(rng, place)
+    offset = rng.integers(0, 9, place.num_experts, np.int32)
+    assign = partial(lplb.assign, implementation=implementation, num_sms=num_sms)
+    physical_ids = jax.jit(jax.vmap(lambda i: assign(i, split, place, load=load, offset=offset)))(ids)
+    expected = [reference(row, split, place.log2phy, load, offset) for row in ids]
+    np.testing.assert_array_equal(physical_ids, expected)
+
+
+@pytest.mark.parametrize("num_ids", [40_000, 140_000, 270_000])
+def test_chunks_of_every_size(platform, implementation, rng, num_ids):
+    """One id a thread and several; also where ids and experts make several passes over a chunk."""
+    for place in (placements()["ring"], helpers.placement(topology.cube(), 1024, 32, 2)):
+        ids = rng.integers(-1, place.num_experts, num_ids, np.int32)
+        ids[rng.random(ids.shape) < 0.3] = 1
+        load, split = bincount(ids, place.num_experts), random_split(rng, place)
+        expected = reference(ids, split, place.log2phy, load, np.zeros_like(load))
+        np.testing.assert_array_equal(run(implementation, ids, split, place, load), expected)
+
+
 @pytest.mark.parametrize("num_experts", [2048, 4096])
 def test_many_experts(platform, implementation, rng, num_experts):
     """Counters of so many experts leave little shared memory for a thread block's warps."""

@@ -21,9 +21,9 @@ def check(ids: np.ndarray, num_experts: int, implementation: str) -> None:
     np.testing.assert_array_equal(load, reference(ids, num_experts))
 
 
-# Around the sizes of chunks, and more chunks than the least.
-@pytest.mark.parametrize("num_ids", [0, 1, 1023, 1024, 1025, 2048, 300_000])
-@pytest.mark.parametrize("num_experts", [1, 7, 256, 4096])
+# Around the sizes of chunks; for one thread block, a cluster of them and two kernels; for chunks of several sizes.
+@pytest.mark.parametrize("num_ids", [0, 1, 255, 256, 257, 2048, 5001, 32_768, 131_073, 300_000])
+@pytest.mark.parametrize("num_experts", [1, 7, 256, 1024, 1025, 4096])
 def test_every_size(platform, implementation, rng, num_ids, num_experts):
     check(rng.integers(0, num_experts, num_ids, np.int32), num_experts, implementation)
 
@@ -69,6 +69,15 @@ def test_vmapped(platform, implementation, rng, num_ids):
     np.testing.assert_array_equal(
         jax.jit(jax.vmap(count, in_axes=1))(ids), [reference(ids[:, i], 37) for i in range(2)]
     )
+
+
+@pytest.mark.parametrize("num_sms", [1, 2, 3, 7, 8, 100, np.int32(5), 2**40])
+def test_number_of_thread_blocks_does_not_matter(platform, implementation, rng, num_sms):
+    """Few blocks go through many chunks and batch elements; smaller clusters and two kernels count."""
+    for num_ids in (0, 300, 8192, 150_001):
+        ids = rng.integers(-1, 257, (3, num_ids), np.int32)
+        count = partial(lplb.count_load, num_experts=256, num_sms=num_sms, implementation=implementation)
+        np.testing.assert_array_equal(jax.jit(jax.vmap(count))(ids), [reference(row, 256) for row in ids])
 
 
 def test_default_implementation(platform, rng):

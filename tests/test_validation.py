@@ -108,6 +108,15 @@ CASES = [
         ({"tol": None}, TypeError, "tol must be a Python float, got None"),
     ),
     *all_of(
+        "count_load assign balance",
+        ({"num_sms": 0}, ValueError, "num_sms must be at least 1, got 0; pass None for no limit"),
+        ({"num_sms": -8}, ValueError, "num_sms must be at least 1, got -8"),
+        ({"num_sms": 8.0}, TypeError, r"num_sms must be an integer or None, got 8\.0"),
+        ({"num_sms": True}, TypeError, "num_sms must be an integer or None, got True"),
+        ({"num_sms": "all"}, TypeError, "num_sms must be an integer or None, got 'all'"),
+        ({"num_sms": np.array(8)}, TypeError, r"num_sms must be an integer or None, got (array|.*Tracer)"),
+    ),
+    *all_of(
         "balance",
         ({"sync": "allgather"}, ValueError, "sync must be 'all_gather' or 'psum', got 'allgather'"),
         ({"sync": None}, ValueError, "sync must be 'all_gather' or 'psum', got None"),
