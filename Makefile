@@ -5,7 +5,8 @@
 #   make smoke        a few of them with the oldest supported Python and JAX, in .venv-oldest
 #   make lint         formatting, ruff, types
 #   make wheel        wheels into dist/
-#   make bench-build  build/bench/lplb_bench, which times the CUDA kernels without Python or JAX
+#   make bench-build  build/bench/lplb_bench and lplb_coexist, which run the CUDA kernels without Python or JAX; and with
+#                     XLA_INCLUDE=.../jaxlib/include liblplb_noop.so (no newer headers than the jaxlib that will load it)
 #
 # PYTHON=... chooses the interpreter, JAX="jax==0.11.2" another release, VENV=... the folder for both.
 
@@ -50,7 +51,7 @@ wheel: $(VENV)/bin/python
 	$(VENV)/bin/python -m pip wheel --no-deps --wheel-dir dist .
 
 bench-build:
-	$(CMAKE) -S . -B build/bench -DLPLB_BENCH=ON
+	$(CMAKE) -S . -B build/bench -DLPLB_BENCH=ON $(if $(XLA_INCLUDE),-DLPLB_XLA_INCLUDE="$(XLA_INCLUDE)")
 	$(CMAKE) --build build/bench --parallel 2
 
 clean:
