@@ -2,18 +2,24 @@
 
 On one GPU: device time of each kernel, from JAX's profiler, one call for each of 64 log-normal instances; and wall
 time of a call in a chain of 16, unrolled and scanned, each call depending on the one before. On several GPUs: the same
-chains inside shard_map over all of them, beside chains of the collective alone. The baseline is a chain of lookups of
-the home expert, which is what runs without balancing.
+chains inside shard_map over all of them, and a single call. Baselines: lookups of the home expert, which is what runs
+without balancing; the collective alone; and, with `--noop build/bench/liblplb_noop.so`, the same step with every custom
+call replaced by one that launches as many empty kernels, which is what any implementation of such calls costs. Steps
+take turns within each repetition, so that what drifts, drifts for all.
 """
 
 import argparse
+import contextlib
+import ctypes
 import os
 import pathlib
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import common
 import jax
@@ -23,28 +29,34 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jax_lplb as lplb
+from jax_lplb import _ffi
 
 CHAIN = 16
 KERNELS = {
-    "count": ("histogram_kernel", "scan_kernel"),
-    "solve": ("solve_kernel",),
+    "count": ("histogram_kernel", "scan_kernel", "count_kernel"),
+    "solve": ("solve_kernel", "edge_balance_kernel"),
     "assign": ("assign_kernel",),
 }
+LAUNCHES = {"lplb_count": 2, "lplb_solve": 1, "lplb_assign": 1}  # kernels of each custom call
 
 
-def wall_us(run: Callable[[Any], Any], arguments: Any, calls: int, repeats: int = 30) -> dict[str, float]:
-    """Microseconds a call, of `calls` inside `run`: median and p99 over repetitions."""
-    jax.block_until_ready(run(arguments))
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        jax.block_until_ready(run(arguments))
-        times.append((time.perf_counter() - begin) / calls * 1e6)
-    return common.statistics(times)
+def wall_us(runs: list[Callable[[Any], Any]], arguments: Any, repeats: int) -> np.ndarray:
+    """Microseconds of each, [runs, repeats]. They take turns."""
+    times = np.zeros((len(runs), repeats))
+    for repeat in range(-3, repeats):  # the first ones warm up
+        for i, run in enumerate(runs):
+            begin = time.perf_counter()
+            jax.block_until_ready(run(arguments))
+            if repeat >= 0:
+                times[i, repeat] = (time.perf_counter() - begin) * 1e6
+    return times
 
 
-def chains(call: Callable[[jax.Array], tuple[jax.Array, jax.Array]]) -> dict[str, Callable]:
-    """Unrolled and scanned chains of `call`, which returns ids and a value that is never negative."""
+def steps(call: Callable[[jax.Array], tuple[jax.Array, jax.Array]]) -> dict[str, tuple[Callable, int]]:
+    """A single `call`, and unrolled and scanned chains of it, with the number of calls.
+
+    `call` returns ids and a value that is never negative.
+    """
 
     def step(ids: jax.Array) -> jax.Array:
         physical_ids, value = call(ids)
@@ -58,7 +70,36 @@ def chains(call: Callable[[jax.Array], tuple[jax.Array, jax.Array]]) -> dict[str
     def scanned(ids: jax.Array) -> jax.Array:
         return jax.lax.scan(lambda x, _: (step(x), None), ids, length=CHAIN)[0]
 
-    return {"unrolled": unrolled, "scanned": scanned}
+    return {"single": (step, 1), "unrolled": (unrolled, CHAIN), "scanned": (scanned, CHAIN)}
+
+
+def compiled(step: Callable, ids: jax.Array, name: str) -> Callable:
+    """With progress, because several GPUs' steps take seconds each."""
+    begin = time.perf_counter()
+    run = jax.jit(step)
+    jax.block_until_ready(run(ids))
+    print(f"compiled {name} in {time.perf_counter() - begin:.1f} s", flush=True)
+    return run
+
+
+def register_noop(library: pathlib.Path | None) -> bool:
+    """Whether there are no-op custom calls to compare with."""
+    if library is None or jax.default_backend() != "gpu":
+        print("no comparison with no-op custom calls: it takes --noop (make bench-build) and GPUs", flush=True)
+        return False
+    handler = jax.ffi.pycapsule(ctypes.CDLL(str(library.resolve())).LplbNoop)
+    jax.ffi.register_ffi_target("lplb_noop", handler, platform="CUDA")
+    return True
+
+
+def noops() -> contextlib.AbstractContextManager:
+    """Within it, what is traced calls no-ops of as many launches in place of the custom calls."""
+    real = _ffi.call
+
+    def call(target: str, *arguments: Any, **attributes: Any) -> list[jax.Array]:
+        return real("lplb_noop", *arguments, launches=np.int64(LAUNCHES[target]), **attributes)
+
+    return mock.patch.object(_ffi, "call", call)
 
 
 def balanced(placement: lplb.Placement, ids: jax.Array, **options: Any) -> tuple[jax.Array, jax.Array]:
@@ -90,29 +131,38 @@ def profile(run: Callable, inputs: Iterator[jax.Array]) -> list[tuple[str, float
     return [(name, duration) for _, name, duration in sorted(events)]
 
 
-def one_gpu(case: str, tokens: int) -> list[dict[str, Any]]:
+def one_gpu(case: str, tokens: int, solver: str, repeats: int) -> list[dict[str, Any]]:
     placement = common.CASES[case]()
-    _, ids = common.instances(tokens, placement.num_ranks)
+    _, ids = common.instances(tokens, placement.num_ranks, placement.num_experts)
     on_device = [jax.device_put(x) for x in ids]
-    run = jax.jit(partial(lplb.balance, placement=placement, implementation="ffi"))
-    jax.block_until_ready([run(x) for x in on_device[:3]])
-    events = profile(run, on_device)
-    assert len(events) % len(ids) == 0, "every call launches the same kernels"
-    per_call = np.array([duration for _, duration in events]).reshape(len(ids), -1)
-    names = [name for name, _ in events[: per_call.shape[1]]]
-    where = {"bench": "balance", "case": case, "tokens": tokens, "gpus": 1}
+    call = partial(balanced, solver=solver, implementation="ffi")
+    where = {"bench": "balance", "case": case, "tokens": tokens, "gpus": 1, "solver": solver}
     rows = []
-    for kernel, parts in KERNELS.items():
-        columns = [i for i, name in enumerate(names) if any(part in name for part in parts)]
-        rows.append({**where, "kernel": kernel, **common.statistics(per_call[:, columns].sum(axis=1))})
-    rows.append({**where, "kernel": f"all {len(names)}", **common.statistics(per_call.sum(axis=1))})
-    for name, call in (("lookup", home), ("balance", partial(balanced, implementation="ffi"))):
-        for mode, chain in chains(partial(call, placement)).items():
-            rows.append({**where, "kernel": name, "mode": mode, **wall_us(jax.jit(chain), on_device[32], CHAIN)})
+    if jax.default_backend() == "gpu":
+        run = jax.jit(partial(lplb.balance, placement=placement, solver=solver, implementation="ffi"))
+        jax.block_until_ready([run(x) for x in on_device[:3]])
+        events = profile(run, on_device)
+        assert len(events) % len(ids) == 0, "every call launches the same kernels"
+        per_call = np.array([duration for _, duration in events]).reshape(len(ids), -1)
+        names = [name for name, _ in events[: per_call.shape[1]]]
+        for kernel, parts in KERNELS.items():
+            columns = [i for i, name in enumerate(names) if any(part in name for part in parts)]
+            rows.append({**where, "kernel": kernel, **common.statistics(per_call[:, columns].sum(axis=1))})
+        rows.append({**where, "kernel": f"all {len(names)}", **common.statistics(per_call.sum(axis=1))})
+    for mode in ("single", "unrolled", "scanned"):
+        names, runs = ("lookup", "balance"), []
+        for name, one in zip(names, (home, call), strict=True):
+            step, calls = steps(partial(one, placement))[mode]
+            runs.append(compiled(step, on_device[32], f"{case} {name} {mode}"))
+        for name, times in zip(names, wall_us(runs, on_device[32], repeats), strict=True):
+            rows.append({**where, "kernel": name, "mode": mode, **common.statistics(times / calls)})
     return rows
 
 
-def several_gpus(tokens: int) -> list[dict[str, Any]]:
+def several_gpus(
+    tokens: int, solver: str, with_noops: bool, repeats: int
+) -> tuple[list[dict[str, Any]], list[Callable[[], int]]]:
+    """Rows, and for each what counts the launches of its run on one GPU (later: profiling slows what comes after)."""
     ranks = jax.device_count()
     topology = {8: lplb.topology.cube, 4: partial(lplb.topology.torus, 2, 2)}.get(
         ranks, partial(lplb.topology.ring, ranks)
@@ -124,42 +174,72 @@ def several_gpus(tokens: int) -> list[dict[str, Any]]:
     mesh = jax.make_mesh((ranks,), ("ep",), axis_types=(AxisType.Auto,))
     sharded = jax.device_put(ids[32], jax.NamedSharding(mesh, P("ep")))
 
-    def collective(sync: str, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def collective(ids: jax.Array, sync: str) -> tuple[jax.Array, jax.Array]:
         load = ids[:32].reshape(-1)
         total = jax.lax.psum(load, "ep") if sync == "psum" else jnp.sum(jax.lax.all_gather(load, "ep"), axis=0)
         return ids + total[0], total[0]
 
-    where = {"bench": "balance", "case": f"{ranks}x2", "tokens": tokens, "gpus": ranks}
-    rows = []
-    for name, call in (
-        ("lookup", partial(home, placement)),
-        *((f"{sync} alone", partial(collective, sync)) for sync in ("all_gather", "psum")),
-        *(
-            (f"balance {sync}", partial(balanced, placement, axis_name="ep", sync=sync, implementation="ffi"))
-            for sync in ("all_gather", "psum")
-        ),
-    ):
-        for mode, chain in chains(call).items():
-            run = jax.jit(jax.shard_map(chain, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"), check_vma=False))
-            rows.append({**where, "kernel": name, "mode": mode, **wall_us(run, sharded, CHAIN)})
-    return rows
+    def balance(ids: jax.Array, sync: str) -> tuple[jax.Array, jax.Array]:
+        return balanced(placement, ids, axis_name="ep", sync=sync, solver=solver, implementation="ffi")
+
+    def noop(ids: jax.Array, sync: str) -> tuple[jax.Array, jax.Array]:
+        with noops():
+            return balance(ids, sync)
+
+    calls = {"lookup": partial(home, placement)}
+    for sync in ("all_gather", "psum"):
+        calls[f"{sync} alone"] = partial(collective, sync=sync)
+        if with_noops:
+            calls[f"no-op {sync}"] = partial(noop, sync=sync)
+        calls[f"balance {sync}"] = partial(balance, sync=sync)
+
+    rows, launches = [], []
+    for mode in ("single", "unrolled", "scanned"):
+        runs = []
+        for name, call in calls.items():
+            step, number = steps(call)[mode]
+            on_ranks = jax.shard_map(step, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"), check_vma=False)
+            runs.append(compiled(on_ranks, sharded, f"{name} {mode}"))
+        times = dict(zip(calls, wall_us(runs, sharded, repeats) / number, strict=True))
+        for (name, of_name), run in zip(times.items(), runs, strict=True):
+            row = {"bench": "balance", "case": f"{ranks}x2", "tokens": tokens, "gpus": ranks, "solver": solver}
+            row |= {"kernel": name, "mode": mode, **common.statistics(of_name)}
+            floor = times.get(name.replace("balance", "no-op"))
+            if name.startswith("balance") and floor is not None:
+                row["of_noop"] = round(float(np.median(of_name) / np.median(floor)), 3)
+            rows.append(row)
+            launches.append(lambda run=run: len(profile(run, iter([sharded]))))
+    return rows, launches
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 16384], help="tokens of a rank, top-8")
     parser.add_argument("--cases", nargs="+", choices=common.CASES, default=["8x1", "8x2", "16x2", "32x2"])
+    parser.add_argument("--solver", choices=["auto", "ipm", "edge_balance"], default="auto")
+    parser.add_argument("--noop", type=pathlib.Path, help="liblplb_noop.so, for several GPUs")
+    parser.add_argument("--repeats", type=int, default=200)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results/balance.json"))
     args = parser.parse_args()
-    rows = []
+    several = jax.device_count() > 1
+    with_noops = several and register_noop(args.noop)
+    rows, launches = [], []
     for tokens in args.tokens:
-        if jax.device_count() > 1:
-            rows += several_gpus(tokens)
+        if several:
+            new_rows, new_launches = several_gpus(tokens, args.solver, with_noops, args.repeats)
+            rows, launches = rows + new_rows, launches + new_launches
         else:
             for case in args.cases:
-                rows += one_gpu(case, tokens)
+                rows += one_gpu(case, tokens, args.solver, args.repeats)
+    if jax.default_backend() == "gpu":
+        for row, count in zip(rows, launches, strict=False):  # one GPU's rows have none
+            row["launches"] = count()
     flags = os.environ.get("XLA_FLAGS", "")
     common.write(args.out, [{**row, "xla_flags": flags} if flags else row for row in rows])
+    of_single = {(row["tokens"], row["kernel"]): row.get("launches") for row in rows if row.get("mode") == "single"}
+    for (tokens, kernel), count in of_single.items():
+        if count != of_single.get((tokens, kernel.replace("balance", "no-op")), count):
+            sys.exit("no-ops launch more or fewer kernels than the custom calls: LAUNCHES is out of date")
 
 
 if __name__ == "__main__":
