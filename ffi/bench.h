@@ -33,6 +33,11 @@ std::vector<T> read(std::FILE* file, size_t count) {
   return values;
 }
 
+// Row `row` of rows of `size` values.
+inline std::vector<int32_t> slice(const std::vector<int32_t>& rows, int row, size_t size) {
+  return {rows.begin() + row * size, rows.begin() + (row + 1) * size};
+}
+
 // Device memory, poisoned, so that what a kernel leaves unwritten shows.
 template <class T>
 class Device {
@@ -62,9 +67,9 @@ class Device {
 // One placement, and instances of loads and ids.
 struct Problem {
   int instances, num_ids, num_experts, num_physical, max_replicas, num_ranks, num_groups;
-  CountShape count;
-  SolveShape solve;
-  AssignShape assign;
+  CountShape count = {};
+  SolveShape solve = {};
+  AssignShape assign = {};
   std::vector<int32_t> log2phy;  // [num_experts, max_replicas]
   std::vector<int32_t> loads;    // [instances, num_experts]
   std::vector<int32_t> ids;      // [instances, num_ids]
@@ -75,19 +80,22 @@ struct Problem {
     const std::vector<int32_t> header = read<int32_t>(file, 9);
     instances = header[0], num_ids = header[1], num_experts = header[2], num_physical = header[3];
     max_replicas = header[4], num_ranks = header[5], num_groups = header[6];
-    count = {1, num_ids, num_experts, header[7], header[8]};
+    count.num_batches = 1;
+    count.num_ids = num_ids;
+    count.num_experts = num_experts;
+    count.num_chunks = header[7];
+    count.chunk_size = header[8];
     assign = {count, num_physical, max_replicas, num_ranks};
-    const float tol = read<float>(file, 1)[0];
-    solve = {1,
-             num_experts,
-             num_physical,
-             max_replicas,
-             num_groups,
-             num_ranks / num_groups,
-             num_physical / num_ranks,
-             max_variables(num_experts, num_physical, num_groups),
-             tol,
-             50};
+    solve.num_batches = 1;
+    solve.num_experts = num_experts;
+    solve.num_physical = num_physical;
+    solve.max_replicas = max_replicas;
+    solve.num_groups = num_groups;
+    solve.group_size = num_ranks / num_groups;
+    solve.slots_per_rank = num_physical / num_ranks;
+    solve.max_variables = max_variables(num_experts, num_physical, num_groups);
+    solve.tol = read<float>(file, 1)[0];
+    solve.max_iterations = 50;
     if (const char* wrong = check(solve); wrong != nullptr) fail(wrong);
     log2phy = read<int32_t>(file, static_cast<size_t>(num_experts) * max_replicas);
     loads = read<int32_t>(file, static_cast<size_t>(instances) * num_experts);

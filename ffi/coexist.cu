@@ -115,9 +115,6 @@ class Balancer {
  private:
   enum Part { kCount, kStarts, kFraction, kRankLoad, kGap, kIterations, kStatus, kPhysicalIds, kAssigned, kParts };
 
-  static std::vector<int32_t> slice(const std::vector<int32_t>& rows, int row, size_t size) {
-    return {rows.begin() + row * size, rows.begin() + (row + 1) * size};
-  }
   size_t layout(const Problem& p) {
     const size_t experts = p.num_experts, groups = p.num_groups, ranks = p.num_ranks;
     const size_t sizes[kParts] = {experts,
