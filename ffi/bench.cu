@@ -7,65 +7,18 @@
 // CUDA graphs of that many launches. Prints one JSON object; writes the fractions of the last solves to FRACTIONS.
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
 #include <functional>
-#include <vector>
 
-#include "assign.h"
-#include "count.h"
-#include "solve.h"
+#include "bench.h"
 
 namespace {
 
-#define LPLB_CHECK(call)                                                                             \
-  do {                                                                                               \
-    const cudaError_t error = (call);                                                                \
-    if (error != cudaSuccess) {                                                                      \
-      std::fprintf(stderr, "%s:%d: %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(error)); \
-      std::exit(1);                                                                                  \
-    }                                                                                                \
-  } while (false)
+using namespace lplb::bench;
 
 [[noreturn]] void fail(const char* what, int instance) {
   std::fprintf(stderr, "instance %d: %s\n", instance, what);
   std::exit(1);
 }
-
-template <class T>
-std::vector<T> read(std::FILE* file, size_t count) {
-  std::vector<T> values(count);
-  if (std::fread(values.data(), sizeof(T), count, file) != count) {
-    std::fprintf(stderr, "PROBLEM is too short\n");
-    std::exit(1);
-  }
-  return values;
-}
-
-// Device memory, poisoned, so that what a kernel leaves unwritten shows.
-template <class T>
-class Device {
- public:
-  explicit Device(size_t count) : count_(count) {
-    LPLB_CHECK(cudaMalloc(&data_, std::max<size_t>(1, count) * sizeof(T)));
-    LPLB_CHECK(cudaMemset(data_, 0x7f, count * sizeof(T)));
-  }
-  explicit Device(const std::vector<T>& values) : Device(values.size()) {
-    LPLB_CHECK(cudaMemcpy(data_, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice));
-  }
-  Device(const Device&) = delete;
-  ~Device() { cudaFree(data_); }
-  T* get() { return data_; }
-  std::vector<T> host() const {
-    std::vector<T> values(count_);
-    LPLB_CHECK(cudaMemcpy(values.data(), data_, count_ * sizeof(T), cudaMemcpyDeviceToHost));
-    return values;
-  }
-
- private:
-  T* data_ = nullptr;
-  size_t count_;
-};
 
 __global__ void empty_kernel() {}
 
@@ -98,16 +51,6 @@ double time_us(cudaStream_t stream, int repeats, const std::function<cudaError_t
   return times[times.size() / 2] * 1e3 / repeats;
 }
 
-template <class T>
-void print(const char* name, const std::vector<T>& values, const char* format, const char* end) {
-  std::printf("\"%s\": [", name);
-  for (size_t i = 0; i < values.size(); ++i) {
-    if (i > 0) std::printf(", ");
-    std::printf(format, values[i]);
-  }
-  std::printf("]%s", end);
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -115,28 +58,15 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "usage: lplb_bench PROBLEM FRACTIONS REPEATS\n");
     return 2;
   }
-  std::FILE* file = std::fopen(argv[1], "rb");
-  if (file == nullptr) {
-    std::fprintf(stderr, "cannot read %s\n", argv[1]);
-    return 1;
-  }
   const int repeats = std::atoi(argv[3]);
-  const std::vector<int32_t> header = read<int32_t>(file, 9);
-  const int instances = header[0], num_ids = header[1];
-  const std::vector<float> tol = read<float>(file, 1);
-  lplb::CountShape count_shape = {1, num_ids, header[2], header[7], header[8]};
-  lplb::SolveShape solve_shape = {
-      1, header[2], header[3], header[4], header[6], header[5] / header[6], header[3] / header[5], 0, tol[0], 50, 0.0f};
-  solve_shape.max_variables =
-      lplb::max_variables(solve_shape.num_experts, solve_shape.num_physical, solve_shape.num_groups);
-  if (const char* wrong = lplb::check(solve_shape); wrong != nullptr) fail(wrong, 0);
-  const lplb::AssignShape assign_shape = {count_shape, header[3], header[4], header[5]};
-  const size_t experts = header[2], ranks = header[5], groups = header[6], cells = experts * header[4];
-  const size_t chunk_cells = count_shape.num_chunks * experts;
-  const std::vector<int32_t> log2phy = read<int32_t>(file, cells);
-  const std::vector<int32_t> loads = read<int32_t>(file, instances * experts);
-  const std::vector<int32_t> ids = read<int32_t>(file, static_cast<size_t>(instances) * num_ids);
-  std::fclose(file);
+  const Problem problem(argv[1]);
+  const lplb::CountShape& count_shape = problem.count;
+  const lplb::SolveShape& solve_shape = problem.solve;
+  const lplb::AssignShape& assign_shape = problem.assign;
+  const int num_ids = problem.num_ids;
+  const size_t experts = problem.num_experts, replicas = problem.max_replicas, ranks = problem.num_ranks;
+  const size_t groups = problem.num_groups, cells = experts * replicas, chunk_cells = count_shape.num_chunks * experts;
+  const std::vector<int32_t>& log2phy = problem.log2phy;
   std::FILE* fractions = std::fopen(argv[2], "wb");
   if (fractions == nullptr) fail("cannot write FRACTIONS", 0);
 
@@ -150,10 +80,9 @@ int main(int argc, char** argv) {
   std::vector<double> gaps;
   std::vector<int> iterations, statuses;
 
-  for (int instance = 0; instance < instances; ++instance) {
-    const std::vector<int32_t> load(loads.begin() + instance * experts, loads.begin() + (instance + 1) * experts);
-    const std::vector<int32_t> mine(ids.begin() + static_cast<size_t>(instance) * num_ids,
-                                    ids.begin() + static_cast<size_t>(instance + 1) * num_ids);
+  for (int instance = 0; instance < problem.instances; ++instance) {
+    const std::vector<int32_t> load = slice(problem.loads, instance, experts);
+    const std::vector<int32_t> mine = slice(problem.ids, instance, num_ids);
     Device<int32_t> d_load(load), d_ids(mine), d_count(experts), d_starts(chunk_cells), d_iterations(groups),
         d_status(groups), d_physical(num_ids), d_assigned(ranks);
     Device<float> d_fraction(cells), d_rank_load(ranks), d_gap(groups);
@@ -204,8 +133,8 @@ int main(int argc, char** argv) {
     }
     for (size_t e = 0; e < experts; ++e) {
       double sum = 0;
-      for (int r = 0; r < header[4]; ++r) {
-        const float part = cuda_fraction[e * header[4] + r];
+      for (int r = 0; r < problem.max_replicas; ++r) {
+        const float part = cuda_fraction[e * replicas + r];
         if (!(part >= 0)) fail("solve: a fraction is negative or NaN", instance);
         sum += part;
       }
