@@ -170,9 +170,9 @@ def several_gpus(
     placement = lplb.Placement.from_topology(
         topology, num_experts=common.NUM_EXPERTS, num_ranks=ranks, redundants_per_rank=2
     )
-    _, ids = common.instances(tokens * ranks, ranks)
+    _, ids = common.instances(tokens * ranks, ranks, number=3)
     mesh = jax.make_mesh((ranks,), ("ep",), axis_types=(AxisType.Auto,))
-    sharded = jax.device_put(ids[32], jax.NamedSharding(mesh, P("ep")))
+    sharded = jax.device_put(ids[1], jax.NamedSharding(mesh, P("ep")))
 
     def collective(ids: jax.Array, sync: str) -> tuple[jax.Array, jax.Array]:
         load = ids[:32].reshape(-1)
