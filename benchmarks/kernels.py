@@ -8,17 +8,14 @@ import argparse
 import json
 import pathlib
 import subprocess
-import sys
 import tempfile
 
 import common
 import numpy as np
+from common import helpers
 
 import jax_lplb as lplb
 from jax_lplb._count import chunking
-
-sys.path.append(str(pathlib.Path(__file__).parents[1] / "tests"))
-import helpers
 
 TOL = 1e-4
 
@@ -82,7 +79,7 @@ def main() -> None:
         for case in args.cases:
             placement = common.CASES[case]()
             for tokens in args.tokens:
-                loads, ids = common.instances(tokens, placement.num_ranks)
+                loads, ids = common.instances(tokens, placement.num_ranks, placement.num_experts)
                 problem = pathlib.Path(folder, "problem")
                 write_problem(problem, placement, loads, ids)
                 report, fractions = run([args.driver], problem, placement, args.repeats)

@@ -13,9 +13,7 @@ import tempfile
 import common
 import kernels
 import numpy as np
-
-sys.path.append(str(pathlib.Path(__file__).parents[1] / "tests"))
-import helpers
+from common import helpers
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
