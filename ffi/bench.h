@@ -96,6 +96,7 @@ struct Problem {
     solve.max_variables = max_variables(num_experts, num_physical, num_groups);
     solve.tol = read<float>(file, 1)[0];
     solve.max_iterations = 50;
+    solve.threshold = 0.0f;
     if (const char* wrong = check(solve); wrong != nullptr) fail(wrong);
     log2phy = read<int32_t>(file, static_cast<size_t>(num_experts) * max_replicas);
     loads = read<int32_t>(file, static_cast<size_t>(instances) * num_experts);
