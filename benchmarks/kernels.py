@@ -15,6 +15,7 @@ import numpy as np
 from common import helpers
 
 import jax_lplb as lplb
+from jax_lplb import _edge_balance
 from jax_lplb._count import chunking
 
 TOL = 1e-4
@@ -25,6 +26,7 @@ def write_problem(
 ) -> None:
     """The file that ffi/bench.cu reads."""
     ids = ids.reshape(len(loads), -1)
+    partners = [] if _edge_balance.why_not(placement) else _edge_balance.colouring(placement.topology)
     header = [
         len(loads),
         ids.shape[1],
@@ -34,11 +36,13 @@ def write_problem(
         placement.num_ranks,
         placement.num_groups,
         *chunking(ids.shape[1], placement.num_experts),
+        len(partners),
     ]
     with path.open("wb") as file:
         for part, dtype in (
             (header, np.int32),
             ([tol], np.float32),
+            (partners, np.int32),
             (placement.log2phy, np.int32),
             (loads, np.int32),
             (ids, np.int32),
@@ -46,13 +50,17 @@ def write_problem(
             file.write(np.ascontiguousarray(part, dtype).tobytes())
 
 
-def run(driver: list[str], problem: pathlib.Path, placement: lplb.Placement, repeats: int) -> tuple[dict, np.ndarray]:
-    """The driver's report, and the fractions [instances, num_experts, max_replicas] of its solves."""
+def run(
+    driver: list[str], problem: pathlib.Path, placement: lplb.Placement, repeats: int
+) -> tuple[dict, dict[str, np.ndarray]]:
+    """The driver's report, and the fractions of its solves, [instances, num_experts, max_replicas] for each solver."""
     fractions = problem.with_suffix(".fractions")
     output = subprocess.run([*driver, problem, fractions, str(repeats)], stdout=subprocess.PIPE, text=True, check=True)
-    shape = (-1, placement.num_experts, placement.max_replicas)
     lines = [line for line in output.stdout.splitlines() if line.startswith("{")]
-    return json.loads(lines[-1]), np.fromfile(fractions, np.float32).reshape(shape)
+    report = json.loads(lines[-1])
+    shape = (-1, len(report["solvers"]), placement.num_experts, placement.max_replicas)
+    of_solvers = np.fromfile(fractions, np.float32).reshape(shape).swapaxes(0, 1)
+    return report, dict(zip(report["solvers"], of_solvers, strict=True))
 
 
 def worst_gap(placement: lplb.Placement, loads: np.ndarray, fractions: np.ndarray) -> float:
@@ -84,24 +92,27 @@ def main() -> None:
                 write_problem(problem, placement, loads, ids)
                 report, fractions = run([args.driver], problem, placement, args.repeats)
                 where = {"case": case, "tokens": tokens}
-                for kernel in ("empty", "count", "assign", "all"):
-                    bench = "balance" if kernel == "all" else kernel
+                for kernel in ("empty", "count", "assign"):
                     rows.append(
-                        {"bench": bench, **where, "kernel": kernel, **common.statistics(report[f"{kernel}_us"])}
+                        {"bench": kernel, **where, "kernel": kernel, **common.statistics(report[f"{kernel}_us"])}
                     )
-                rows.append(
-                    {
-                        "bench": "solve",
-                        **where,
-                        "kernel": "ipm",
-                        **common.statistics(report["solve_us"]),
-                        "tol": TOL,
-                        "worst_gap": float(f"{worst_gap(placement, loads, fractions):.3g}"),
-                        "certified": float(f"{max(report['gap']):.3g}"),
-                        "iterations": f"{np.median(report['iterations']):g}/{max(report['iterations'])}",
-                        "converged": report["status"].count(lplb.Status.CONVERGED),
-                    }
-                )
+                for solver, solved in report["solvers"].items():
+                    rows.append(
+                        {
+                            "bench": "solve",
+                            **where,
+                            "kernel": solver,
+                            **common.statistics(solved["solve_us"]),
+                            "tol": TOL,
+                            "worst_gap": float(f"{worst_gap(placement, loads, fractions[solver]):.3g}"),
+                            "certified": float(f"{max(solved['gap']):.3g}"),
+                            "iterations": f"{np.median(solved['iterations']):g}/{max(solved['iterations'])}",
+                            "converged": solved["status"].count(lplb.Status.CONVERGED),
+                        }
+                    )
+                    all_three = common.statistics(solved["all_us"])
+                    rows.append({"bench": "balance", **where, "kernel": f"all, {solver}", **all_three})
+                print(f"{case}, {tokens} tokens", flush=True)
     common.write(args.out, rows)
 
 

@@ -141,8 +141,16 @@ __device__ void add_ranks(const AssignShape& shape, const Batch& batch, SharesOf
   for (int g = threadIdx.x; g < shape.num_ranks; g += threads) rank_load[g] = static_cast<int32_t>(sums[g]);
 }
 
+// Waits for the solve, where this kernel was launched ahead of its end.
+__device__ void wait_for_split() {
+#if __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+#endif
+}
+
 // Blocks go through the chunks, the ranks' sums before them, and assign a chunk tile by tile: kIds ids a thread. The
-// shares of all experts are kept in shared memory, or computed anew for each token.
+// shares of all experts are kept in shared memory, or computed anew for each token. The split comes last, see
+// assign_after_solve_cuda.
 template <int kIds, bool kStored>
 __global__ void __launch_bounds__(kMaxWarps* kWarp)
     assign_kernel(const AssignShape shape, const AssignOperands in, int32_t* physical_ids, int32_t* rank_load) {
@@ -160,8 +168,19 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
         return batch.shares(e);
       }
     };
+    bool has_split = false;
+    const auto need_split = [&] {
+      if (has_split) return;
+      wait_for_split();
+      if constexpr (kStored) {
+        for (int e = threadIdx.x; e < experts; e += threads) {
+          batch.store(e, shared.stored + e * StoredShares::size(shape.max_replicas));
+        }
+      }
+      has_split = true;
+    };
     for (int item = blockIdx.x; item <= shape.count.num_chunks; item += gridDim.x) {
-      const bool is_first = item == static_cast<int>(blockIdx.x), is_chunk = item > 0;
+      const bool is_chunk = item > 0;
       const int64_t chunk = item - 1, begin = chunk * shape.count.chunk_size;
       const int num_ids = is_chunk ? static_cast<int>(min(shape.count.num_ids - begin, shape.count.chunk_size)) : 0;
       const int32_t* expert_ids = in.expert_ids + b * shape.count.num_ids + begin;
@@ -183,10 +202,10 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
       for (int e = threadIdx.x; e < experts; e += threads) {
         // All loads before the first use of any.
         const int32_t start = is_chunk ? starts[e] : 0, ahead = offset[e];
-        if (kStored && is_first) batch.store(e, shared.stored + e * StoredShares::size(shape.max_replicas));
         shared.seen[e] = static_cast<uint32_t>(start) + static_cast<uint32_t>(max(0, ahead));
       }
       if (!is_chunk) {
+        need_split();
         __syncthreads();
         add_ranks(shape, batch, shares_of, reinterpret_cast<uint32_t*>(memory), rank_load + b * shape.num_ranks);
         __syncthreads();
@@ -208,6 +227,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
         number_in_warp(ids, padded, counts, numbers);
         __syncthreads();
         add_up_warps(padded, num_warps, shared.of_warp);
+        need_split();
         __syncthreads();
 #pragma unroll
         for (int k = 0; k < kIds; ++k) {
@@ -224,12 +244,11 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
       }
     }
   }
+  wait_for_split();  // a block without ids, too: what comes after this kernel relies on the solve's end
 }
 
-}  // namespace
-
-cudaError_t assign_cuda(cudaStream_t stream, const AssignShape& shape, const AssignOperands& in, int32_t* physical_ids,
-                        int32_t* rank_load) {
+cudaError_t launch(cudaStream_t stream, const AssignShape& shape, const AssignOperands& in, int32_t* physical_ids,
+                   int32_t* rank_load, bool ahead) {
   const int64_t chunk_size = shape.count.chunk_size;
   const bool many = chunk_size > kMaxWarps * kWarp;
   int most_warps = kLeastWarps;
@@ -243,9 +262,31 @@ cudaError_t assign_cuda(cudaStream_t stream, const AssignShape& shape, const Ass
   }
   const auto kernel = many ? (stored ? assign_kernel<kMaxIds, true> : assign_kernel<kMaxIds, false>)
                            : (stored ? assign_kernel<1, true> : assign_kernel<1, false>);
-  kernel<<<grid_of(shape.count, shape.count.num_chunks + 1), warps * kWarp, Shared::bytes(shape, warps, stored),
-           stream>>>(shape, in, physical_ids, rank_load);
-  return cudaGetLastError();
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid_of(shape.count, shape.count.num_chunks + 1);
+  config.blockDim = warps * kWarp;
+  config.dynamicSmemBytes = Shared::bytes(shape, warps, stored);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = ahead ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, shape, in, physical_ids, rank_load);
+}
+
+}  // namespace
+
+cudaError_t assign_cuda(cudaStream_t stream, const AssignShape& shape, const AssignOperands& in, int32_t* physical_ids,
+                        int32_t* rank_load) {
+  return launch(stream, shape, in, physical_ids, rank_load, false);
+}
+
+cudaError_t assign_after_solve_cuda(cudaStream_t stream, const AssignShape& shape, const AssignOperands& in,
+                                    int32_t* physical_ids, int32_t* rank_load) {
+  bool ahead;
+  if (const cudaError_t error = runs_hopper_code(&ahead); error != cudaSuccess) return error;
+  return launch(stream, shape, in, physical_ids, rank_load, ahead);
 }
 
 }  // namespace lplb

@@ -40,6 +40,10 @@ void assign_cpu(const AssignShape& shape, const AssignOperands& in, int32_t* phy
 #ifdef LPLB_CUDA
 cudaError_t assign_cuda(cudaStream_t stream, const AssignShape& shape, const AssignOperands& in, int32_t* physical_ids,
                         int32_t* rank_load);
+// Where the launch before this one on the stream is that of the solve which writes `split`, and all else is older: on
+// devices that can, tokens are numbered while it runs (programmatic dependent launch).
+cudaError_t assign_after_solve_cuda(cudaStream_t stream, const AssignShape& shape, const AssignOperands& in,
+                                    int32_t* physical_ids, int32_t* rank_load);
 #endif
 
 // The integer quotas of one expert. Replicas share m as the split does: bounds between them are fractions in

@@ -51,6 +51,14 @@ double time_us(cudaStream_t stream, int repeats, const std::function<cudaError_t
   return times[times.size() / 2] * 1e3 / repeats;
 }
 
+struct Solver {
+  const char* name;
+  lplb::SolveShape shape;
+  const lplb::EdgeColouring* edges;
+  std::vector<double> solve_us = {}, all_us = {}, gaps = {};
+  std::vector<int> iterations = {}, statuses = {};
+};
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -61,7 +69,6 @@ int main(int argc, char** argv) {
   const int repeats = std::atoi(argv[3]);
   const Problem problem(argv[1]);
   const lplb::CountShape& count_shape = problem.count;
-  const lplb::SolveShape& solve_shape = problem.solve;
   const lplb::AssignShape& assign_shape = problem.assign;
   const int num_ids = problem.num_ids;
   const size_t experts = problem.num_experts, replicas = problem.max_replicas, ranks = problem.num_ranks;
@@ -76,9 +83,12 @@ int main(int argc, char** argv) {
   Device<int32_t> d_log2phy(log2phy);
   const std::vector<int32_t> offset(experts, 0);
   Device<int32_t> d_offset(offset);
-  std::vector<double> empty_us, count_us, solve_us, assign_us, all_us;
-  std::vector<double> gaps;
-  std::vector<int> iterations, statuses;
+  std::vector<double> empty_us, count_us, assign_us;
+  std::vector<Solver> solvers = {{"ipm", problem.solve, nullptr}};
+  if (problem.has_edges) {
+    solvers.push_back({"edge_balance", problem.solve, &problem.colouring});
+    solvers.back().shape.max_iterations = 1000;
+  }
 
   for (int instance = 0; instance < problem.instances; ++instance) {
     const std::vector<int32_t> load = slice(problem.loads, instance, experts);
@@ -94,68 +104,81 @@ int main(int argc, char** argv) {
     const auto count = [&](cudaStream_t s) {
       return lplb::count_cuda(s, count_shape, d_ids.get(), d_count.get(), d_starts.get());
     };
-    const auto solve = [&](cudaStream_t s) { return lplb::solve_cuda(s, solve_shape, solve_in, solve_out); };
     const auto assign = [&](cudaStream_t s) {
       return lplb::assign_cuda(s, assign_shape, assign_in, d_physical.get(), d_assigned.get());
     };
-    const auto all = [&](cudaStream_t s) {
-      if (const cudaError_t error = count(s); error != cudaSuccess) return error;
-      if (const cudaError_t error = solve(s); error != cudaSuccess) return error;
-      return assign(s);
-    };
-    LPLB_CHECK(all(stream));
-    LPLB_CHECK(cudaStreamSynchronize(stream));
-
-    // The same work on the CPU. Counting and assigning agree to the bit; optimal splits need not be unique, but the
-    // largest rank loads agree within both gaps.
     std::vector<int32_t> counted(experts), starts(chunk_cells), physical(num_ids), assigned(ranks);
     lplb::count_cpu(count_shape, mine.data(), counted.data(), starts.data());
-    if (counted != d_count.host()) fail("count: load differs from the CPU's", instance);
-    if (starts != d_starts.host()) fail("count: starts differ from the CPU's", instance);
-    std::vector<float> fraction(cells), rank_load(ranks), gap(groups);
-    std::vector<int32_t> iteration(groups), status(groups);
-    lplb::solve_cpu(solve_shape, {load.data(), log2phy.data()},
-                    {fraction.data(), rank_load.data(), gap.data(), iteration.data(), status.data()});
-    const std::vector<float> cuda_fraction = d_fraction.host(), cuda_rank_load = d_rank_load.host();
-    const std::vector<float> cuda_gap = d_gap.host();
-    const std::vector<int32_t> cuda_iteration = d_iterations.host(), cuda_status = d_status.host();
-    for (size_t group = 0; group < groups; ++group) {
-      const auto largest = [&](const std::vector<float>& loads_of_ranks) {
-        const auto first = loads_of_ranks.begin() + group * (ranks / groups);
-        return *std::max_element(first, first + ranks / groups);
-      };
-      const float cpu = largest(rank_load), cuda = largest(cuda_rank_load);
-      const float allowed = std::max(cpu, cuda) * (std::max(gap[group], cuda_gap[group]) + 1e-6f);
-      if (!(std::fabs(cpu - cuda) <= allowed)) fail("solve: largest rank load differs from the CPU's", instance);
-      gaps.push_back(cuda_gap[group]);
-      iterations.push_back(cuda_iteration[group]);
-      statuses.push_back(cuda_status[group]);
-    }
-    for (size_t e = 0; e < experts; ++e) {
-      double sum = 0;
-      for (int r = 0; r < problem.max_replicas; ++r) {
-        const float part = cuda_fraction[e * replicas + r];
-        if (!(part >= 0)) fail("solve: a fraction is negative or NaN", instance);
-        sum += part;
-      }
-      if (std::fabs(sum - 1) > 1e-5) fail("solve: fractions do not sum to 1", instance);
-    }
-    std::fwrite(cuda_fraction.data(), sizeof(float), cells, fractions);
-    lplb::assign_cpu(assign_shape,
-                     {mine.data(), starts.data(), cuda_fraction.data(), load.data(), offset.data(), log2phy.data()},
-                     physical.data(), assigned.data());
-    if (physical != d_physical.host()) fail("assign: physical_ids differ from the CPU's", instance);
-    if (assigned != d_assigned.host()) fail("assign: rank_load differs from the CPU's", instance);
 
+    for (Solver& solver : solvers) {
+      const lplb::SolveShape& shape = solver.shape;
+      const auto solve = [&](cudaStream_t s) { return lplb::solve_cuda(s, shape, solver.edges, solve_in, solve_out); };
+      const auto all = [&](cudaStream_t s) {
+        if (const cudaError_t error = count(s); error != cudaSuccess) return error;
+        return lplb::solve_assign_cuda(s, shape, solver.edges, solve_in, solve_out, assign_shape, assign_in,
+                                       d_physical.get(), d_assigned.get());
+      };
+      LPLB_CHECK(all(stream));
+      LPLB_CHECK(cudaStreamSynchronize(stream));
+
+      // The same work on the CPU. Counting, edge balance and assigning agree to the bit; the interior-point method's
+      // splits need not be unique, but the largest rank loads agree within both gaps.
+      if (counted != d_count.host()) fail("count: load differs from the CPU's", instance);
+      if (starts != d_starts.host()) fail("count: starts differ from the CPU's", instance);
+      std::vector<float> fraction(cells), rank_load(ranks), gap(groups);
+      std::vector<int32_t> iteration(groups), status(groups);
+      lplb::solve_cpu(shape, solver.edges, {load.data(), log2phy.data()},
+                      {fraction.data(), rank_load.data(), gap.data(), iteration.data(), status.data()});
+      const std::vector<float> cuda_fraction = d_fraction.host(), cuda_rank_load = d_rank_load.host();
+      const std::vector<float> cuda_gap = d_gap.host();
+      const std::vector<int32_t> cuda_iteration = d_iterations.host(), cuda_status = d_status.host();
+      if (solver.edges != nullptr && (fraction != cuda_fraction || rank_load != cuda_rank_load || gap != cuda_gap ||
+                                      iteration != cuda_iteration || status != cuda_status)) {
+        fail("edge balance: results differ from the CPU's", instance);
+      }
+      for (size_t group = 0; group < groups; ++group) {
+        const auto largest = [&](const std::vector<float>& loads_of_ranks) {
+          const auto first = loads_of_ranks.begin() + group * (ranks / groups);
+          return *std::max_element(first, first + ranks / groups);
+        };
+        const float cpu = largest(rank_load), cuda = largest(cuda_rank_load);
+        const float allowed = std::max(cpu, cuda) * (std::max(gap[group], cuda_gap[group]) + 1e-6f);
+        if (!(std::fabs(cpu - cuda) <= allowed)) fail("solve: largest rank load differs from the CPU's", instance);
+        solver.gaps.push_back(cuda_gap[group]);
+        solver.iterations.push_back(cuda_iteration[group]);
+        solver.statuses.push_back(cuda_status[group]);
+      }
+      for (size_t e = 0; e < experts; ++e) {
+        double sum = 0;
+        for (size_t r = 0; r < replicas; ++r) {
+          const float part = cuda_fraction[e * replicas + r];
+          if (!(part >= 0)) fail("solve: a fraction is negative or NaN", instance);
+          sum += part;
+        }
+        if (load[e] > 0 && std::fabs(sum - 1) > 1e-5) fail("solve: fractions do not sum to 1", instance);
+      }
+      std::fwrite(cuda_fraction.data(), sizeof(float), cells, fractions);
+      lplb::assign_cpu(assign_shape,
+                       {mine.data(), starts.data(), cuda_fraction.data(), load.data(), offset.data(), log2phy.data()},
+                       physical.data(), assigned.data());
+      for (int alone = 0; alone < 2; ++alone) {
+        if (physical != d_physical.host()) fail("assign: physical_ids differ from the CPU's", instance);
+        if (assigned != d_assigned.host()) fail("assign: rank_load differs from the CPU's", instance);
+        LPLB_CHECK(assign(stream));
+        LPLB_CHECK(cudaStreamSynchronize(stream));
+      }
+      if (repeats > 0) {
+        solver.solve_us.push_back(time_us(stream, repeats, solve));
+        solver.all_us.push_back(time_us(stream, repeats, all));
+      }
+    }
     if (repeats > 0) {
       empty_us.push_back(time_us(stream, repeats, [](cudaStream_t s) {
         empty_kernel<<<1, 32, 0, s>>>();
         return cudaGetLastError();
       }));
       count_us.push_back(time_us(stream, repeats, count));
-      solve_us.push_back(time_us(stream, repeats, solve));
       assign_us.push_back(time_us(stream, repeats, assign));
-      all_us.push_back(time_us(stream, repeats, all));
     }
   }
   std::fclose(fractions);
@@ -163,11 +186,15 @@ int main(int argc, char** argv) {
   std::printf("{");
   print("empty_us", empty_us, "%.3f", ", ");
   print("count_us", count_us, "%.3f", ", ");
-  print("solve_us", solve_us, "%.3f", ", ");
-  print("assign_us", assign_us, "%.3f", ", ");
-  print("all_us", all_us, "%.3f", ", ");
-  print("gap", gaps, "%.3e", ", ");
-  print("iterations", iterations, "%d", ", ");
-  print("status", statuses, "%d", "}\n");
+  print("assign_us", assign_us, "%.3f", ", \"solvers\": {");
+  for (const Solver& solver : solvers) {
+    std::printf("%s\"%s\": {", &solver == solvers.data() ? "" : ", ", solver.name);
+    print("solve_us", solver.solve_us, "%.3f", ", ");
+    print("all_us", solver.all_us, "%.3f", ", ");
+    print("gap", solver.gaps, "%.3e", ", ");
+    print("iterations", solver.iterations, "%d", ", ");
+    print("status", solver.statuses, "%d", "}");
+  }
+  std::printf("}}\n");
   return 0;
 }

@@ -9,6 +9,7 @@
 #include "assign.h"
 #include "count.h"
 #include "solve.h"
+#include "solve_assign.h"
 
 #define LPLB_CHECK(call)                                                                             \
   do {                                                                                               \
@@ -70,6 +71,8 @@ struct Problem {
   CountShape count = {};
   SolveShape solve = {};
   AssignShape assign = {};
+  bool has_edges;
+  EdgeColouring colouring;       // where it has edges
   std::vector<int32_t> log2phy;  // [num_experts, max_replicas]
   std::vector<int32_t> loads;    // [instances, num_experts]
   std::vector<int32_t> ids;      // [instances, num_ids]
@@ -77,7 +80,7 @@ struct Problem {
   explicit Problem(const char* path) {
     std::FILE* file = std::fopen(path, "rb");
     if (file == nullptr) fail("cannot read PROBLEM");
-    const std::vector<int32_t> header = read<int32_t>(file, 9);
+    const std::vector<int32_t> header = read<int32_t>(file, 10);
     instances = header[0], num_ids = header[1], num_experts = header[2], num_physical = header[3];
     max_replicas = header[4], num_ranks = header[5], num_groups = header[6];
     count.num_batches = 1;
@@ -98,6 +101,12 @@ struct Problem {
     solve.max_iterations = 50;
     solve.threshold = 0.0f;
     if (const char* wrong = check(solve); wrong != nullptr) fail(wrong);
+    const std::vector<int32_t> partners = read<int32_t>(file, static_cast<size_t>(header[9]) * solve.group_size);
+    has_edges = !partners.empty();
+    if (has_edges) {
+      const char* wrong = check_edges(solve, partners.data(), partners.size(), &colouring);
+      if (wrong != nullptr) fail(wrong);
+    }
     log2phy = read<int32_t>(file, static_cast<size_t>(num_experts) * max_replicas);
     loads = read<int32_t>(file, static_cast<size_t>(instances) * num_experts);
     ids = read<int32_t>(file, static_cast<size_t>(instances) * num_ids);

@@ -184,8 +184,9 @@ __global__ void __launch_bounds__(kScanExperts* kScanRows)
   }
 }
 
-// Whether the current device runs code that was compiled for clusters: not what was compiled for an older one.
-cudaError_t has_clusters(bool* result) {
+}  // namespace
+
+cudaError_t runs_hopper_code(bool* result) {
   constexpr int kMaxDevices = 64;
   static std::atomic<int> versions[kMaxDevices];  // of the code, 0 where not known yet
   int device = 0;
@@ -202,12 +203,10 @@ cudaError_t has_clusters(bool* result) {
   return cudaSuccess;
 }
 
-}  // namespace
-
 cudaError_t count_cuda(cudaStream_t stream, const CountShape& shape, const int32_t* expert_ids, int32_t* load,
                        int32_t* starts) {
   bool clusters;
-  if (const cudaError_t error = has_clusters(&clusters); error != cudaSuccess) return error;
+  if (const cudaError_t error = runs_hopper_code(&clusters); error != cudaSuccess) return error;
   cudaLaunchAttribute attribute;
   cudaLaunchConfig_t config = {};
   config.stream = stream;

@@ -38,6 +38,10 @@ inline dim3 grid_of(const CountShape& shape, int items) {
   return dim3(x, shape.num_batches < y ? shape.num_batches : y);
 }
 
+// Whether the current device runs code compiled for sm_90 or newer, which has clusters and programmatic dependent
+// launches: it may run what was compiled for an older one. Does not synchronise.
+cudaError_t runs_hopper_code(bool* result);
+
 cudaError_t count_cuda(cudaStream_t stream, const CountShape& shape, const int32_t* expert_ids, int32_t* load,
                        int32_t* starts);
 #endif

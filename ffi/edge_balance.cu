@@ -90,6 +90,9 @@ template <int kColours>
 __global__ void __launch_bounds__(kThreads, 1)
     edge_balance_kernel(const SolveShape shape, const __grid_constant__ EdgeColouring colouring, const SolveOperands in,
                         const SolveResults out) {
+#if __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();  // see assign_after_solve_cuda
+#endif
   extern __shared__ uint32_t by_slot[];
   __shared__ EdgeShared shared;
   const CudaBlock<kThreads> block;

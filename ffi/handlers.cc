@@ -13,6 +13,7 @@
 #include "assign.h"
 #include "count.h"
 #include "solve.h"
+#include "solve_assign.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace lplb {
@@ -109,14 +110,24 @@ ffi::Error count(Launch launch, Ids expert_ids, ffi::Result<Ids> load, ffi::Resu
   return launch(shape, expert_ids.typed_data(), load->typed_data(), starts->typed_data());
 }
 
-// What both algorithms of the solve have in common; `launch` takes the shape, operands and results.
-template <class Launch>
-ffi::Error solve_with(Launch launch, const char* name, Ids load, Ids log2phy, ffi::Result<Reals> fraction,
-                      ffi::Result<Reals> rank_load, ffi::Result<Reals> gap, ffi::Result<Ids> iterations,
-                      ffi::Result<Ids> status, int64_t num_physical, float tol, float threshold,
-                      int64_t max_iterations) {
-  Shapes shapes(name);
+// A solve's shape, operands and results, read off its buffers.
+struct Solve {
   SolveShape shape;
+  bool along_edges;  // by edge balance, else by the interior-point method
+  EdgeColouring colouring;
+  SolveOperands in;
+  SolveResults out;
+
+  const EdgeColouring* edges() const { return along_edges ? &colouring : nullptr; }
+};
+
+// Appends to `shapes` what is wrong with them.
+Solve read_solve(Shapes& shapes, const Ids& load, const Ids& log2phy, const ffi::Result<Reals>& fraction,
+                 const ffi::Result<Reals>& rank_load, const ffi::Result<Reals>& gap, const ffi::Result<Ids>& iterations,
+                 const ffi::Result<Ids>& status, int64_t num_physical, float tol, float threshold,
+                 int64_t max_iterations, ffi::Span<const int32_t> partners) {
+  Solve solve = {};
+  SolveShape& shape = solve.shape;
   const int64_t* table = shapes.last("log2phy", log2phy, 2);
   shape.num_experts = static_cast<int>(table[0]);
   shape.max_replicas = static_cast<int>(table[1]);
@@ -131,7 +142,7 @@ ffi::Error solve_with(Launch launch, const char* name, Ids load, Ids log2phy, ff
   shapes.expect("status", "num_groups", groups, shapes.last("status", *status, 1)[0]);
   shapes.require(groups >= 1 && ranks >= 1 && ranks % groups == 0 && shape.num_physical % ranks == 0,
                  "num_groups must divide the ranks, and the ranks num_physical");
-  if (!shapes.ok()) return shapes.error();
+  if (!shapes.ok()) return solve;
   shape.num_batches = shapes.batch();
   shape.num_groups = static_cast<int>(groups);
   shape.group_size = static_cast<int>(ranks / groups);
@@ -140,51 +151,38 @@ ffi::Error solve_with(Launch launch, const char* name, Ids load, Ids log2phy, ff
   shape.tol = tol;
   shape.max_iterations = static_cast<int>(max_iterations);
   shape.threshold = threshold;
-  if (const char* wrong = check(shape); wrong != nullptr) return ffi::Error::InvalidArgument(wrong);
-  const SolveOperands in = {load.typed_data(), log2phy.typed_data()};
-  const SolveResults out = {fraction->typed_data(), rank_load->typed_data(), gap->typed_data(),
-                            iterations->typed_data(), status->typed_data()};
-  return launch(shape, in, out);
+  const char* wrong =
+      partners.size() == 0 ? check(shape) : check_edges(shape, partners.begin(), partners.size(), &solve.colouring);
+  shapes.require(wrong == nullptr, wrong != nullptr ? wrong : "");
+  solve.along_edges = partners.size() > 0;
+  solve.in = {load.typed_data(), log2phy.typed_data()};
+  solve.out = {fraction->typed_data(), rank_load->typed_data(), gap->typed_data(), iterations->typed_data(),
+               status->typed_data()};
+  return solve;
 }
 
 template <class Launch>
 ffi::Error solve(Launch launch, Ids load, Ids log2phy, ffi::Result<Reals> fraction, ffi::Result<Reals> rank_load,
                  ffi::Result<Reals> gap, ffi::Result<Ids> iterations, ffi::Result<Ids> status, int64_t num_physical,
-                 float tol, float threshold, int64_t max_iterations) {
-  return solve_with(launch, "solve", load, log2phy, fraction, rank_load, gap, iterations, status, num_physical, tol,
-                    threshold, max_iterations);
+                 float tol, float threshold, int64_t max_iterations, ffi::Span<const int32_t> partners) {
+  Shapes shapes("solve");
+  const Solve solve = read_solve(shapes, load, log2phy, fraction, rank_load, gap, iterations, status, num_physical, tol,
+                                 threshold, max_iterations, partners);
+  if (!shapes.ok()) return shapes.error();
+  return launch(solve.shape, solve.edges(), solve.in, solve.out);
 }
 
-template <class Launch>
-ffi::Error edge_balance(Launch launch, Ids load, Ids log2phy, ffi::Result<Reals> fraction, ffi::Result<Reals> rank_load,
-                        ffi::Result<Reals> gap, ffi::Result<Ids> iterations, ffi::Result<Ids> status,
-                        int64_t num_physical, float tol, float threshold, int64_t max_iterations,
-                        ffi::Span<const int32_t> partners) {
-  const auto launch_with_edges = [&](const SolveShape& shape, const SolveOperands& in, const SolveResults& out) {
-    EdgeColouring colouring;
-    if (const char* wrong = check_edges(shape, partners.begin(), partners.size(), &colouring); wrong != nullptr) {
-      return ffi::Error::InvalidArgument(wrong);
-    }
-    return launch(shape, colouring, in, out);
-  };
-  return solve_with(launch_with_edges, "edge_balance", load, log2phy, fraction, rank_load, gap, iterations, status,
-                    num_physical, tol, threshold, max_iterations);
-}
-
-template <class Launch>
-ffi::Error assign(Launch launch, Ids expert_ids, Ids starts, Reals split, Ids load, Ids offset, Ids log2phy,
-                  ffi::Result<Ids> physical_ids, ffi::Result<Ids> rank_load, int64_t num_physical, int64_t chunk_size,
-                  int64_t num_sms) {
-  Shapes shapes("assign");
+AssignShape read_assign(Shapes& shapes, const Ids& expert_ids, const Ids& starts, const int64_t* split, const Ids& load,
+                        const Ids& offset, const Ids& log2phy, const ffi::Result<Ids>& physical_ids,
+                        const ffi::Result<Ids>& rank_load, int64_t num_physical, int64_t chunk_size, int64_t num_sms) {
   AssignShape shape;
   shape.count = count_shape(shapes, expert_ids, starts, chunk_size, num_sms);
   const int experts = shape.count.num_experts;
   const int64_t* table = shapes.last("log2phy", log2phy, 2);
   shapes.expect("log2phy", "num_experts", experts, table[0]);
   shape.max_replicas = static_cast<int>(table[1]);
-  const int64_t* parts = shapes.last("split", split, 2);
-  shapes.expect("split", "num_experts", experts, parts[0]);
-  shapes.expect("split", "max_replicas", shape.max_replicas, parts[1]);
+  shapes.expect("split", "num_experts", experts, split[0]);
+  shapes.expect("split", "max_replicas", shape.max_replicas, split[1]);
   shapes.expect("load", "num_experts", experts, shapes.last("load", load, 1)[0]);
   shapes.expect("offset", "num_experts", experts, shapes.last("offset", offset, 1)[0]);
   shapes.expect("physical_ids", "size", shape.count.num_ids, shapes.last("physical_ids", *physical_ids, 1)[0]);
@@ -192,12 +190,42 @@ ffi::Error assign(Launch launch, Ids expert_ids, Ids starts, Reals split, Ids lo
   shapes.require(ranks >= 1 && ranks <= kMaxExperts && num_physical % ranks == 0,
                  "rank_load: 1 to " + std::to_string(kMaxExperts) + " ranks that divide num_physical " +
                      std::to_string(num_physical) + ", got " + std::to_string(ranks));
-  if (!shapes.ok()) return shapes.error();
   shape.num_ranks = static_cast<int>(ranks);
   shape.num_physical = static_cast<int>(num_physical);
+  return shape;
+}
+
+template <class Launch>
+ffi::Error assign(Launch launch, Ids expert_ids, Ids starts, Reals split, Ids load, Ids offset, Ids log2phy,
+                  ffi::Result<Ids> physical_ids, ffi::Result<Ids> rank_load, int64_t num_physical, int64_t chunk_size,
+                  int64_t num_sms) {
+  Shapes shapes("assign");
+  const AssignShape shape = read_assign(shapes, expert_ids, starts, shapes.last("split", split, 2), load, offset,
+                                        log2phy, physical_ids, rank_load, num_physical, chunk_size, num_sms);
+  if (!shapes.ok()) return shapes.error();
   const AssignOperands in = {expert_ids.typed_data(), starts.typed_data(), split.typed_data(),
                              load.typed_data(),       offset.typed_data(), log2phy.typed_data()};
   return launch(shape, in, physical_ids->typed_data(), rank_load->typed_data());
+}
+
+// The split of `predicted`, and by it the assignment of tokens that `load` counts.
+template <class Launch>
+ffi::Error solve_assign(Launch launch, Ids expert_ids, Ids starts, Ids predicted, Ids load, Ids offset, Ids log2phy,
+                        ffi::Result<Ids> physical_ids, ffi::Result<Ids> rank_load, ffi::Result<Reals> fraction,
+                        ffi::Result<Reals> solved_rank_load, ffi::Result<Reals> gap, ffi::Result<Ids> iterations,
+                        ffi::Result<Ids> status, int64_t num_physical, float tol, float threshold,
+                        int64_t max_iterations, ffi::Span<const int32_t> partners, int64_t chunk_size,
+                        int64_t num_sms) {
+  Shapes shapes("solve_assign");
+  const Solve solve = read_solve(shapes, predicted, log2phy, fraction, solved_rank_load, gap, iterations, status,
+                                 num_physical, tol, threshold, max_iterations, partners);
+  const AssignShape shape = read_assign(shapes, expert_ids, starts, shapes.last("fraction", *fraction, 2), load, offset,
+                                        log2phy, physical_ids, rank_load, num_physical, chunk_size, num_sms);
+  if (!shapes.ok()) return shapes.error();
+  const AssignOperands in = {expert_ids.typed_data(), starts.typed_data(), fraction->typed_data(),
+                             load.typed_data(),       offset.typed_data(), log2phy.typed_data()};
+  return launch(solve.shape, solve.edges(), solve.in, solve.out, shape, in, physical_ids->typed_data(),
+                rank_load->typed_data());
 }
 
 // Appends the operands, results and attributes of each call, in the order of the functions above.
@@ -211,10 +239,8 @@ auto bind_count(Binding binding) {
       .template Attr<int64_t>("num_sms");
 }
 template <class Binding>
-auto bind_solve(Binding&& binding) {
+auto bind_solve_results(Binding&& binding) {
   return std::move(binding)
-      .template Arg<Ids>()
-      .template Arg<Ids>()
       .template Ret<Reals>()
       .template Ret<Reals>()
       .template Ret<Reals>()
@@ -223,11 +249,26 @@ auto bind_solve(Binding&& binding) {
       .template Attr<int64_t>("num_physical")
       .template Attr<float>("tol")
       .template Attr<float>("threshold")
-      .template Attr<int64_t>("max_iterations");
+      .template Attr<int64_t>("max_iterations")
+      .template Attr<ffi::Span<const int32_t>>("partners");
 }
 template <class Binding>
-auto bind_edge_balance(Binding binding) {
-  return bind_solve(std::move(binding)).template Attr<ffi::Span<const int32_t>>("partners");
+auto bind_solve(Binding binding) {
+  return bind_solve_results(std::move(binding).template Arg<Ids>().template Arg<Ids>());
+}
+template <class Binding>
+auto bind_solve_assign(Binding binding) {
+  return bind_solve_results(std::move(binding)
+                                .template Arg<Ids>()
+                                .template Arg<Ids>()
+                                .template Arg<Ids>()
+                                .template Arg<Ids>()
+                                .template Arg<Ids>()
+                                .template Arg<Ids>()
+                                .template Ret<Ids>()
+                                .template Ret<Ids>())
+      .template Attr<int64_t>("chunk_size")
+      .template Attr<int64_t>("num_sms");
 }
 template <class Binding>
 auto bind_assign(Binding binding) {
@@ -262,8 +303,8 @@ auto bind_assign(Binding binding) {
 
 LPLB_CPU_HANDLER(CountCpu, count, count_cpu);
 LPLB_CPU_HANDLER(SolveCpu, solve, solve_cpu);
-LPLB_CPU_HANDLER(EdgeBalanceCpu, edge_balance, edge_balance_cpu);
 LPLB_CPU_HANDLER(AssignCpu, assign, assign_cpu);
+LPLB_CPU_HANDLER(SolveAssignCpu, solve_assign, solve_assign_cpu);
 
 #ifdef LPLB_CUDA
 
@@ -279,8 +320,8 @@ LPLB_CPU_HANDLER(AssignCpu, assign, assign_cpu);
 
 LPLB_CUDA_HANDLER(CountCuda, count, count_cuda);
 LPLB_CUDA_HANDLER(SolveCuda, solve, solve_cuda);
-LPLB_CUDA_HANDLER(EdgeBalanceCuda, edge_balance, edge_balance_cuda);
 LPLB_CUDA_HANDLER(AssignCuda, assign, assign_cuda);
+LPLB_CUDA_HANDLER(SolveAssignCuda, solve_assign, solve_assign_cuda);
 
 // Function attributes may not be set while a stream is captured; XLA initialises before it captures.
 XLA_FFI_DEFINE_HANDLER_SYMBOL(

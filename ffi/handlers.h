@@ -8,13 +8,13 @@ namespace lplb {
 extern "C" {
 XLA_FFI_Error* CountCpu(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* SolveCpu(XLA_FFI_CallFrame* call_frame);
-XLA_FFI_Error* EdgeBalanceCpu(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* SolveAssignCpu(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* AssignCpu(XLA_FFI_CallFrame* call_frame);
 #ifdef LPLB_CUDA
 XLA_FFI_Error* CountCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* SolveCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* SolveCudaInitialize(XLA_FFI_CallFrame* call_frame);
-XLA_FFI_Error* EdgeBalanceCuda(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* SolveAssignCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* AssignCuda(XLA_FFI_CallFrame* call_frame);
 #endif
 }

@@ -21,7 +21,7 @@ nb::dict handlers() {
   nb::dict cpu;
   cpu["lplb_count"] = execute(lplb::CountCpu);
   cpu["lplb_solve"] = execute(lplb::SolveCpu);
-  cpu["lplb_edge_balance"] = execute(lplb::EdgeBalanceCpu);
+  cpu["lplb_solve_assign"] = execute(lplb::SolveAssignCpu);
   cpu["lplb_assign"] = execute(lplb::AssignCpu);
   nb::dict platforms;
   platforms["cpu"] = cpu;
@@ -31,8 +31,10 @@ nb::dict handlers() {
   nb::dict solve = execute(lplb::SolveCuda);
   solve["initialize"] = capsule(lplb::SolveCudaInitialize);
   cuda["lplb_solve"] = solve;
-  cuda["lplb_edge_balance"] = execute(lplb::EdgeBalanceCuda);
   cuda["lplb_assign"] = execute(lplb::AssignCuda);
+  nb::dict solve_assign = execute(lplb::SolveAssignCuda);
+  solve_assign["initialize"] = capsule(lplb::SolveCudaInitialize);
+  cuda["lplb_solve_assign"] = solve_assign;
   platforms["CUDA"] = cuda;
 #endif
   return platforms;

@@ -370,6 +370,9 @@ struct CudaBlock {
 template <class Block>
 __global__ void __launch_bounds__(Block::kSetupThreads, 1)
     solve_kernel(const SolveShape shape, const SolveOperands in, const SolveResults out) {
+#if __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();  // see assign_after_solve_cuda
+#endif
   extern __shared__ __align__(16) char memory[];
   __shared__ typename Block::Scratch scratch;
   Shared shared;

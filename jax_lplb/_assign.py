@@ -112,31 +112,47 @@ def assign_with_starts(
         ids: jax.Array, starts: jax.Array, split: jax.Array, load: jax.Array, offset: jax.Array, log2phy: jax.Array
     ) -> list[jax.Array]:
         operands = (ids, starts, split, load, offset, log2phy)
-        return _ffi.call(
-            "lplb_assign",
-            [
-                _ffi.Result((num_ids,), jnp.int32, operands),
-                _ffi.Result((num_ranks,), jnp.int32, (split, load, log2phy)),
-            ],
-            *operands,
-            num_physical=np.int64(num_physical),
-            chunk_size=np.int64(chunking(num_ids, placement.num_experts)[1]),
-            num_sms=np.int64(num_sms or 0),
-        )
+        results = ffi_results(num_ids, placement, operands, (split, load, log2phy))
+        attributes = ffi_attributes(num_ids, placement, num_sms)
+        return _ffi.call("lplb_assign", results, *operands, num_physical=np.int64(num_physical), **attributes)
 
     def xla(
         ids: jax.Array, starts: jax.Array, split: jax.Array, load: jax.Array, offset: jax.Array, log2phy: jax.Array
     ) -> list[jax.Array]:
-        del starts  # the sort below numbers all tokens at once
-        return [
-            _choose_slots(ids, split, load, offset, log2phy, num_physical),
-            _rank_load(split, load, log2phy, num_physical, num_ranks),
-        ]
+        del starts  # the sort numbers all tokens at once
+        return assign_tokens(ids, split, load, offset, log2phy, placement)
 
     physical_ids, rank_load = _ffi.dispatch(
         "assign", implementation, ffi, xla, expert_ids, starts, split, load, offset, log2phy
     )
     return physical_ids, rank_load
+
+
+def ffi_results(
+    num_ids: int, placement: Placement, ids_vary_with: tuple[jax.Array, ...], loads_vary_with: tuple[jax.Array, ...]
+) -> list[_ffi.Result]:
+    """Physical ids and rank load, as the custom calls return them."""
+    return [
+        _ffi.Result((num_ids,), jnp.int32, ids_vary_with),
+        _ffi.Result((placement.num_ranks,), jnp.int32, loads_vary_with),
+    ]
+
+
+def ffi_attributes(num_ids: int, placement: Placement, num_sms: int | None) -> dict[str, Any]:
+    """What the custom calls know of the assignment, beside num_physical."""
+    chunk_size = chunking(num_ids, placement.num_experts)[1]
+    return {"chunk_size": np.int64(chunk_size), "num_sms": np.int64(num_sms or 0)}
+
+
+def assign_tokens(
+    ids: jax.Array, split: jax.Array, load: jax.Array, offset: jax.Array, log2phy: jax.Array, placement: Placement
+) -> list[jax.Array]:
+    """The assignment in pure JAX: physical ids, and the rank load that the quotas give."""
+    num_physical = placement.num_physical
+    return [
+        _choose_slots(ids, split, load, offset, log2phy, num_physical),
+        _rank_load(split, load, log2phy, num_physical, placement.num_ranks),
+    ]
 
 
 def _present(log2phy: jax.Array, num_physical: int) -> jax.Array:

@@ -7,10 +7,23 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_lplb import _ffi
-from jax_lplb._assign import assign_with_starts
+from jax_lplb._assign import assign_tokens, assign_with_starts
+from jax_lplb._assign import ffi_attributes as assign_attributes
+from jax_lplb._assign import ffi_results as assign_results
 from jax_lplb._count import check_expert_ids, check_num_sms, count
 from jax_lplb._placement import Placement
-from jax_lplb._solve import Solver, check_load, check_options, check_placement, solve_fractions
+from jax_lplb._solve import (
+    Options,
+    Solver,
+    check_load,
+    check_options,
+    check_placement,
+    solve_fractions,
+    solve_groups,
+    to_integers,
+)
+from jax_lplb._solve import ffi_attributes as solve_attributes
+from jax_lplb._solve import ffi_results as solve_results
 
 AxisName = str | tuple[str, ...]
 _MOST_TOKENS = 2**31 - 1
@@ -123,14 +136,9 @@ def balance(
             offset = total // num_shards * index + total % num_shards * index // num_shards
             predicted = total
 
-    with jax.named_scope("lplb_solve"):
-        fraction, solved_rank_load, gap, _, status = solve_fractions(predicted, placement, options, implementation)
-        if load is not None:
-            fraction = jnp.where((load > 0)[:, None], fraction, 0)  # a row of zeros is the even split
-
-    with jax.named_scope("lplb_assign"):
-        physical_ids, rank_load = assign_with_starts(
-            expert_ids, starts, fraction, placement, total, offset, num_sms, implementation
+    with jax.named_scope("lplb_solve_assign"):
+        physical_ids, rank_load, solved_rank_load, gap, status = _solve_assign(
+            expert_ids, starts, predicted, total, offset, placement, options, num_sms, implementation
         )
         if load is not None:
             rank_load = jnp.rint(solved_rank_load).astype(jnp.int32)
@@ -138,6 +146,58 @@ def balance(
             if load.dtype == jnp.float32:
                 predicted = jnp.rint(predicted).astype(jnp.int32)
     return Balanced(physical_ids.reshape(shape), predicted, rank_load, gap, status)
+
+
+def _solve_assign(
+    expert_ids: jax.Array,
+    starts: jax.Array,
+    predicted: jax.Array,
+    load: jax.Array,
+    offset: jax.Array,
+    placement: Placement,
+    options: Options,
+    num_sms: int | None,
+    implementation: _ffi.Implementation,
+) -> list[jax.Array]:
+    """Steps 3 and 4: the split of the predicted load, by which the tokens that `load` counts are assigned.
+
+    One custom call: on GPUs tokens are numbered while the solver runs. Returns the physical ids, the rank load that
+    they give, the rank load of the split, gap and status.
+    """
+    predicted, unit = to_integers(predicted)
+    if placement.max_replicas == 1:  # lookups, no custom call
+        fraction, rank_load, gap, _, status = solve_fractions(predicted, placement, options, implementation)
+        assigned = assign_with_starts(expert_ids, starts, fraction, placement, load, offset, num_sms, implementation)
+        return [*assigned, rank_load * unit, gap, status]
+    num_ids = expert_ids.shape[0]
+
+    def ffi(*operands: jax.Array) -> list[jax.Array]:
+        _, _, predicted, load, _, log2phy = operands
+        physical_ids, rank_load, _, solved_rank_load, gap, _, status = _ffi.call(
+            "lplb_solve_assign",
+            [
+                *assign_results(num_ids, placement, operands, (predicted, load, log2phy)),
+                *solve_results(placement, (predicted, log2phy)),
+            ],
+            *operands,
+            **solve_attributes(placement, options),
+            **assign_attributes(num_ids, placement, num_sms),
+        )
+        return [physical_ids, rank_load, solved_rank_load, gap, status]
+
+    def xla(
+        ids: jax.Array, starts: jax.Array, predicted: jax.Array, load: jax.Array, offset: jax.Array, log2phy: jax.Array
+    ) -> list[jax.Array]:
+        del starts
+        fraction, solved_rank_load, gap, _, status = solve_groups(predicted, log2phy, placement, options)
+        physical_ids, rank_load = assign_tokens(ids, fraction, load, offset, log2phy, placement)
+        return [physical_ids, rank_load, solved_rank_load, gap, status]
+
+    operands = (expert_ids, starts, predicted, load, offset, jnp.asarray(placement.log2phy))
+    physical_ids, rank_load, solved_rank_load, gap, status = _ffi.dispatch(
+        "solve_assign", implementation, ffi, xla, *operands
+    )
+    return [physical_ids, rank_load, solved_rank_load * unit, gap, status]
 
 
 def _axis_size(axis_name: Any, num_ranks: int) -> int:

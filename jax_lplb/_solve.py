@@ -96,65 +96,74 @@ class Options(NamedTuple):
 def solve_fractions(
     load: jax.Array, placement: Placement, options: Options, implementation: _ffi.Implementation
 ) -> list[jax.Array]:
-    """As `solve`, with fractions of the load in place of tokens; an expert without load has some split, or zeros."""
-    exponent = None
-    if load.dtype == jnp.float32:
-        load, exponent = _to_integers(load)
-    ranks, groups = placement.num_ranks, placement.num_groups
-    solver, tol, threshold = options
-    edges = _edge_balance.colouring(placement.topology) if solver == "edge_balance" else None
-
-    def ffi(load: jax.Array, log2phy: jax.Array) -> list[jax.Array]:
-        operands = (load, log2phy)
-        attributes: dict[str, Any] = {
-            "num_physical": np.int64(placement.num_physical),
-            "tol": np.float32(tol),
-            "threshold": np.float32(threshold),
-        }
-        if edges is None:
-            target, attributes["max_iterations"] = "lplb_solve", np.int64(_interior_point.MAX_ITERATIONS)
-        else:
-            target, attributes["max_iterations"] = "lplb_edge_balance", np.int64(_edge_balance.MAX_SWEEPS)
-            attributes["partners"] = edges.ravel()
-        return _ffi.call(
-            target,
-            [
-                _ffi.Result(log2phy.shape, jnp.float32, operands),
-                _ffi.Result((ranks,), jnp.float32, operands),
-                _ffi.Result((groups,), jnp.float32, operands),
-                _ffi.Result((groups,), jnp.int32, operands),
-                _ffi.Result((groups,), jnp.int32, operands),
-            ],
-            *operands,
-            **attributes,
-        )
-
-    def xla(load: jax.Array, log2phy: jax.Array) -> list[jax.Array]:
-        slots = placement.slots_per_rank
-        if edges is None:
-            return _interior_point.solve_groups(load, log2phy, slots, ranks, groups, tol, threshold)
-        return _edge_balance.solve_groups(load, log2phy, slots, ranks, groups, edges, tol, threshold)
-
+    """As `solve`, with fractions of the load in place of tokens; an expert without load may have zeros."""
     log2phy = jnp.asarray(placement.log2phy)
+    load, unit = to_integers(load)
     if placement.max_replicas == 1:
-        fraction, rank_load, gap, iterations, status = _all_at_home(load, placement)
+        solved = _all_at_home(load, placement)
     else:
-        fraction, rank_load, gap, iterations, status = _ffi.dispatch(
-            "solve" if edges is None else solver, implementation, ffi, xla, load, log2phy
-        )
-    if exponent is not None:
-        rank_load = rank_load * 2.0 ** -_integer_bits(placement.num_experts) * _power_of_two(exponent)
-    return [fraction, rank_load, gap, iterations, status]
+
+        def ffi(load: jax.Array, log2phy: jax.Array) -> list[jax.Array]:
+            operands = (load, log2phy)
+            results = ffi_results(placement, operands)
+            return _ffi.call("lplb_solve", results, *operands, **ffi_attributes(placement, options))
+
+        def xla(load: jax.Array, log2phy: jax.Array) -> list[jax.Array]:
+            return solve_groups(load, log2phy, placement, options)
+
+        solved = _ffi.dispatch("solve", implementation, ffi, xla, load, log2phy)
+    fraction, rank_load, gap, iterations, status = solved
+    return [fraction, rank_load * unit, gap, iterations, status]
 
 
-def _to_integers(load: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Float loads as int32 in units of 2**(exponent - _integer_bits(num_experts)), and the exponent."""
+def ffi_results(placement: Placement, varies_with: tuple[jax.Array, ...]) -> list[_ffi.Result]:
+    """Fraction, rank load, gap, iterations and status, as the custom calls return them."""
+    ranks, groups = placement.num_ranks, placement.num_groups
+    return [
+        _ffi.Result((placement.num_experts, placement.max_replicas), jnp.float32, varies_with),
+        _ffi.Result((ranks,), jnp.float32, varies_with),
+        _ffi.Result((groups,), jnp.float32, varies_with),
+        _ffi.Result((groups,), jnp.int32, varies_with),
+        _ffi.Result((groups,), jnp.int32, varies_with),
+    ]
+
+
+def ffi_attributes(placement: Placement, options: Options) -> dict[str, Any]:
+    """What the custom calls know of the solver. No partners: the interior-point method."""
+    partners, limit = np.zeros(0, np.int32), _interior_point.MAX_ITERATIONS
+    if options.solver == "edge_balance":
+        assert placement.topology is not None
+        partners, limit = _edge_balance.colouring(placement.topology).ravel(), _edge_balance.MAX_SWEEPS
+    return {
+        "num_physical": np.int64(placement.num_physical),
+        "tol": np.float32(options.tol),
+        "threshold": np.float32(options.threshold),
+        "max_iterations": np.int64(limit),
+        "partners": partners,
+    }
+
+
+def solve_groups(load: jax.Array, log2phy: jax.Array, placement: Placement, options: Options) -> list[jax.Array]:
+    """The solve in pure JAX, of int32 loads."""
+    slots, ranks, groups = placement.slots_per_rank, placement.num_ranks, placement.num_groups
+    if options.solver == "ipm":
+        return _interior_point.solve_groups(load, log2phy, slots, ranks, groups, options.tol, options.threshold)
+    assert placement.topology is not None
+    edges = _edge_balance.colouring(placement.topology)
+    return _edge_balance.solve_groups(load, log2phy, slots, ranks, groups, edges, options.tol, options.threshold)
+
+
+def to_integers(load: jax.Array) -> tuple[jax.Array, jax.Array | float]:
+    """Loads as int32, and the unit that they are in: 1, or a power of two for float loads."""
+    if load.dtype == jnp.int32:
+        return load, 1.0
+    bits = _integer_bits(load.shape[0])
     most = jnp.max(load, initial=0, where=load > 0)
     # Powers of two scale exactly, so that neither the order of a sum nor a division shows in the result. Beyond these
     # bounds they, or the ranks' loads, would leave float32's range.
     exponent = jnp.clip((lax.bitcast_convert_type(most, jnp.int32) >> 23) - 126, -125, 115)  # most < 2**exponent
-    scaled = jnp.minimum(load * _power_of_two(-exponent), 1) * 2.0 ** _integer_bits(load.shape[0])
-    return jnp.where(load > 0, jnp.rint(scaled), 0).astype(jnp.int32), exponent
+    scaled = jnp.minimum(load * _power_of_two(-exponent), 1) * 2.0**bits
+    return jnp.where(load > 0, jnp.rint(scaled), 0).astype(jnp.int32), 2.0**-bits * _power_of_two(exponent)
 
 
 def _integer_bits(num_experts: int) -> int:
