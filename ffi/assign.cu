@@ -153,7 +153,8 @@ __device__ void wait_for_split() {
 // assign_after_solve_cuda.
 template <int kIds, bool kStored>
 __global__ void __launch_bounds__(kMaxWarps* kWarp)
-    assign_kernel(const AssignShape shape, const AssignOperands in, int32_t* physical_ids, int32_t* rank_load) {
+    assign_kernel(const AssignShape shape, const AssignOperands in, int32_t* physical_ids, int32_t* rank_load,
+                  bool ahead) {
   extern __shared__ uint4 memory[];
   const int experts = shape.count.num_experts, padded = Shared::padded(experts), threads = blockDim.x;
   const int num_warps = threads / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -168,15 +169,14 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
         return batch.shares(e);
       }
     };
-    bool has_split = false;
+    const auto store = [&](int e) {
+      if constexpr (kStored) batch.store(e, shared.stored + e * StoredShares::size(shape.max_replicas));
+    };
+    bool has_split = !ahead;
     const auto need_split = [&] {
       if (has_split) return;
       wait_for_split();
-      if constexpr (kStored) {
-        for (int e = threadIdx.x; e < experts; e += threads) {
-          batch.store(e, shared.stored + e * StoredShares::size(shape.max_replicas));
-        }
-      }
+      for (int e = threadIdx.x; e < experts; e += threads) store(e);
       has_split = true;
     };
     for (int item = blockIdx.x; item <= shape.count.num_chunks; item += gridDim.x) {
@@ -201,8 +201,9 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
       load_ids(0);
       for (int e = threadIdx.x; e < experts; e += threads) {
         // All loads before the first use of any.
-        const int32_t start = is_chunk ? starts[e] : 0, ahead = offset[e];
-        shared.seen[e] = static_cast<uint32_t>(start) + static_cast<uint32_t>(max(0, ahead));
+        const int32_t start = is_chunk ? starts[e] : 0, before = offset[e];
+        if (!ahead && item == static_cast<int>(blockIdx.x)) store(e);
+        shared.seen[e] = static_cast<uint32_t>(start) + static_cast<uint32_t>(max(0, before));
       }
       if (!is_chunk) {
         need_split();
@@ -272,7 +273,7 @@ cudaError_t launch(cudaStream_t stream, const AssignShape& shape, const AssignOp
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = ahead ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, shape, in, physical_ids, rank_load);
+  return cudaLaunchKernelEx(&config, kernel, shape, in, physical_ids, rank_load, ahead);
 }
 
 }  // namespace

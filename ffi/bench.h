@@ -96,6 +96,7 @@ struct Problem {
     solve.num_groups = num_groups;
     solve.group_size = num_ranks / num_groups;
     solve.slots_per_rank = num_physical / num_ranks;
+    solve.rank_of_slot = rank_factor(solve.slots_per_rank);
     solve.max_variables = max_variables(num_experts, num_physical, num_groups);
     solve.tol = read<float>(file, 1)[0];
     solve.max_iterations = 50;

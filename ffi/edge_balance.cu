@@ -12,6 +12,12 @@ struct CudaBlock {
   static constexpr int kThreads = kNumThreads;
 
   __device__ int thread() const { return threadIdx.x; }
+  // Aligned to 16 bytes.
+  __device__ void zero(uint32_t* words, int count) const {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < count / 4; i += kThreads) reinterpret_cast<uint4*>(words)[i] = make_uint4(0, 0, 0, 0);
+    if (threadIdx.x < count % 4) words[count - 1 - threadIdx.x] = 0;
+  }
   // Integers: the order does not show.
   __device__ void add(uint32_t* target, uint32_t value) const { atomicAdd(target, value); }
   __device__ void largest(uint32_t* target, uint32_t value) const { atomicMax(target, value); }
@@ -47,6 +53,7 @@ struct CudaWarp {
   uint32_t sign_of[kColours];
 
   __device__ explicit CudaWarp(const EdgeColouring& colouring) : lane(threadIdx.x % kWarp) {
+    if (threadIdx.x >= kWarp) return;  // lanes read different constants, one after the other
 #pragma unroll
     for (int c = 0; c < kColours; ++c) {
       other[c] = colouring.partner[c][lane];
@@ -75,6 +82,7 @@ struct CudaWarp {
   __device__ uint32_t at_least(uint32_t word, uint32_t bound) const {
     return __ballot_sync(kFullWarp, static_cast<int32_t>(word) >= static_cast<int32_t>(bound));
   }
+  __device__ float power_of_two(int exponent) const { return __int_as_float((127 + exponent) << 23); }
   __device__ int leading_zeros(uint32_t value) const { return __clz(static_cast<int>(value)); }
   __device__ int count(uint32_t set) const { return __popc(set); }
   __device__ uint32_t leaving(int colour, uint32_t set, uint32_t share) const {
@@ -93,7 +101,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 #if __CUDA_ARCH__ >= 900
   cudaTriggerProgrammaticLaunchCompletion();  // see assign_after_solve_cuda
 #endif
-  extern __shared__ uint32_t by_slot[];
+  extern __shared__ uint4 memory[];
+  uint32_t* by_slot = reinterpret_cast<uint32_t*>(memory);
   __shared__ EdgeShared shared;
   const CudaBlock<kThreads> block;
   const EdgeBalance solver(shape, in, out, blockIdx.y, blockIdx.x, shared, by_slot);
@@ -121,8 +130,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     read();
   }
   replicated = __syncthreads_or(replicated) != 0;
-  if (threadIdx.x < kWarp) solver.solve(warp, replicated);
+  typename EdgeBalance::Outcome<uint32_t> outcome;
+  if (threadIdx.x < kWarp) outcome = solver.solve(warp, replicated);
   __syncthreads();
+  if (threadIdx.x < kWarp) solver.report(warp, outcome);
   while (true) {
 #pragma unroll
     for (int i = 0; i < kExpertsEach; ++i) solver.write(block, first + i * kThreads, experts[i]);

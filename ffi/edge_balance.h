@@ -31,16 +31,19 @@
 #ifdef __CUDACC__
 #define LPLB_DEVICE __device__ __forceinline__
 #define LPLB_UNROLL _Pragma("unroll")
+#define LPLB_UNROLL_BY(n) _Pragma(LPLB_STRING(unroll n))
+#define LPLB_STRING(text) #text
 #else
 #define LPLB_DEVICE inline
 #define LPLB_UNROLL
+#define LPLB_UNROLL_BY(n)
 #endif
 #endif
 
 namespace lplb {
 
 // What the passes over experts and the sweeps hand each other.
-struct EdgeShared {
+struct alignas(16) EdgeShared {
   uint32_t fixed[kMaxEdgeRanks];                       // tokens that stay on a rank
   uint32_t neighbours[kMaxEdgeRanks];                  // bit masks of ranks
   uint32_t at_home[kMaxEdgeRanks][kMaxEdgeRanks + 1];  // tokens that may move, by home and copy
@@ -79,9 +82,10 @@ LPLB_DEVICE float set_width(float tol, int sweep) {
 // One group: clear() and, after a barrier, collect() for each expert; after another one solve() by one warp; after a
 // third one write() for each expert.
 //
-// Block: kThreads; thread(); add(), largest() on shared memory; add_by_rank(); read_pair(), write_pair(), divide().
+// Block: kThreads; thread(); zero(), add(), largest() on shared memory; add_by_rank(); read_pair(), write_pair(),
+// divide().
 // Warp: Word; kColours, at least num_colours(); each_rank(), each_edge(); partner(), sign(), shift_right(), clamp();
-// largest(), sum(), at_least(), count(), leaving(); leading_zeros(), divide().
+// largest(), sum(), at_least(), count(), leaving(); leading_zeros(), power_of_two(), divide().
 class EdgeBalance {
  public:
   LPLB_DEVICE EdgeBalance(const SolveShape& shape, const SolveOperands& in, const SolveResults& out, int batch,
@@ -98,7 +102,6 @@ class EdgeBalance {
     status_ = out.status + which;
     num_slots_ = shape.group_size * shape.slots_per_rank;
     first_slot_ = group * num_slots_;
-    reciprocal_ = (1u << kReciprocalBits) / shape.slots_per_rank + 1;
     copy_load_ = by_slot;
     copy_home_ = by_slot + num_slots_;
   }
@@ -116,16 +119,11 @@ class EdgeBalance {
 
   template <class Block>
   LPLB_DEVICE void clear(const Block& block, const EdgeColouring& colouring) const {
-    uint32_t* at_home = &shared_.at_home[0][0];
-    for (int i = block.thread(); i < kMaxEdgeRanks * (kMaxEdgeRanks + 1); i += Block::kThreads) at_home[i] = 0;
-    for (int p = block.thread(); p < num_slots_; p += Block::kThreads) {
-      copy_load_[p] = 0;
-      copy_home_[p] = 0;
-    }
+    block.zero(&shared_.at_home[0][0], kMaxEdgeRanks * (kMaxEdgeRanks + 1));
+    block.zero(copy_load_, 2 * num_slots_);  // and copy_home_
+    LPLB_UNROLL_BY(1)
     for (int g = block.thread(); g < kMaxEdgeRanks; g += Block::kThreads) {
-      uint32_t neighbours = 0;
-      for (int c = 0; c < colouring.num_colours; ++c) neighbours |= 1u << colouring.partner[c][g];
-      shared_.neighbours[g] = neighbours & ~(1u << g);
+      shared_.neighbours[g] = colouring.neighbours[g];
       shared_.fixed[g] = 0;
     }
   }
@@ -145,9 +143,18 @@ class EdgeBalance {
     return moves;
   }
 
+  // What solve() found, for report().
+  template <class Word>
+  struct Outcome {
+    Word load;
+    float missing, whole;  // the certified gap is their quotient
+    int shift, sweeps;
+    int32_t status;
+  };
+
   // `replicated`: whether any expert of the group may move.
   template <class Warp>
-  LPLB_DEVICE void solve(const Warp& warp, bool replicated) const {
+  LPLB_DEVICE Outcome<typename Warp::Word> solve(const Warp& warp, bool replicated) const {
     using Word = typename Warp::Word;
     constexpr int kColours = Warp::kColours;
     const int colours = warp.num_colours();
@@ -158,26 +165,17 @@ class EdgeBalance {
       warp.each_edge(c, at_home[c], [&](int g, int other, uint32_t& word) { word = shared_.at_home[g][other]; });
       load = load + at_home[c];
     }
+    Outcome<Word> outcome = {load, 0.0f, 1.0f, 0, 0, replicated ? kConverged : kSkipped};
     const uint32_t total = warp.sum(kAllRanks, load);
-    int32_t status = replicated ? kConverged : kSkipped;
-    int shift = 0, sweeps = 0;
-    float gap = 0.0f;
     if (replicated && total > 0) {
       const int zeros = warp.leading_zeros(total);
-      shift = zeros > 2 ? zeros - 2 : 0;  // to below 2**30, where it is not above
-      load = load << shift;
+      outcome.shift = zeros > 2 ? zeros - 2 : 0;  // to below 2**30, where it is not above
+      outcome.load = load << outcome.shift;
       LPLB_UNROLL
-      for (int c = 0; c < colours; ++c) at_home[c] = at_home[c] << shift;
-      const float whole = to_float(warp.largest(load)) * static_cast<float>(shape_.group_size);
-      const float mean = to_float(total << shift);
-      if (shape_.threshold > 0.0f && whole <= shape_.threshold * mean) {
-        status = kSkipped;
-        gap = fmaxf(1.0f - warp.divide(mean, whole), 0.0f);
-      } else {
-        status = balance(warp, at_home, share, load, gap, sweeps);
-      }
+      for (int c = 0; c < colours; ++c) at_home[c] = at_home[c] << outcome.shift;
+      if (!even_enough_at_home(warp, total, outcome)) balance(warp, at_home, share, outcome);
     }
-    if (status == kSkipped || total == 0) {
+    if (outcome.status == kSkipped || total == 0) {
       LPLB_UNROLL
       for (int c = 0; c < colours; ++c) share[c] = at_home[c];
     }
@@ -186,15 +184,26 @@ class EdgeBalance {
       Word moved = at_home[c] - share[c];
       warp.each_edge(c, moved, [&](int g, int other, uint32_t& word) { shared_.to_move[g][other] = word; });
     }
-    warp.each_rank(load, [&](int g, uint32_t& word) {
+    warp.each_rank(load, [&](int g, uint32_t&) {
       if (g == 0) {
-        shared_.shift = shift;
-        shared_.status = status;
-        *gap_ = gap;
-        *iterations_ = sweeps;
-        *status_ = status;
+        shared_.shift = outcome.shift;
+        shared_.status = outcome.status;
       }
-      if (g < shape_.group_size) rank_load_[g] = warp.divide(to_float(word), static_cast<float>(1u << shift));
+    });
+    return outcome;
+  }
+
+  // Rank loads, gap, sweeps and status; by the warp that solved, when others need not wait for it.
+  template <class Warp, class Word>
+  LPLB_DEVICE void report(const Warp& warp, Outcome<Word>& outcome) const {
+    const float gap = warp.divide(outcome.missing, outcome.whole);
+    warp.each_rank(outcome.load, [&](int g, uint32_t& word) {
+      if (g < shape_.group_size) rank_load_[g] = to_float(word) * warp.power_of_two(-outcome.shift);
+      if (g == 0) {
+        *gap_ = outcome.status == kConverged ? fminf(gap, shape_.tol) : gap;
+        *iterations_ = outcome.sweeps;
+        *status_ = outcome.status;
+      }
     });
   }
 
@@ -214,13 +223,12 @@ class EdgeBalance {
       block.write_pair(row, 0.0f, 0.0f);  // as assign reads it, the even split
     } else {
       const uint32_t load = expert.load << shared_.shift, moved = to_move(expert, home, copy);
-      const float whole = to_float(load);
-      block.write_pair(row, block.divide(to_float(load - moved), whole), block.divide(to_float(moved), whole));
+      const float fraction = block.divide(to_float(moved), to_float(load));
+      block.write_pair(row, 1.0f - fraction, fraction);
     }
   }
 
  private:
-  static constexpr int kReciprocalBits = 22;
   static constexpr uint32_t kAllRanks = 0xffffffffu;
 
   LPLB_DEVICE static float to_float(uint32_t word) { return static_cast<float>(static_cast<int32_t>(word)); }
@@ -228,8 +236,9 @@ class EdgeBalance {
   // The rank within the group, or -1 where the slot is not of the group. Contents may be traced, hence anything.
   LPLB_DEVICE int rank_of(int32_t slot) const {
     const uint32_t local = static_cast<uint32_t>(slot) - static_cast<uint32_t>(first_slot_);
-    // local / slots_per_rank, exact below 2,048 slots.
-    return local < static_cast<uint32_t>(num_slots_) ? static_cast<int>(local * reciprocal_ >> kReciprocalBits) : -1;
+    return local < static_cast<uint32_t>(num_slots_)
+               ? static_cast<int>(static_cast<uint64_t>(local) * shape_.rank_of_slot >> kRankShift)
+               : -1;
   }
   LPLB_DEVICE bool may_move(int home, int copy) const {
     return home >= 0 && copy >= 0 && (shared_.neighbours[home] >> copy & 1) != 0;
@@ -255,11 +264,25 @@ class EdgeBalance {
     return moved <= 0 ? 0 : moved < static_cast<int32_t>(load) ? left : load;
   }
 
+  // Whether nothing needs to move: the largest rank load at home is within `threshold` of the mean.
+  template <class Warp, class Word>
+  LPLB_DEVICE bool even_enough_at_home(const Warp& warp, uint32_t total, Outcome<Word>& outcome) const {
+    if (shape_.threshold <= 0.0f) return false;
+    const float whole = to_float(warp.largest(outcome.load)) * static_cast<float>(shape_.group_size);
+    const float mean = to_float(total << outcome.shift);
+    if (whole > shape_.threshold * mean) return false;
+    outcome.status = kSkipped;
+    outcome.missing = fmaxf(whole - mean, 0.0f);
+    outcome.whole = whole;
+    return true;
+  }
+
   // Sweeps from the even split until the certified gap is at most tol.
   template <class Warp, class Word, int kColours>
-  LPLB_DEVICE int32_t balance(const Warp& warp, const Word (&at_home)[kColours], Word (&share)[kColours], Word& load,
-                              float& gap, int& sweeps) const {
+  LPLB_DEVICE void balance(const Warp& warp, const Word (&at_home)[kColours], Word (&share)[kColours],
+                           Outcome<Word>& outcome) const {
     const int colours = warp.num_colours();
+    Word& load = outcome.load;
     const Word home_load = load;
     Word capacity[kColours];
     LPLB_UNROLL
@@ -274,8 +297,9 @@ class EdgeBalance {
     };
     split_evenly();
     const uint32_t even_most = warp.largest(load);
-    float best_missing = 1.0f, best_whole = 1.0f;
-    for (;; sweeps += 2) {
+    outcome.missing = 1.0f;
+    for (int sweeps = 0;; sweeps += 2) {
+      outcome.sweeps = sweeps;
       const uint32_t most = warp.largest(load);
       const uint32_t set = warp.at_least(
           load, most - static_cast<uint32_t>(static_cast<int32_t>(to_float(most) * set_width(shape_.tol, sweeps))));
@@ -284,20 +308,17 @@ class EdgeBalance {
       for (int c = 0; c < colours; ++c) short_of = short_of + warp.leaving(c, set, share[c]);
       const float missing = static_cast<float>(warp.sum(set, short_of));
       const float whole = to_float(most) * static_cast<float>(warp.count(set));
-      if (missing <= shape_.tol * whole) {
-        gap = fminf(warp.divide(missing, whole), shape_.tol);
-        return kConverged;
-      }
       // The largest load never rises, so that an earlier gap still holds.
-      if (missing * best_whole < best_missing * whole) {
-        best_missing = missing;
-        best_whole = whole;
+      if (missing * outcome.whole < outcome.missing * whole) {
+        outcome.missing = missing;
+        outcome.whole = whole;
       }
+      if (missing <= shape_.tol * whole) return;
       if (sweeps >= shape_.max_iterations) {
-        gap = warp.divide(best_missing, best_whole);
-        if (static_cast<int32_t>(most) < static_cast<int32_t>(even_most)) return kMaxIterations;
-        split_evenly();
-        return kEvenSplit;
+        const bool better = static_cast<int32_t>(most) < static_cast<int32_t>(even_most);
+        outcome.status = better ? kMaxIterations : kEvenSplit;
+        if (!better) split_evenly();
+        return;
       }
       sweep(warp, capacity, relaxation_shift(sweeps), share, load);
       sweep(warp, capacity, relaxation_shift(sweeps + 1), share, load);
@@ -330,7 +351,6 @@ class EdgeBalance {
   int32_t* iterations_;
   int32_t* status_;
   int num_slots_, first_slot_;
-  uint32_t reciprocal_;
 };
 
 }  // namespace lplb

@@ -10,6 +10,7 @@ struct SerialBlock {
   static constexpr int kThreads = 1;
 
   int thread() const { return 0; }
+  void zero(uint32_t* words, int count) const { std::fill_n(words, count, 0u); }
   void add(uint32_t* target, uint32_t value) const { *target += value; }
   void largest(uint32_t* target, uint32_t value) const { *target = std::max(*target, value); }
   void add_by_rank(uint32_t* targets, int rank, bool counts, uint32_t value) const {
@@ -118,6 +119,7 @@ struct SerialWarp {
     return each_lane([&](int i) { return (set >> colouring.partner[colour][i] & 1) != 0 ? 0 : share.lane[i]; });
   }
   float divide(float a, float b) const { return a / b; }
+  float power_of_two(int exponent) const { return std::ldexp(1.0f, exponent); }
 };
 
 }  // namespace
@@ -133,7 +135,9 @@ void edge_balance_cpu(const SolveShape& shape, const EdgeColouring& colouring, c
       solver.clear(block, colouring);
       bool replicated = false;
       for (int e = 0; e < shape.num_experts; ++e) replicated |= solver.collect(block, solver.read(block, e));
-      solver.solve(SerialWarp{colouring}, replicated);
+      const SerialWarp warp{colouring};
+      auto outcome = solver.solve(warp, replicated);
+      solver.report(warp, outcome);
       for (int e = 0; e < shape.num_experts; ++e) solver.write(block, e, solver.read(block, e));
     }
   }

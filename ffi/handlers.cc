@@ -147,6 +147,7 @@ Solve read_solve(Shapes& shapes, const Ids& load, const Ids& log2phy, const ffi:
   shape.num_groups = static_cast<int>(groups);
   shape.group_size = static_cast<int>(ranks / groups);
   shape.slots_per_rank = static_cast<int>(shape.num_physical / ranks);
+  shape.rank_of_slot = rank_factor(shape.slots_per_rank);
   shape.max_variables = max_variables(shape.num_experts, shape.num_physical, shape.num_groups);
   shape.tol = tol;
   shape.max_iterations = static_cast<int>(max_iterations);

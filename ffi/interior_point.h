@@ -149,7 +149,6 @@ class InteriorPoint {
     num_ranks_ = shape.group_size;
     num_slots_ = shape.group_size * shape.slots_per_rank;
     first_slot_ = group * num_slots_;
-    per_slot_ = ((1u << kRankOfSlotBits) + shape.slots_per_rank - 1) / shape.slots_per_rank;
   }
 
   LPLB_DEVICE void run() {
@@ -173,8 +172,6 @@ class InteriorPoint {
  private:
   static constexpr int kVariables = Block::kVariables;
   static constexpr int kRanks = Block::kRanks;
-  static constexpr int kRankOfSlotBits = 22;
-  static_assert(kMaxGroupSlots * kMaxGroupSlots <= 1 << kRankOfSlotBits, "else the division below is not exact");
 
   // Runs body(i) for each variable that the thread may own; active(i) says whether it does.
   template <class F>
@@ -207,7 +204,7 @@ class InteriorPoint {
     return local < static_cast<uint32_t>(num_slots_) ? static_cast<int>(local) : -1;
   }
   LPLB_DEVICE int rank_of(int slot) const {
-    return static_cast<int>(static_cast<uint64_t>(slot) * per_slot_ >> kRankOfSlotBits);
+    return static_cast<int>(static_cast<uint64_t>(slot) * shape_.rank_of_slot >> kRankShift);
   }
 
   // An expert: where its replicas are, their number, and its load. Its replicas are the leading entries of its row of
@@ -720,7 +717,6 @@ class InteriorPoint {
   const SolveShape& shape_;
   Shared shared_;
   int thread_, num_ranks_, num_slots_, first_slot_, num_variables_ = 0;
-  uint32_t per_slot_;  // 2^22 / slots_per_rank, rounded up: turns a division into a product
   const int32_t *load_, *log2phy_;
   float *fraction_, *rank_load_, *gap_;
   int32_t *iterations_, *status_;

@@ -27,15 +27,22 @@ struct SolveShape {
   int num_groups;    // groups of ranks, each with slots of its own
   int group_size;    // ranks of a group
   int slots_per_rank;
-  int max_variables;  // replicas of replicated experts, at most, in a group
-  float tol;          // relative gap to stop at
+  uint32_t rank_of_slot;  // see rank_factor
+  int max_variables;      // replicas of replicated experts, at most, in a group
+  float tol;              // relative gap to stop at
   int max_iterations;
   float threshold;  // load stays at home where the largest rank load is at most this times the mean; 0: never
 };
 
+// A factor that turns division by slots_per_rank into slot * factor >> kRankShift, exact for all slots of a group.
+constexpr int kRankShift = 22;
+static_assert(kMaxGroupSlots * kMaxGroupSlots <= 1 << kRankShift, "else it is not exact");
+inline uint32_t rank_factor(int slots_per_rank) { return ((1u << kRankShift) + slots_per_rank - 1) / slots_per_rank; }
+
 // Edges of one colour touch no common rank.
 struct EdgeColouring {
   int num_colours;
+  uint32_t neighbours[kMaxEdgeRanks];  // bit masks of the ranks at the other ends of a rank's edges
   uint8_t partner[kMaxColours]
                  [kMaxEdgeRanks];  // at the other end of a rank's edge of a colour; itself where it has none
 };
@@ -99,6 +106,7 @@ inline const char* check_edges(const SolveShape& s, const int32_t* partners, siz
       out->partner[colour][rank] = static_cast<uint8_t>(other);
     }
   }
+  for (int rank = 0; rank < kMaxEdgeRanks; ++rank) out->neighbours[rank] = met[rank];
   return nullptr;
 }
 

@@ -123,7 +123,8 @@ def solve_groups(
 
     # One column at a time: XLA turns a division by something broadcast into a product with its reciprocal.
     whole = jnp.maximum(load, 1).astype(jnp.float32)
-    fraction = jnp.stack([(load - part).astype(jnp.float32) / whole, part.astype(jnp.float32) / whole], axis=1)
+    on_copy = part.astype(jnp.float32) / whole
+    fraction = jnp.stack([1 - on_copy, on_copy], axis=1)
     skipped = (status == Status.SKIPPED)[group]
     at_home_only = known[:, 0] & (skipped | ~moves)
     fraction = jnp.where(at_home_only[:, None], jnp.array([[1, 0]], jnp.float32), fraction)
@@ -204,7 +205,8 @@ def _solve_group(
 
     gap = search.missing / jnp.maximum(search.whole, 1)
     gap = jnp.where(search.converged, jnp.minimum(gap, tol), gap)
-    gap_at_home = jnp.maximum(1 - total.astype(jnp.float32) / jnp.maximum(most_at_home, 1), 0)
+    over_mean = jnp.maximum(most_at_home - total.astype(jnp.float32), 0)
+    gap_at_home = over_mean / jnp.maximum(most_at_home, 1)
     gap = jnp.where(solvable, gap, jnp.where(below, gap_at_home, 0))
     improved = search.converged | (jnp.max(search.load) < jnp.max(even_load))
     load = jnp.where(solvable, jnp.where(improved, search.load, even_load), home_load)

@@ -98,7 +98,7 @@ def solve_fractions(
 ) -> list[jax.Array]:
     """As `solve`, with fractions of the load in place of tokens; an expert without load may have zeros."""
     log2phy = jnp.asarray(placement.log2phy)
-    load, unit = to_integers(load)
+    load, exponent = to_integers(load)
     if placement.max_replicas == 1:
         solved = _all_at_home(load, placement)
     else:
@@ -113,7 +113,7 @@ def solve_fractions(
 
         solved = _ffi.dispatch("solve", implementation, ffi, xla, load, log2phy)
     fraction, rank_load, gap, iterations, status = solved
-    return [fraction, rank_load * unit, gap, iterations, status]
+    return [fraction, in_tokens(rank_load, exponent, placement), gap, iterations, status]
 
 
 def ffi_results(placement: Placement, varies_with: tuple[jax.Array, ...]) -> list[_ffi.Result]:
@@ -153,17 +153,23 @@ def solve_groups(load: jax.Array, log2phy: jax.Array, placement: Placement, opti
     return _edge_balance.solve_groups(load, log2phy, slots, ranks, groups, edges, options.tol, options.threshold)
 
 
-def to_integers(load: jax.Array) -> tuple[jax.Array, jax.Array | float]:
-    """Loads as int32, and the unit that they are in: 1, or a power of two for float loads."""
+def to_integers(load: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """Loads as int32; float loads in units of 2**(exponent - _integer_bits(num_experts)), and that exponent."""
     if load.dtype == jnp.int32:
-        return load, 1.0
-    bits = _integer_bits(load.shape[0])
+        return load, None
     most = jnp.max(load, initial=0, where=load > 0)
     # Powers of two scale exactly, so that neither the order of a sum nor a division shows in the result. Beyond these
     # bounds they, or the ranks' loads, would leave float32's range.
     exponent = jnp.clip((lax.bitcast_convert_type(most, jnp.int32) >> 23) - 126, -125, 115)  # most < 2**exponent
-    scaled = jnp.minimum(load * _power_of_two(-exponent), 1) * 2.0**bits
-    return jnp.where(load > 0, jnp.rint(scaled), 0).astype(jnp.int32), 2.0**-bits * _power_of_two(exponent)
+    scaled = jnp.minimum(load * _power_of_two(-exponent), 1) * 2.0 ** _integer_bits(load.shape[0])
+    return jnp.where(load > 0, jnp.rint(scaled), 0).astype(jnp.int32), exponent
+
+
+def in_tokens(rank_load: jax.Array, exponent: jax.Array | None, placement: Placement) -> jax.Array:
+    """Rank loads of `to_integers`' loads, in the unit of those it was given."""
+    if exponent is None:
+        return rank_load
+    return rank_load * 2.0 ** -_integer_bits(placement.num_experts) * _power_of_two(exponent)
 
 
 def _integer_bits(num_experts: int) -> int:
