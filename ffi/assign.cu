@@ -7,7 +7,7 @@ constexpr int kWarp = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
 constexpr int kMaxWarps = 16, kLeastWarps = 4;  // powers of two
 constexpr int kMaxIds = 4;                      // of a thread at once, where there are many
-constexpr size_t kSharedBytes = 48 * 1024;
+constexpr size_t kSharedBytes = 98 * 1024;      // what every device has
 
 // A block's shared memory. Experts are padded so that each warp's counts can be stored eight at a time.
 struct Shared {
@@ -45,17 +45,24 @@ class Batch {
     const int64_t row = static_cast<int64_t>(e) * replicas_;
     return Shares(Quotas(split_ + row, log2phy_ + row, replicas_, num_physical_, load_[e]));
   }
-
   __device__ void store(int e, uint32_t* stored) const {
+    with_quotas(e,
+                [&](const Quotas& quotas, const int32_t*) { StoredShares::store(Shares(quotas), replicas_, stored); });
+  }
+
+  // Calls visit(quotas of an expert, its slots).
+  template <class Visit>
+  __device__ void with_quotas(int e, Visit visit) const {
     if (replicas_ == 2) {
       // The most frequent kind: all operands at once, and no loop.
       const float2 split = reinterpret_cast<const float2*>(split_)[e];
       const int2 slots = reinterpret_cast<const int2*>(log2phy_)[e];
       const float parts[] = {split.x, split.y};
       const int32_t entries[] = {slots.x, slots.y};
-      StoredShares::store(Shares(Quotas(parts, entries, 2, num_physical_, load_[e])), 2, stored);
+      visit(Quotas(parts, entries, 2, num_physical_, load_[e]), entries);
     } else {
-      StoredShares::store(shares(e), replicas_, stored);
+      const int64_t row = static_cast<int64_t>(e) * replicas_;
+      visit(Quotas(split_ + row, log2phy_ + row, replicas_, num_physical_, load_[e]), log2phy_ + row);
     }
   }
 
@@ -108,34 +115,32 @@ __device__ void add_up_warps(int padded, int num_warps, uint16_t* of_warp) {
   }
 }
 
-// Adds up the quotas of each rank's slots, given any expert's shares.
-template <class SharesOf>
-__device__ void add_ranks(const AssignShape& shape, const Batch& batch, SharesOf shares_of, uint32_t* sums,
-                          int32_t* rank_load) {
-  const int experts = shape.count.num_experts, threads = blockDim.x;
+// Adds up the quotas of each rank's slots.
+__device__ void add_ranks(const AssignShape& shape, const Batch& batch, uint32_t* sums, int32_t* rank_load) {
+  const int experts = shape.count.num_experts, threads = blockDim.x, lane = threadIdx.x % kWarp;
   const unsigned slots_per_rank = shape.num_physical / shape.num_ranks;
   for (int g = threadIdx.x; g < shape.num_ranks; g += threads) sums[g] = 0;
   __syncthreads();
   for (int first = threadIdx.x / kWarp * kWarp; first < experts; first += threads) {
-    const int lane = threadIdx.x % kWarp, e = first + lane;
-    auto shares = shares_of(min(e, experts - 1));
-    uint32_t left = shares.load();
-    bool more = e < experts;
-    for (int r = 0; __any_sync(kFullWarp, more); ++r) {
-      uint32_t quota = 0;
-      int rank = -1;
-      if (more) {
-        more = !shares.last();
-        quota = more ? shares.next().quota : left;
-        left -= quota;
-        const int32_t slot = batch.slot(e, r);
-        if (slot >= 0) rank = static_cast<unsigned>(slot) / slots_per_rank;
+    const int e = first + lane;
+    batch.with_quotas(min(e, experts - 1), [&](Quotas quotas, const int32_t* slots) {
+      uint32_t left = quotas.load();
+      bool more = e < experts;
+      for (int r = 0; __any_sync(kFullWarp, more); ++r) {
+        uint32_t quota = 0;
+        int rank = -1;
+        if (more) {
+          more = !quotas.last();
+          quota = more ? quotas.next() : left;
+          left -= quota;
+          if (Quotas::is_slot(slots[r], shape.num_physical)) rank = static_cast<unsigned>(slots[r]) / slots_per_rank;
+        }
+        // Experts of a warp are often at home on one rank: one of them adds for all.
+        const unsigned same = __match_any_sync(kFullWarp, rank);
+        quota = __reduce_add_sync(same, quota);
+        if (rank >= 0 && (same & ((1u << lane) - 1)) == 0) atomicAdd(&sums[rank], quota);
       }
-      // Experts of a warp are often at home on one rank: one of them adds for all.
-      const unsigned same = __match_any_sync(kFullWarp, rank);
-      quota = __reduce_add_sync(same, quota);
-      if (rank >= 0 && (same & ((1u << lane) - 1)) == 0) atomicAdd(&sums[rank], quota);
-    }
+    });
   }
   __syncthreads();
   for (int g = threadIdx.x; g < shape.num_ranks; g += threads) rank_load[g] = static_cast<int32_t>(sums[g]);
@@ -172,17 +177,24 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
     const auto store = [&](int e) {
       if constexpr (kStored) batch.store(e, shared.stored + e * StoredShares::size(shape.max_replicas));
     };
-    bool has_split = !ahead;
+    bool has_split = false;
     const auto need_split = [&] {
       if (has_split) return;
       wait_for_split();
-      for (int e = threadIdx.x; e < experts; e += threads) store(e);
+      if (ahead) {
+        for (int e = threadIdx.x; e < experts; e += threads) store(e);
+      }
       has_split = true;
     };
     for (int item = blockIdx.x; item <= shape.count.num_chunks; item += gridDim.x) {
-      const bool is_chunk = item > 0;
+      if (item == 0) {
+        wait_for_split();
+        add_ranks(shape, batch, reinterpret_cast<uint32_t*>(memory), rank_load + b * shape.num_ranks);
+        __syncthreads();
+        continue;
+      }
       const int64_t chunk = item - 1, begin = chunk * shape.count.chunk_size;
-      const int num_ids = is_chunk ? static_cast<int>(min(shape.count.num_ids - begin, shape.count.chunk_size)) : 0;
+      const int num_ids = static_cast<int>(min(shape.count.num_ids - begin, shape.count.chunk_size));
       const int32_t* expert_ids = in.expert_ids + b * shape.count.num_ids + begin;
       int32_t* results = physical_ids + b * shape.count.num_ids + begin;
       const int32_t* starts = in.starts + (b * shape.count.num_chunks + chunk) * experts;
@@ -201,18 +213,10 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
       load_ids(0);
       for (int e = threadIdx.x; e < experts; e += threads) {
         // All loads before the first use of any.
-        const int32_t start = is_chunk ? starts[e] : 0, before = offset[e];
-        if (!ahead && item == static_cast<int>(blockIdx.x)) store(e);
+        const int32_t start = starts[e], before = offset[e];
+        if (!ahead && !has_split) store(e);
         shared.seen[e] = static_cast<uint32_t>(start) + static_cast<uint32_t>(max(0, before));
       }
-      if (!is_chunk) {
-        need_split();
-        __syncthreads();
-        add_ranks(shape, batch, shares_of, reinterpret_cast<uint32_t*>(memory), rank_load + b * shape.num_ranks);
-        __syncthreads();
-        continue;
-      }
-
       for (int tile = 0; tile < num_ids; tile += kIds * threads) {
         if (tile > 0) {
           load_ids(tile);
@@ -277,6 +281,16 @@ cudaError_t launch(cudaStream_t stream, const AssignShape& shape, const AssignOp
 }
 
 }  // namespace
+
+cudaError_t prepare_assign_cuda() {
+  for (const auto kernel :
+       {assign_kernel<1, true>, assign_kernel<1, false>, assign_kernel<kMaxIds, true>, assign_kernel<kMaxIds, false>}) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kSharedBytes));
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
 
 cudaError_t assign_cuda(cudaStream_t stream, const AssignShape& shape, const AssignOperands& in, int32_t* physical_ids,
                         int32_t* rank_load) {

@@ -38,6 +38,8 @@ struct AssignOperands {
 void assign_cpu(const AssignShape& shape, const AssignOperands& in, int32_t* physical_ids, int32_t* rank_load);
 
 #ifdef LPLB_CUDA
+// As prepare_solve_cuda.
+cudaError_t prepare_assign_cuda();
 cudaError_t assign_cuda(cudaStream_t stream, const AssignShape& shape, const AssignOperands& in, int32_t* physical_ids,
                         int32_t* rank_load);
 // Where the launch before this one on the stream is that of the solve which writes `split`, and all else is older: on

@@ -78,6 +78,7 @@ int main(int argc, char** argv) {
   if (fractions == nullptr) fail("cannot write FRACTIONS", 0);
 
   LPLB_CHECK(lplb::prepare_solve_cuda());
+  LPLB_CHECK(lplb::prepare_assign_cuda());
   cudaStream_t stream;
   LPLB_CHECK(cudaStreamCreate(&stream));
   Device<int32_t> d_log2phy(log2phy);

@@ -367,6 +367,7 @@ int main(int argc, char** argv) {
   }
   const Problem problem(argv[2]);
   LPLB_CHECK(lplb::prepare_solve_cuda());
+  LPLB_CHECK(lplb::prepare_assign_cuda());
   if (is_same) {
     same(problem, argv[3], std::atoi(argv[4]), std::atoi(argv[5]));
   } else {

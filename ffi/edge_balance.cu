@@ -1,3 +1,6 @@
+#include <cstring>
+#include <type_traits>
+
 #include "edge_balance.h"
 
 namespace lplb {
@@ -42,6 +45,12 @@ struct CudaBlock {
   __device__ float divide(float a, float b) const { return __fdiv_rn(a, b); }
 };
 
+// The part of an EdgeColouring that is in use: parameters cost time, too.
+template <int kColours>
+struct Partners {
+  uint8_t of[kColours][kWarp];
+};
+
 // The calling warp; edges of kNumColours colours lie in its registers.
 template <int kNumColours>
 struct CudaWarp {
@@ -52,15 +61,21 @@ struct CudaWarp {
   int other[kColours];
   uint32_t sign_of[kColours];
 
-  __device__ explicit CudaWarp(const EdgeColouring& colouring) : lane(threadIdx.x % kWarp) {
+  __device__ explicit CudaWarp(const Partners<kColours>& partners) : lane(threadIdx.x % kWarp) {
     if (threadIdx.x >= kWarp) return;  // lanes read different constants, one after the other
 #pragma unroll
     for (int c = 0; c < kColours; ++c) {
-      other[c] = colouring.partner[c][lane];
+      other[c] = partners.of[c][lane];
       sign_of[c] = lane < other[c] ? 1u : ~0u;
     }
   }
   __device__ constexpr int num_colours() const { return kColours; }
+  __device__ uint32_t neighbours() const {
+    uint32_t mask = 0;
+#pragma unroll
+    for (int c = 0; c < kColours; ++c) mask |= 1u << other[c];
+    return mask & ~(1u << lane);
+  }
   template <class F>
   __device__ void each_rank(uint32_t& word, F visit) const {
     visit(lane, word);
@@ -91,13 +106,16 @@ struct CudaWarp {
   __device__ float divide(float a, float b) const { return __fdiv_rn(a, b); }
 };
 
-constexpr int kThreads = 256;
+#ifndef LPLB_EB_THREADS
+#define LPLB_EB_THREADS 256
+#endif
+constexpr int kThreads = LPLB_EB_THREADS;
 constexpr int kExpertsEach = 2;  // held in registers from the first pass over experts to the last, if they are all
 
 template <int kColours>
 __global__ void __launch_bounds__(kThreads, 1)
-    edge_balance_kernel(const SolveShape shape, const __grid_constant__ EdgeColouring colouring, const SolveOperands in,
-                        const SolveResults out) {
+    edge_balance_kernel(const SolveShape shape, const __grid_constant__ Partners<kColours> partners,
+                        const SolveOperands in, const SolveResults out) {
 #if __CUDA_ARCH__ >= 900
   cudaTriggerProgrammaticLaunchCompletion();  // see assign_after_solve_cuda
 #endif
@@ -116,8 +134,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int last = threadIdx.x + (shape.num_experts - 1) / kPass * kPass;
 
   read();
-  const CudaWarp<kColours> warp(colouring);
-  solver.clear(block, colouring);
+  const CudaWarp<kColours> warp(partners);
+  solver.clear(block, [&](int) { return warp.neighbours(); });  // the first warp's, of its lanes
   __syncthreads();
   bool replicated = false;
   while (true) {
@@ -149,16 +167,19 @@ cudaError_t edge_balance_cuda(cudaStream_t stream, const SolveShape& shape, cons
                               const SolveOperands& in, const SolveResults& out) {
   const dim3 grid(shape.num_groups, shape.num_batches);
   const size_t bytes = edge_slot_words(shape) * sizeof(uint32_t);
-  const auto launch = [&](auto kernel) {
-    kernel<<<grid, kThreads, bytes, stream>>>(shape, colouring, in, out);
+  const auto launch = [&](auto colours) {
+    constexpr int kColours = decltype(colours)::value;
+    Partners<kColours> partners;
+    std::memcpy(partners.of, colouring.partner, sizeof(partners.of));
+    edge_balance_kernel<kColours><<<grid, kThreads, bytes, stream>>>(shape, partners, in, out);
     return cudaGetLastError();
   };
-  if (colouring.num_colours <= 2) return launch(edge_balance_kernel<2>);
-  if (colouring.num_colours <= 3) return launch(edge_balance_kernel<3>);
-  if (colouring.num_colours <= 4) return launch(edge_balance_kernel<4>);
-  if (colouring.num_colours <= 6) return launch(edge_balance_kernel<6>);
-  if (colouring.num_colours <= 8) return launch(edge_balance_kernel<8>);
-  return launch(edge_balance_kernel<16>);
+  if (colouring.num_colours <= 2) return launch(std::integral_constant<int, 2>());
+  if (colouring.num_colours <= 3) return launch(std::integral_constant<int, 3>());
+  if (colouring.num_colours <= 4) return launch(std::integral_constant<int, 4>());
+  if (colouring.num_colours <= 6) return launch(std::integral_constant<int, 6>());
+  if (colouring.num_colours <= 8) return launch(std::integral_constant<int, 8>());
+  return launch(std::integral_constant<int, 16>());
 }
 
 }  // namespace lplb

@@ -117,13 +117,14 @@ class EdgeBalance {
     return expert;
   }
 
-  template <class Block>
-  LPLB_DEVICE void clear(const Block& block, const EdgeColouring& colouring) const {
+  // neighbours_of(rank): the bit mask of the ranks at the other ends of its edges.
+  template <class Block, class NeighboursOf>
+  LPLB_DEVICE void clear(const Block& block, NeighboursOf neighbours_of) const {
     block.zero(&shared_.at_home[0][0], kMaxEdgeRanks * (kMaxEdgeRanks + 1));
     block.zero(copy_load_, 2 * num_slots_);  // and copy_home_
     LPLB_UNROLL_BY(1)
     for (int g = block.thread(); g < kMaxEdgeRanks; g += Block::kThreads) {
-      shared_.neighbours[g] = colouring.neighbours[g];
+      shared_.neighbours[g] = neighbours_of(g);
       shared_.fixed[g] = 0;
     }
   }

@@ -132,7 +132,7 @@ void edge_balance_cpu(const SolveShape& shape, const EdgeColouring& colouring, c
   for (int batch = 0; batch < shape.num_batches; ++batch) {
     for (int group = 0; group < shape.num_groups; ++group) {
       const EdgeBalance solver(shape, in, out, batch, group, shared, by_slot.get());
-      solver.clear(block, colouring);
+      solver.clear(block, [&](int g) { return colouring.neighbours[g]; });
       bool replicated = false;
       for (int e = 0; e < shape.num_experts; ++e) replicated |= solver.collect(block, solver.read(block, e));
       const SerialWarp warp{colouring};

@@ -326,7 +326,12 @@ LPLB_CUDA_HANDLER(SolveAssignCuda, solve_assign, solve_assign_cuda);
 
 // Function attributes may not be set while a stream is captured; XLA initialises before it captures.
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    SolveCudaInitialize, []() { return check_launch("solve", prepare_solve_cuda()); }, ffi::Ffi::BindInitialize());
+    InitializeCuda,
+    []() {
+      const cudaError_t error = prepare_solve_cuda();
+      return check_launch("initialize", error != cudaSuccess ? error : prepare_assign_cuda());
+    },
+    ffi::Ffi::BindInitialize());
 
 #endif  // LPLB_CUDA
 

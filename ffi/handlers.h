@@ -13,7 +13,7 @@ XLA_FFI_Error* AssignCpu(XLA_FFI_CallFrame* call_frame);
 #ifdef LPLB_CUDA
 XLA_FFI_Error* CountCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* SolveCuda(XLA_FFI_CallFrame* call_frame);
-XLA_FFI_Error* SolveCudaInitialize(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* InitializeCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* SolveAssignCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* AssignCuda(XLA_FFI_CallFrame* call_frame);
 #endif

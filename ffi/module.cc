@@ -26,15 +26,16 @@ nb::dict handlers() {
   nb::dict platforms;
   platforms["cpu"] = cpu;
 #ifdef LPLB_CUDA
+  const auto initialize_and_execute = [&](XLA_FFI_Handler* handler) {
+    nb::dict stages = execute(handler);
+    stages["initialize"] = capsule(lplb::InitializeCuda);
+    return stages;
+  };
   nb::dict cuda;
   cuda["lplb_count"] = execute(lplb::CountCuda);
-  nb::dict solve = execute(lplb::SolveCuda);
-  solve["initialize"] = capsule(lplb::SolveCudaInitialize);
-  cuda["lplb_solve"] = solve;
-  cuda["lplb_assign"] = execute(lplb::AssignCuda);
-  nb::dict solve_assign = execute(lplb::SolveAssignCuda);
-  solve_assign["initialize"] = capsule(lplb::SolveCudaInitialize);
-  cuda["lplb_solve_assign"] = solve_assign;
+  cuda["lplb_solve"] = initialize_and_execute(lplb::SolveCuda);
+  cuda["lplb_assign"] = initialize_and_execute(lplb::AssignCuda);
+  cuda["lplb_solve_assign"] = initialize_and_execute(lplb::SolveAssignCuda);
   platforms["CUDA"] = cuda;
 #endif
   return platforms;
