@@ -79,13 +79,7 @@ __global__ void __launch_bounds__(kMaxThreads) count_kernel(const CountShape sha
     }
 #if __CUDA_ARCH__ >= 900
     const auto cluster = cooperative_groups::this_cluster();
-#ifdef LPLB_COUNT_RELAXED
-    __syncthreads();
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;" : : : "memory");
-    asm volatile("barrier.cluster.wait.aligned;" : : : "memory");
-#else
     cluster.sync();
-#endif
     if (e < experts) {
       int32_t others[kMaxCluster - 1];
 #pragma unroll

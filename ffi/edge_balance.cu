@@ -106,10 +106,7 @@ struct CudaWarp {
   __device__ float divide(float a, float b) const { return __fdiv_rn(a, b); }
 };
 
-#ifndef LPLB_EB_THREADS
-#define LPLB_EB_THREADS 256
-#endif
-constexpr int kThreads = LPLB_EB_THREADS;
+constexpr int kThreads = 256;
 constexpr int kExpertsEach = 2;  // held in registers from the first pass over experts to the last, if they are all
 
 template <int kColours>
