@@ -1,21 +1,25 @@
 """The interior-point method, for any placement, in pure JAX.
 
 A feasible primal-dual method with Mehrotra's predictor-corrector (S. Mehrotra, "On the implementation of a primal-dual
-interior point method", 1992). The custom call (ffi/interior_point.h) and the text below are two texts of one algorithm;
-the comments on why each step is as it is are in the former.
+interior point method", 1992). The custom call (ffi/interior_point.h) and the text below are two texts of one algorithm,
+step for step; the comments on why each step is as it is are in the former.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jax_lplb._status import Status
 
 MAX_ITERATIONS = 50
+_BALANCING_ROUNDS = 8
 _FLOOR = 1e-8  # of a scaled expert load: keeps idle experts strictly inside
-_TINY = 1e-12
+_TINY = 1e-12  # of x, lambda and z
+_TINY_SLACK = 1e-9
+_STEP_SHARE = 0.999  # of the way to the boundary
 
 
 def solve_groups(
@@ -30,11 +34,14 @@ def solve_groups(
     table = log2phy[order].reshape(num_groups, num_experts // num_groups, max_replicas)
     first_slot = (jnp.arange(num_groups, dtype=jnp.int32) * size * slots)[:, None, None]
     rank = (table - first_slot) // slots
+    # Replicas are the leading slots of the group, less those on a rank that has one already.
     present = jnp.cumprod((table >= first_slot) & (table < first_slot + size * slots), axis=2, dtype=jnp.int32) > 0
+    same_rank = (rank[:, :, :, None] == rank[:, :, None, :]) & np.tri(max_replicas, k=-1, dtype=bool)[None, None]
+    present &= ~jnp.any(same_rank, axis=3)
     loads = jnp.maximum(load[order], 0).reshape(num_groups, -1)
     fraction, rank_load, gap, iterations, status = jax.vmap(
-        lambda w, rank, present: _solve_group(w, jnp.where(present, rank, 0), present, size, tol, threshold)
-    )(loads, rank, present)
+        lambda tokens, rank, present: _solve_group(tokens, rank, present, size, tol, threshold)
+    )(loads, jnp.where(present, rank, 0), present)
     by_expert = jnp.zeros_like(fraction, shape=log2phy.shape).at[order].set(fraction.reshape(log2phy.shape))
     return [by_expert, rank_load.reshape(num_ranks), gap, iterations, status]
 
@@ -48,16 +55,22 @@ class _Iterate(NamedTuple):
     lam: jax.Array
     slack: jax.Array
     top: jax.Array
+    complementarity: jax.Array
+
+
+class _Best(NamedTuple):
+    """The best split so far, with its largest rank load, and the best lower bound on any split's."""
+
+    x: jax.Array
     rank_load: jax.Array
+    most: jax.Array
+    bound: jax.Array
+    is_even: jax.Array
 
 
 class _Search(NamedTuple):
     iterate: _Iterate
-    best_x: jax.Array
-    best_rank_load: jax.Array
-    best_most: jax.Array
-    best_bound: jax.Array
-    improved: jax.Array
+    best: _Best
     iterations: jax.Array
     sound: jax.Array
 
@@ -69,9 +82,7 @@ def _solve_group(
     num_replicas = jnp.sum(present, axis=1, dtype=jnp.int32)
     replicated = num_replicas > 1
     active = present & replicated[:, None]
-    num_pairs = jnp.sum(active).astype(jnp.float32) + num_ranks
-    total = jnp.sum(tokens).astype(jnp.float32)
-    scale = num_ranks / jnp.maximum(total, 1)
+    num_variables = jnp.sum(active).astype(jnp.float32)
 
     # Sums over ranks as products, which GPUs add up in a fixed order; scatters use atomics there.
     on = jax.nn.one_hot(rank, num_ranks, dtype=jnp.float32) * present.astype(jnp.float32)[:, :, None]
@@ -82,33 +93,76 @@ def _solve_group(
     def of_expert(v: jax.Array) -> jax.Array:
         return jnp.sum(v, axis=1)
 
-    w = tokens.astype(jnp.float32) * scale
-    fixed = on_rank(jnp.where(present & ~replicated[:, None], w[:, None], 0))
-    w = jnp.maximum(w, _FLOOR)
-    even = jnp.where(active, (w / jnp.maximum(num_replicas, 1).astype(jnp.float32))[:, None], 0)
-    even_load = fixed + on_rank(even)
+    def at_home(counts: jax.Array) -> jax.Array:
+        where = (on[:, 0, :] > 0) & counts[:, None]
+        return jnp.sum(jnp.where(where, tokens[:, None], 0), axis=0, dtype=jnp.int32)
 
-    def bound(lam: jax.Array) -> jax.Array:
-        lowest = jnp.min(jnp.where(active, lam[rank], jnp.inf), axis=1)
-        return (jnp.sum(jnp.where(replicated, lowest * w, 0)) + jnp.sum(lam * fixed)) / jnp.sum(lam)
+    home_load, fixed_load = at_home(num_replicas > 0), at_home(num_replicas == 1)
+    total = jnp.sum(home_load).astype(jnp.float32)
+    scale = num_ranks / jnp.maximum(total, 1)
+    w = jnp.maximum(tokens.astype(jnp.float32) * scale, _FLOOR)
+    fixed = fixed_load.astype(jnp.float32) * scale
 
-    def certify(search: _Search, new: _Iterate) -> _Search:
-        most = jnp.max(new.rank_load)
-        better = most < search.best_most
-        return search._replace(
-            iterate=new,
-            best_x=jnp.where(better, new.x, search.best_x),
-            best_rank_load=jnp.where(better, new.rank_load, search.best_rank_load),
-            best_most=jnp.minimum(most, search.best_most),
-            best_bound=jnp.maximum(bound(new.lam), search.best_bound),
-            improved=search.improved | better,
+    def normalise(x: jax.Array) -> jax.Array:
+        return x * (w / jnp.where(replicated, of_expert(x), 1))[:, None]
+
+    def lowest(lam: jax.Array) -> jax.Array:
+        return jnp.where(replicated, jnp.min(jnp.where(active, lam[rank], jnp.inf), axis=1), 0)
+
+    def settle(
+        best: _Best, x: jax.Array, y: jax.Array, lam: jax.Array, top: jax.Array, rank_load: jax.Array
+    ) -> tuple[_Best, _Iterate]:
+        """Slacks, duals with sum(lam) = 1 and z, complementarity, and the best split and bound so far."""
+        in_set = 0.5 * jnp.max(lam)
+        y_of_lam, sum_lam = lowest(lam), jnp.sum(lam)
+        bound = (jnp.sum(y_of_lam * w) + jnp.sum(lam * fixed)) / sum_lam
+        inside = lam >= in_set
+        load_of_set = jnp.sum(jnp.where(replicated & (y_of_lam >= in_set), w, 0)) + jnp.sum(jnp.where(inside, fixed, 0))
+        bound = jnp.maximum(bound, load_of_set / jnp.sum(inside).astype(jnp.float32))
+        most = jnp.max(rank_load)
+        top = jnp.maximum(top, most * (1 + 1e-6))
+        dual = jnp.sum(jnp.where(replicated, y * w, 0)) + jnp.sum(lam * fixed)
+        z = jnp.maximum((lam[rank] - y[:, None]) / sum_lam, _TINY)
+        iterate = _Iterate(
+            x=x,
+            y=y / sum_lam,
+            z=jnp.where(active, z, 1),
+            lam=lam / sum_lam,
+            slack=jnp.maximum(top - rank_load, _TINY_SLACK),
+            top=top,
+            complementarity=jnp.maximum(top - dual / sum_lam, _TINY),
         )
+        better = most < best.most
+        best = _Best(
+            x=jnp.where(better, x, best.x),
+            rank_load=jnp.where(better, rank_load, best.rank_load),
+            most=jnp.minimum(most, best.most),
+            bound=jnp.maximum(bound, best.bound),
+            is_even=best.is_even & ~better,
+        )
+        return best, iterate
 
-    def gap(search: _Search) -> jax.Array:
-        return jnp.maximum((search.best_most - search.best_bound) / jnp.maximum(search.best_most, _TINY), 0)
+    def start() -> _Search:
+        even = jnp.where(active, (w / jnp.maximum(num_replicas, 1).astype(jnp.float32))[:, None], 0)
+        even_load = fixed + on_rank(even)
+
+        def balance(_: int, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            x, rank_load = state
+            pull = 1 / jnp.maximum(rank_load, 1e-3)
+            x = normalise(jnp.where(active, jnp.maximum(x * (pull * pull)[rank], _TINY), 0))
+            return x, fixed + on_rank(x)
+
+        x, rank_load = lax.fori_loop(0, _BALANCING_ROUNDS, balance, (even, even_load))
+        top = jnp.max(rank_load) * 1.02 + 0.005
+        lam = 1 / (top - rank_load)
+        y = lowest(lam) - jnp.mean(lam)
+        most = jnp.max(even_load)
+        best = _Best(even, even_load, most, jnp.zeros_like(most), most >= 0)
+        best, iterate = settle(best, x, y, lam, top, rank_load)
+        return _Search(iterate, best, jnp.zeros_like(most, jnp.int32), most >= 0)
 
     def newton_step(search: _Search) -> _Search:
-        x, y, z, lam, slack, top, _ = search.iterate
+        x, y, z, lam, slack, top, complementarity = search.iterate
         d = jnp.where(active, x / z, 0)
         h = jnp.where(replicated, of_expert(d), 1)
         v = jnp.einsum("er,erg->eg", d / jnp.sqrt(h)[:, None], on, precision=lax.Precision.HIGHEST)
@@ -147,66 +201,50 @@ def _solve_group(
         step_x, _, step_z, step_lam, step_slack, _ = direction(-x, -slack)
         primal = longest((x, step_x), (slack, step_slack))
         dual = longest((z, step_z), (lam, step_lam))
-        now = inner(x, z, slack, lam)
-        left = inner(x + primal * step_x, z + dual * step_z, slack + primal * step_slack, lam + dual * step_lam)
-        target = jnp.maximum(left / now, 0) ** 3 * now / num_pairs
+        left = (
+            complementarity
+            + primal * inner(step_x, z, step_slack, lam)
+            + dual * inner(x, step_z, slack, step_lam)
+            + primal * dual * inner(step_x, step_z, step_slack, step_lam)
+        )
+        ratio = jnp.maximum(left, 0) / complementarity
+        target = ratio**3 * complementarity / (num_variables + num_ranks)
         step_x, step_y, step_z, step_lam, step_slack, step_top = direction(
             jnp.where(active, (target - step_x * step_z) / z - x, 0), (target - step_slack * step_lam) / lam - slack
         )
-        primal = jnp.minimum(1.0, 0.99 * longest((x, step_x), (slack, step_slack)))
-        dual = jnp.minimum(1.0, 0.99 * longest((z, step_z), (lam, step_lam)))
+        primal = jnp.minimum(1.0, _STEP_SHARE * longest((x, step_x), (slack, step_slack)))
+        dual = jnp.minimum(1.0, _STEP_SHARE * longest((z, step_z), (lam, step_lam)))
 
-        x = jnp.where(active, jnp.maximum(x + primal * step_x, _TINY), 0)
-        x = x * (w / jnp.where(replicated, of_expert(x), 1))[:, None]
-        rank_load = fixed + on_rank(x)
-        top = jnp.maximum(top + primal * step_top, jnp.max(rank_load) * (1 + 1e-6))
+        x = normalise(jnp.where(active, jnp.maximum(x + primal * step_x, _TINY), 0))
         lam = jnp.maximum(lam + dual * step_lam, _TINY)
-        y = (y + dual * step_y) / jnp.sum(lam)
-        lam = lam / jnp.sum(lam)
-        z = jnp.where(active, jnp.maximum(lam[rank] - y[:, None], _TINY), 1)
-        new = _Iterate(x, y, z, lam, jnp.maximum(top - rank_load, 1e-9), top, rank_load)
-        # Where rounding broke the Newton system, the last iterate stands.
+        best, iterate = settle(search.best, x, y + dual * step_y, lam, top + primal * step_top, fixed + on_rank(x))
+        # Where rounding broke the Newton system, the best iterate stands.
         sound = jnp.isfinite(left) & jnp.all(jnp.isfinite(x)) & jnp.all(jnp.isfinite(lam))
-        stepped = certify(search, new)._replace(iterations=search.iterations + 1)
+        stepped = _Search(iterate, best, search.iterations + 1, sound)
         return jax.tree.map(lambda a, b: jnp.where(sound, a, b), stepped, search._replace(sound=sound))
 
-    uniform = jnp.full_like(even_load, 1 / num_ranks)
-    top = jnp.max(even_load) * 1.1 + 0.1
-    start = _Iterate(
-        x=even,
-        y=jnp.full_like(w, -1 / num_ranks),
-        z=jnp.where(active, jnp.full_like(even, 2 / num_ranks), 1),
-        lam=uniform,
-        slack=top - even_load,
-        top=top,
-        rank_load=even_load,
-    )
-    most = jnp.max(even_load)
-    search = _Search(
-        start, even, even_load, most, bound(uniform), most < 0, jnp.zeros_like(total, jnp.int32), most >= 0
-    )
-    at_home = jnp.sum(jnp.where(on[:, 0, :] > 0, tokens[:, None], 0), axis=0, dtype=jnp.int32)
-    most_at_home = jnp.max(at_home).astype(jnp.float32) * num_ranks
-    below = (total > 0) & jnp.any(active) & (threshold > 0) & (most_at_home <= threshold * total)
-    solvable = (total > 0) & jnp.any(active) & ~below
+    some_move = (total > 0) & (num_variables > 0)
+    most_at_home = jnp.max(home_load).astype(jnp.float32)
+    even_enough = some_move & (threshold > 0) & (most_at_home * num_ranks <= threshold * total)
+    solvable = some_move & ~even_enough
     search = lax.while_loop(
-        lambda s: solvable & s.sound & (gap(s) > tol) & (s.iterations < MAX_ITERATIONS), newton_step, search
+        lambda s: (
+            solvable & s.sound & (s.best.most - s.best.bound > tol * s.best.most) & (s.iterations < MAX_ITERATIONS)
+        ),
+        newton_step,
+        start(),
     )
-    reached = gap(search)
-    status = jnp.where(
-        reached <= tol, Status.CONVERGED, jnp.where(search.improved, Status.MAX_ITERATIONS, Status.EVEN_SPLIT)
-    )
-    status = jnp.where(jnp.any(active), jnp.where(total > 0, status, Status.CONVERGED), Status.SKIPPED)
-    status = jnp.where(below, Status.SKIPPED, status)
-    reached = jnp.where(solvable, reached, 0)
-    reached = jnp.where(below, jnp.maximum(1 - total / jnp.maximum(most_at_home, 1), 0), reached)
-    home = ((below & present) | ~replicated[:, None]) & (jnp.arange(even.shape[1]) == 0)[None, :]
-    fraction = jnp.where(active & ~below, search.best_x / w[:, None], home.astype(jnp.float32))
-    rank_load = jnp.where(total > 0, search.best_rank_load / scale, 0)
-    return (
-        fraction,
-        jnp.where(below, at_home.astype(jnp.float32), rank_load),
-        reached,
-        search.iterations,
-        status.astype(jnp.int32),
-    )
+
+    best, idle = search.best, (tokens == 0)[:, None]
+    home = present & (jnp.arange(present.shape[1]) == 0)[None, :]
+    stays = even_enough | ~replicated[:, None]
+    fraction = jnp.where(idle, 0, jnp.where(stays, home.astype(jnp.float32), best.x / w[:, None]))
+    unmoved = jnp.where(even_enough, home_load, fixed_load).astype(jnp.float32)
+    rank_load = jnp.where(solvable, best.rank_load * (total / num_ranks), unmoved)
+    gap = jnp.maximum((best.most - best.bound) / jnp.maximum(best.most, _TINY), 0)
+    gap_at_home = jnp.maximum((most_at_home - total / num_ranks) / jnp.maximum(most_at_home, 1), 0)
+    status = jnp.where(gap <= tol, Status.CONVERGED, jnp.where(best.is_even, Status.EVEN_SPLIT, Status.MAX_ITERATIONS))
+    skipped = even_enough | (num_variables == 0)
+    status = jnp.where(solvable, status, jnp.where(skipped, Status.SKIPPED, Status.CONVERGED))
+    gap = jnp.where(solvable, gap, jnp.where(even_enough, gap_at_home, 0))
+    return fraction, rank_load, gap, search.iterations, status.astype(jnp.int32)
