@@ -25,20 +25,8 @@
 #include <cmath>
 #include <cstdint>
 
+#include "device.h"
 #include "solve.h"
-
-#ifndef LPLB_DEVICE
-#ifdef __CUDACC__
-#define LPLB_DEVICE __device__ __forceinline__
-#define LPLB_UNROLL _Pragma("unroll")
-#define LPLB_UNROLL_BY(n) _Pragma(LPLB_STRING(unroll n))
-#define LPLB_STRING(text) #text
-#else
-#define LPLB_DEVICE inline
-#define LPLB_UNROLL
-#define LPLB_UNROLL_BY(n)
-#endif
-#endif
 
 namespace lplb {
 
