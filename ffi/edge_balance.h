@@ -206,10 +206,10 @@ class EdgeBalance {
       // Nothing for an expert without a slot; one of another group is left to that group.
       const bool nowhere = expert.home_slot < 0 || expert.home_slot >= shape_.num_physical;
       if (first_slot_ == 0 && nowhere) block.write_pair(row, 0.0f, 0.0f);
-    } else if (shared_.status == kSkipped || !may_move(home, copy)) {
-      block.write_pair(row, 1.0f, 0.0f);
     } else if (expert.load == 0) {
       block.write_pair(row, 0.0f, 0.0f);  // as assign reads it, the even split
+    } else if (shared_.status == kSkipped || !may_move(home, copy)) {
+      block.write_pair(row, 1.0f, 0.0f);
     } else {
       const uint32_t load = expert.load << shared_.shift, moved = to_move(expert, home, copy);
       const float fraction = block.divide(to_float(moved), to_float(load));

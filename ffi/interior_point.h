@@ -297,7 +297,7 @@ class InteriorPoint {
     int32_t* loads = reinterpret_cast<int32_t*>(shared_.by_variable);
     each_expert(ahead, [&](int e, const Expert& expert) {
       const bool replicated = expert.count > 1 && !at_home_, fits = first + expert.count <= shape_.max_variables;
-      if (expert.count > 0) fill_row(e, replicated && fits ? 0 : 1);
+      if (expert.count > 0) fill_row(e, (replicated && fits) || expert.load == 0 ? 0 : 1);
       if (replicated && fits) {
         int index = 0;
         each_replica(expert, [&](int column, int, int rank) {

@@ -118,6 +118,7 @@ def solve_groups(
     owner = jnp.full_like(load, -1, shape=num_slots).at[slot].max(home, mode="drop").reshape(by_rank)
     earlier = (owner[:, :, None] == owner[:, None, :]) & np.tri(slots, k=-1, dtype=bool)[None]
     before = jnp.sum(jnp.where(earlier, sent[:, None, :], 0), axis=2, dtype=jnp.int32).reshape(num_slots)[copy_slot]
+    idle = load == 0
     load, before = load << shift[group], before << shift[group]
     part = jnp.clip(moved[group, jnp.maximum(colour, 0), on_home] - before, 0, load)
 
@@ -128,7 +129,7 @@ def solve_groups(
     skipped = (status == Status.SKIPPED)[group]
     at_home_only = known[:, 0] & (skipped | ~moves)
     fraction = jnp.where(at_home_only[:, None], jnp.array([[1, 0]], jnp.float32), fraction)
-    fraction = jnp.where(known[:, :1], fraction, 0)
+    fraction = jnp.where((known[:, 0] & ~idle)[:, None], fraction, 0)
     return [fraction, rank_load.reshape(num_ranks), gap, sweeps, status]
 
 

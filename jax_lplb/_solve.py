@@ -80,6 +80,10 @@ def solve(
     load = lax.stop_gradient(jnp.asarray(load))
     with jax.named_scope("lplb_solve"):
         fraction, rank_load, gap, iterations, status = solve_fractions(load, placement, options, implementation)
+        if load.dtype == jnp.float32:
+            # What is too little beside the other loads to count stays at home.
+            home = (jnp.asarray(placement.log2phy) >= 0) & (jnp.arange(placement.max_replicas) == 0)[None, :]
+            fraction = jnp.where(jnp.any(fraction > 0, axis=1, keepdims=True), fraction, home.astype(jnp.float32))
         split = fraction * jnp.where(load > 0, load.astype(jnp.float32), 0)[:, None]
         return Solution(split, rank_load, gap, iterations, status)
 
@@ -96,7 +100,11 @@ class Options(NamedTuple):
 def solve_fractions(
     load: jax.Array, placement: Placement, options: Options, implementation: _ffi.Implementation
 ) -> list[jax.Array]:
-    """As `solve`, with fractions of the load in place of tokens; an expert without load may have zeros."""
+    """As `solve`, with fractions of the load in place of tokens.
+
+    An expert without load, or with too little beside the others' to count, has a row of zeros, which `assign` reads as
+    the even split; where no expert has a second replica, it may have a one at home.
+    """
     log2phy = jnp.asarray(placement.log2phy)
     load, exponent = to_integers(load)
     if placement.max_replicas == 1:
