@@ -43,7 +43,7 @@ smoke:
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
-	$(VENV)/bin/clang-format --dry-run --Werror $(wildcard ffi/*.h ffi/*.cc ffi/*.cu)
+	$(VENV)/bin/clang-format --dry-run --Werror $(wildcard ffi/*.h ffi/*.cc ffi/*.cu ffi/*.cuh)
 	$(VENV)/bin/mypy
 
 # With 3.12 or newer one wheel for all of these; 3.11 has another: make wheel PYTHON=python3.11 VENV=.venv-oldest
