@@ -10,9 +10,10 @@ constexpr int kWarp = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
 
 // A thread block whose first kNumThreads threads own up to kVariablesEach variables each, for groups of up to
-// kMostRanks ranks; all of its threads help to set up.
-template <int kNumThreads, int kVariablesEach, int kMostRanks, bool kAllPairs>
-struct CudaBlock {
+// kMostRanks ranks; all of its threads help to set up. A struct that derives from it adds factorise(), apply() and
+// place(), which share a MatrixScratch.
+template <int kNumThreads, int kVariablesEach, int kMostRanks, bool kAllPairs, class MatrixScratch>
+struct BlockBase {
   static constexpr int kThreads = kNumThreads;
   static constexpr int kSetupThreads = kNumThreads < 256 ? 256 : kNumThreads;
   static constexpr int kVariables = kVariablesEach;
@@ -26,20 +27,13 @@ struct CudaBlock {
 
   static constexpr int kWarps = kThreads / kWarp, kSetupWarps = kSetupThreads / kWarp;
   static constexpr int kMostReduced = 6;
-  static constexpr int kTile = 8, kTiles = kMostRanks / kTile;
-  static_assert(kMostRanks % kTile == 0 && kTiles <= kWarps, "a warp owns a row of tiles");
 
-  struct Scratch {
-    double2 column[2][kTiles][kWarp];  // a column of tiles, turn by turn
-    double2 pivot[2][kWarp];           // minus the inverse of a diagonal tile
-    double ones[kMostRanks];           // K^-1 1
+  struct Scratch : MatrixScratch {
     float reduced[2][kWarps][kMostReduced];
     int counts[kSetupWarps];
   };
   Scratch* scratch;
-  int turn = 0;                // which half of Scratch::reduced comes next
-  double inverse[kTiles][2];   // of the bordered matrix; this warp's row of tiles
-  double sum_of_ones_inverse;  // 1 / (1^T K^-1 1)
+  int turn = 0;  // which half of Scratch::reduced comes next
 
   __device__ int thread() const { return threadIdx.x; }
   __device__ void sync() const {
@@ -146,12 +140,12 @@ struct CudaBlock {
     return before + upto - mine;
   }
 
-  // Numbers the variables of each rank, and counts them. Variables come in chunks of a warp, whose counts are added up.
-  __device__ void place(const int (&rank)[kVariables], int num_variables, int num_ranks, int (&place)[kVariables],
-                        int32_t* counts) {
-    constexpr int kChunks = kVariables * kWarps;
-    static_assert(kChunks * kMostRanks <= sizeof(Scratch::column), "scratch too small");
-    uint8_t* of_chunk = reinterpret_cast<uint8_t*>(scratch->column);  // [chunks, ranks]
+  // Numbers the variables of each rank, and counts them. Variables come in chunks of a warp, whose counts are added up,
+  // in kChunks * kMostRanks bytes of shared memory.
+  static constexpr int kChunks = kVariables * kWarps;
+  __device__ void number(const int (&rank)[kVariables], int num_variables, int num_ranks, int (&place)[kVariables],
+                         int32_t* counts, void* memory) const {
+    uint8_t* of_chunk = static_cast<uint8_t*>(memory);  // [chunks, ranks]
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     if constexpr (kChunks > 1) {
       for (int c = threadIdx.x; c < kChunks * num_ranks; c += kThreads) of_chunk[c] = 0;
@@ -177,6 +171,35 @@ struct CudaBlock {
         for (int c = 0; c < i * kWarps + warp; ++c) place[i] += of_chunk[c * num_ranks + rank[i]];
       }
     }
+  }
+};
+
+constexpr int kTile = 8;
+
+template <int kMostRanks>
+struct TileScratch {
+  double2 column[2][kMostRanks / kTile][kWarp];  // a column of tiles, turn by turn
+  double2 pivot[2][kWarp];                       // minus the inverse of a diagonal tile
+  double ones[kMostRanks];                       // K^-1 1
+};
+
+// Inverts K by a routine of our own.
+template <int kNumThreads, int kVariablesEach, int kMostRanks, bool kAllPairs>
+struct CudaBlock : BlockBase<kNumThreads, kVariablesEach, kMostRanks, kAllPairs, TileScratch<kMostRanks>> {
+  using Base = BlockBase<kNumThreads, kVariablesEach, kMostRanks, kAllPairs, TileScratch<kMostRanks>>;
+  using Base::reciprocal;
+  using Base::scratch;
+  using Base::sync;
+  static constexpr int kTiles = kMostRanks / kTile;
+  static_assert(kMostRanks % kTile == 0 && kTiles <= Base::kWarps, "a warp owns a row of tiles");
+
+  double inverse[kTiles][2];   // of the bordered matrix; this warp's row of tiles
+  double sum_of_ones_inverse;  // 1 / (1^T K^-1 1)
+
+  __device__ void place(const int (&rank)[kVariablesEach], int num_variables, int num_ranks,
+                        int (&place)[kVariablesEach], int32_t* counts) const {
+    static_assert(Base::kChunks * kMostRanks <= sizeof(scratch->column), "scratch too small");
+    this->number(rank, num_variables, num_ranks, place, counts, scratch->column);
   }
 
   // The inverse of [[K, 1], [1^T, 0]]. K has the packed lower triangle `matrix` off its diagonal, and rows that sum
