@@ -23,7 +23,7 @@ find_python = $(shell for v in $(1); do \
 	done; done)
 PYTHON ?= $(call find_python,3.14 3.13 3.12 3)
 
-SOURCES := pyproject.toml CMakeLists.txt $(wildcard build_backend/*.py ffi/*)
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard build_backend/*.py cmake/*.py ffi/*)
 
 .PHONY: demo test smoke lint wheel bench-build clean
 

@@ -10,6 +10,9 @@
 #include <functional>
 
 #include "bench.h"
+#ifdef LPLB_MATHDX
+#include "solve_mathdx.h"
+#endif
 
 namespace {
 
@@ -55,6 +58,7 @@ struct Solver {
   const char* name;
   lplb::SolveShape shape;
   const lplb::EdgeColouring* edges;
+  bool plain = false;  // without cuSolverDx, where it is built in
   std::vector<double> solve_us = {}, all_us = {}, gaps = {};
   std::vector<int> iterations = {}, statuses = {};
 };
@@ -85,7 +89,10 @@ int main(int argc, char** argv) {
   const std::vector<int32_t> offset(experts, 0);
   Device<int32_t> d_offset(offset);
   std::vector<double> empty_us, count_us, assign_us;
-  std::vector<Solver> solvers = {{"ipm", problem.solve, nullptr}};
+  std::vector<Solver> solvers = {{"ipm", problem.solve, nullptr, true}};
+#ifdef LPLB_MATHDX
+  if (lplb::has_mathdx(problem.solve)) solvers.push_back({"ipm (cuSolverDx)", problem.solve, nullptr});
+#endif
   if (problem.has_edges) {
     solvers.push_back({"edge_balance", problem.solve, &problem.colouring});
     solvers.back().shape.max_iterations = 1000;
@@ -113,12 +120,16 @@ int main(int argc, char** argv) {
 
     for (Solver& solver : solvers) {
       const lplb::SolveShape& shape = solver.shape;
-      const auto solve = [&](cudaStream_t s) { return lplb::solve_cuda(s, shape, solver.edges, solve_in, solve_out); };
+      const auto solve = [&](cudaStream_t s) {
+        return solver.plain ? lplb::solve_plain_cuda(s, shape, solve_in, solve_out)
+                            : lplb::solve_cuda(s, shape, solver.edges, solve_in, solve_out);
+      };
       const auto all = [&](cudaStream_t s) {
         if (const cudaError_t error = count(s); error != cudaSuccess) return error;
-        return lplb::solve_assign_cuda(s, shape, solver.edges, solve_in, solve_out, assign_shape, assign_in,
-                                       d_physical.get(), d_assigned.get());
+        if (const cudaError_t error = solve(s); error != cudaSuccess) return error;
+        return lplb::assign_after_solve_cuda(s, assign_shape, assign_in, d_physical.get(), d_assigned.get());
       };
+      LPLB_CHECK(cudaMemsetAsync(d_fraction.get(), 0x7f, cells * sizeof(float), stream));
       LPLB_CHECK(all(stream));
       LPLB_CHECK(cudaStreamSynchronize(stream));
 

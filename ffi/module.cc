@@ -4,6 +4,9 @@
 #include "assign.h"
 #include "handlers.h"
 #include "solve.h"
+#ifdef LPLB_MATHDX
+#include "solve_mathdx.h"
+#endif
 
 namespace nb = nanobind;
 
@@ -41,11 +44,21 @@ nb::dict handlers() {
   return platforms;
 }
 
+// Group sizes whose solve uses cuSolverDx.
+nb::tuple mathdx_sizes() {
+  nb::list sizes;
+#ifdef LPLB_MATHDX
+  for (const int size : lplb::mathdx_sizes()) sizes.append(size);
+#endif
+  return nb::tuple(sizes);
+}
+
 }  // namespace
 
 NB_MODULE(_handlers, m) {
   m.def("handlers", &handlers);
   m.attr("ffi_api_version") = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
+  m.attr("mathdx_sizes") = mathdx_sizes();
   m.attr("max_experts") = lplb::kMaxExperts;
   m.attr("max_group_ranks") = lplb::kMaxGroupRanks;
   m.attr("max_group_slots") = lplb::kMaxGroupSlots;

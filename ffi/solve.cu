@@ -2,6 +2,9 @@
 #include <utility>
 
 #include "solve_block.cuh"
+#ifdef LPLB_MATHDX
+#include "solve_mathdx.h"
+#endif
 
 namespace lplb {
 namespace {
@@ -61,11 +64,22 @@ cudaError_t prepare_solve_cuda() {
       if (error != cudaSuccess) return error;
     }
   }
+#ifdef LPLB_MATHDX
+  if (const cudaError_t error = prepare_solve_mathdx_cuda(device); error != cudaSuccess) return error;
+#endif
   if (device < kMaxDevices) prepared[device].store(true);
   return cudaSuccess;
 }
 
 cudaError_t solve_cuda(cudaStream_t stream, const SolveShape& shape, const SolveOperands& in, const SolveResults& out) {
+#ifdef LPLB_MATHDX
+  if (has_mathdx(shape)) return solve_mathdx_cuda(stream, shape, in, out);
+#endif
+  return solve_plain_cuda(stream, shape, in, out);
+}
+
+cudaError_t solve_plain_cuda(cudaStream_t stream, const SolveShape& shape, const SolveOperands& in,
+                             const SolveResults& out) {
   return with_block(shape.group_size, shape.max_variables, shape.max_replicas, [&](auto block) {
     using Block = decltype(block);
     const size_t bytes = carve_shared(nullptr, shape, nullptr);

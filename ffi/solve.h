@@ -119,6 +119,9 @@ void edge_balance_cpu(const SolveShape& shape, const EdgeColouring& colouring, c
 cudaError_t prepare_solve_cuda();
 // One thread block for each group and batch.
 cudaError_t solve_cuda(cudaStream_t stream, const SolveShape& shape, const SolveOperands& in, const SolveResults& out);
+// The same, never with a library's factorisation.
+cudaError_t solve_plain_cuda(cudaStream_t stream, const SolveShape& shape, const SolveOperands& in,
+                             const SolveResults& out);
 cudaError_t edge_balance_cuda(cudaStream_t stream, const SolveShape& shape, const EdgeColouring& colouring,
                               const SolveOperands& in, const SolveResults& out);
 #endif

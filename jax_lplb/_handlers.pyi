@@ -1,6 +1,7 @@
 from typing import Any
 
 ffi_api_version: tuple[int, int]
+mathdx_sizes: tuple[int, ...]
 max_experts: int
 max_group_ranks: int
 max_group_slots: int
