@@ -29,6 +29,7 @@ CASES = {
     "16x2": lambda: _placement(lplb.topology.hypercube(), 2),
     "32x2": lambda: _placement(lplb.topology.torus(8, 4), 2),
     "64x1": lambda: _placement(lplb.topology.ring(64), 1),
+    "128x1": lambda: _placement(lplb.topology.ring(128), 1),
     "72r4s": lambda: helpers.many_replicas(np.random.default_rng(72), num_experts=288, num_ranks=72, redundants=4),
 }
 
