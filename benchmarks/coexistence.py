@@ -101,7 +101,7 @@ def main() -> None:
                 rows.append({"bench": "determinism", "case": case, "tokens": 4096, **report})
                 different += report["different_words"]
                 print(
-                    f"{case}: {report['repetitions']} repetitions of {report['instances']} problems beside "
+                    f"{case}: {report['repetitions']} repetitions of {report['solves']} solves beside "
                     f"{report['matmuls']} products: {report['different_words']} words differ",
                     flush=True,
                 )

@@ -77,7 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("driver", help="lplb_bench")
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 16384], help="tokens of a rank, top-8")
-    parser.add_argument("--cases", nargs="+", choices=common.CASES, default=["8x1", "8x2", "16x2", "32x2"])
+    parser.add_argument("--cases", nargs="+", choices=common.CASES, default=list(common.CASES))
     parser.add_argument("--repeats", type=int, default=20, help="launches in a graph")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results/kernels.json"))
     args = parser.parse_args()

@@ -16,7 +16,8 @@ PANELS = {
     "groups": "groups of 8 ranks (1,024 experts)",
 }
 LINES = {
-    "all": ("count + solve + assign", "black", "o"),
+    "all, ipm": ("all three, interior point", "black", "o"),
+    "all, edge_balance": ("all three, edge balance", "tab:gray", "P"),
     "ipm": ("solve: interior point", "tab:blue", "s"),
     "edge_balance": ("solve: edge balance", "tab:cyan", "D"),
     "count": ("count", "tab:orange", "^"),

@@ -25,13 +25,6 @@ AXES = {
     "groups": [1, 2, 4, 8, 16, 32],
 }
 # Of the driver's report; a solver that does not apply to a placement reports no times.
-KERNELS = {
-    "count": "count_us",
-    "ipm": "solve_us",
-    "edge_balance": "edge_balance_us",
-    "assign": "assign_us",
-    "all": "all_us",
-}
 MOST_IDS = 2**25  # of all instances of a problem: 128 MiB
 
 
@@ -95,11 +88,10 @@ def main() -> None:
                     "tokens": tokens,
                     "instances": number,
                 }
-                rows += [
-                    {**where, "kernel": kernel, **common.statistics(report[key])}
-                    for kernel, key in KERNELS.items()
-                    if report.get(key)
-                ]
+                times = {kernel: report[f"{kernel}_us"] for kernel in ("count", "assign")}
+                for solver, solved in report["solvers"].items():
+                    times |= {solver: solved["solve_us"], f"all, {solver}": solved["all_us"]}
+                rows += [{**where, "kernel": kernel, **common.statistics(us)} for kernel, us in times.items()]
                 print(f"{axis} {size}: {time.perf_counter() - begin:.1f} s", flush=True)
     common.write(args.out, rows)
 

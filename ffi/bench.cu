@@ -95,7 +95,7 @@ int main(int argc, char** argv) {
 #endif
   if (problem.has_edges) {
     solvers.push_back({"edge_balance", problem.solve, &problem.colouring});
-    solvers.back().shape.max_iterations = 1000;
+    solvers.back().shape.max_iterations = lplb::bench::kMostSweeps;
   }
 
   for (int instance = 0; instance < problem.instances; ++instance) {

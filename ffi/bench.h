@@ -22,6 +22,8 @@
 
 namespace lplb::bench {
 
+constexpr int kMostSweeps = 1000;  // of edge balance
+
 [[noreturn]] inline void fail(const char* what) {
   std::fprintf(stderr, "%s\n", what);
   std::exit(1);

@@ -79,15 +79,18 @@ class Matmul {
 
 class Balancer {
  public:
-  Balancer(const Problem& problem, int instance, int num_sms)
+  // By edge balance, or by the interior-point method.
+  Balancer(const Problem& problem, int instance, int num_sms, bool along_edges)
       : solve_(problem.solve),
+        edges_(along_edges ? &problem.colouring : nullptr),
         assign_(problem.assign),
         log2phy_(problem.log2phy),
         load_(slice(problem.loads, instance, problem.num_experts)),
         ids_(slice(problem.ids, instance, problem.num_ids)),
         offset_(std::vector<int32_t>(problem.num_experts, 0)),
         results_(layout(problem)) {
-    limit(assign_.count, num_sms, 0);
+    assign_.count.num_sms = num_sms;
+    if (along_edges) solve_.max_iterations = kMostSweeps;
   }
 
   cudaError_t launch(cudaStream_t stream) {
@@ -98,15 +101,11 @@ class Balancer {
         error != cudaSuccess) {
       return error;
     }
-    if (const cudaError_t error = lplb::solve_cuda(
-            stream, solve_, {load_.get(), log2phy_.get()},
-            {fraction, part<float>(kRankLoad), part<float>(kGap), part<int32_t>(kIterations), part<int32_t>(kStatus)});
-        error != cudaSuccess) {
-      return error;
-    }
-    return lplb::assign_cuda(stream, assign_,
-                             {ids_.get(), starts, fraction, load_.get(), offset_.get(), log2phy_.get()},
-                             part<int32_t>(kPhysicalIds), part<int32_t>(kAssigned));
+    return lplb::solve_assign_cuda(
+        stream, solve_, edges_, {load_.get(), log2phy_.get()},
+        {fraction, part<float>(kRankLoad), part<float>(kGap), part<int32_t>(kIterations), part<int32_t>(kStatus)},
+        assign_, {ids_.get(), starts, fraction, load_.get(), offset_.get(), log2phy_.get()},
+        part<int32_t>(kPhysicalIds), part<int32_t>(kAssigned));
   }
 
   // All results, workspaces included, one after the other.
@@ -137,20 +136,9 @@ class Balancer {
   T* part(Part which) {
     return reinterpret_cast<T*>(results_.get() + begin_[which]);
   }
-  // At most that many thread blocks count and assign, where the kernels know such a limit; else in fewer chunks.
-  template <class Shape>
-  static auto limit(Shape& shape, int num_sms, int) -> decltype(shape.num_sms, void()) {
-    shape.num_sms = num_sms;
-  }
-  template <class Shape>
-  static void limit(Shape& shape, int num_sms, long) {
-    if (num_sms == 0 || shape.num_chunks <= num_sms) return;
-    shape.chunk_size *= (shape.num_chunks + num_sms - 1) / num_sms;
-    shape.num_chunks = static_cast<int>((shape.num_ids + shape.chunk_size - 1) / shape.chunk_size);
-  }
-
   size_t begin_[kParts];
   lplb::SolveShape solve_;
+  const lplb::EdgeColouring* edges_;  // of the problem
   lplb::AssignShape assign_;
   Device<int32_t> log2phy_, load_, ids_, offset_;
   Device<uint32_t> results_;
@@ -276,7 +264,7 @@ void room(const Problem& problem, const char* cublas, int size, const std::vecto
   std::vector<double> ignored;
   for (int i = 0; i < 10; ++i) run_matmuls(streams, matmul, nullptr, Pace::kNone, ignored, ignored);  // warms up
   for (const int num_sms : limits) {
-    Balancer balancer(problem, problem.instances / 2, num_sms);
+    Balancer balancer(problem, problem.instances / 2, num_sms, problem.has_edges);
     const cudaGraphExec_t balance = graph_of(balancer, streams.balance);
     // Products planned for the whole GPU, and for what the balancer leaves.
     const std::vector<int> plans = num_sms > 0 ? std::vector<int>{sms, sms - num_sms} : std::vector<int>{sms};
@@ -324,34 +312,35 @@ void same(const Problem& problem, const char* cublas, int size, int repetitions)
     LPLB_CHECK(cudaMemsetAsync(results.get(), 0x7f, results.size() * sizeof(uint32_t), streams.balance));
   };
   // The first repetition: on an idle GPU.
-  for (int instance = 0; instance < problem.instances; ++instance) {
-    balancers.push_back(std::make_unique<Balancer>(problem, instance, 0));
+  for (int solve = 0; solve < problem.instances * (problem.has_edges ? 2 : 1); ++solve) {
+    const bool along_edges = solve >= problem.instances;
+    balancers.push_back(std::make_unique<Balancer>(problem, solve % problem.instances, 0, along_edges));
     poison(*balancers.back());
     LPLB_CHECK(balancers.back()->launch(streams.balance));
     LPLB_CHECK(cudaStreamSynchronize(streams.balance));
     firsts.push_back(std::make_unique<Device<uint32_t>>(balancers.back()->results().host()));
   }
   for (int repetition = 1; repetition < repetitions; ++repetition) {
-    for (int instance = 0; instance < problem.instances; ++instance) {
+    for (size_t solve = 0; solve < balancers.size(); ++solve) {
       while (!pending.empty() && pending.front().reached()) pending.pop_front();
       while (pending.size() < 4) {
         matmul.launch();
         pending.emplace_back(streams.matmul);
         ++matmuls;
       }
-      Balancer& balancer = *balancers[instance];
+      Balancer& balancer = *balancers[solve];
       poison(balancer);
       LPLB_CHECK(balancer.launch(streams.balance));
       const size_t words = balancer.results().size();
       compare_kernel<<<static_cast<unsigned>((words + 255) / 256), 256, 0, streams.balance>>>(
-          balancer.results().get(), firsts[instance]->get(), words, different.get());
+          balancer.results().get(), firsts[solve]->get(), words, different.get());
       LPLB_CHECK(cudaGetLastError());
       LPLB_CHECK(cudaStreamSynchronize(streams.balance));
     }
   }
   LPLB_CHECK(cudaDeviceSynchronize());
-  std::printf("{\"instances\": %d, \"repetitions\": %d, \"different_words\": %llu, \"matmuls\": %lld}\n",
-              problem.instances, repetitions, different.host()[0], matmuls);
+  std::printf("{\"solves\": %zu, \"repetitions\": %d, \"different_words\": %llu, \"matmuls\": %lld}\n",
+              balancers.size(), repetitions, different.host()[0], matmuls);
 }
 
 }  // namespace

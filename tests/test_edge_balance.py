@@ -459,7 +459,7 @@ def test_errors_of_the_handler():
             ((1,), np.int32),
         ]
     ]
-    call = jax.ffi.ffi_call("lplb_edge_balance", results)
+    call = jax.ffi.ffi_call("lplb_solve", results)
     pair = np.array([[1, 0, 3, 2, 5, 4, 7, 6]], np.int32)
     for partners, message in {
         "beyond": (pair + 1, "pairs of ranks"),
