@@ -122,10 +122,10 @@ struct Solve {
 };
 
 // Appends to `shapes` what is wrong with them.
-Solve read_solve(Shapes& shapes, const Ids& load, const Ids& log2phy, const ffi::Result<Reals>& fraction,
-                 const ffi::Result<Reals>& rank_load, const ffi::Result<Reals>& gap, const ffi::Result<Ids>& iterations,
-                 const ffi::Result<Ids>& status, int64_t num_physical, float tol, float threshold,
-                 int64_t max_iterations, ffi::Span<const int32_t> partners) {
+Solve read_solve(Shapes& shapes, const Ids& load, const Ids& log2phy, ffi::Result<Reals>& fraction,
+                 ffi::Result<Reals>& rank_load, ffi::Result<Reals>& gap, ffi::Result<Ids>& iterations,
+                 ffi::Result<Ids>& status, int64_t num_physical, float tol, float threshold, int64_t max_iterations,
+                 ffi::Span<const int32_t> partners) {
   Solve solve = {};
   SolveShape& shape = solve.shape;
   const int64_t* table = shapes.last("log2phy", log2phy, 2);
@@ -174,8 +174,8 @@ ffi::Error solve(Launch launch, Ids load, Ids log2phy, ffi::Result<Reals> fracti
 }
 
 AssignShape read_assign(Shapes& shapes, const Ids& expert_ids, const Ids& starts, const int64_t* split, const Ids& load,
-                        const Ids& offset, const Ids& log2phy, const ffi::Result<Ids>& physical_ids,
-                        const ffi::Result<Ids>& rank_load, int64_t num_physical, int64_t chunk_size, int64_t num_sms) {
+                        const Ids& offset, const Ids& log2phy, ffi::Result<Ids>& physical_ids,
+                        ffi::Result<Ids>& rank_load, int64_t num_physical, int64_t chunk_size, int64_t num_sms) {
   AssignShape shape;
   shape.count = count_shape(shapes, expert_ids, starts, chunk_size, num_sms);
   const int experts = shape.count.num_experts;
