@@ -34,6 +34,7 @@ def topologies() -> dict[str, lplb.Placement]:
 
 
 NAMES = list(topologies())
+SOLVERS = ["edge_balance", "ipm"]
 NUMBER = 96
 
 
@@ -271,19 +272,26 @@ def test_a_copy_off_the_topology_stays_idle(implementation, platform):
     np.testing.assert_array_equal(solution.split[0], [1000, 0])
 
 
-def test_inside_shard_map_and_scan(implementation):
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_inside_shard_map_and_scan(solver, implementation):
     """Loads that are equal on all ranks give results that are, for `check_vma`; scanned over layers."""
     place = configurations()["cube 8x2"]
     layers = loads("cube 8x2")[:4]
-    expected = solve(layers, place, implementation)
+    expected = solve(layers, place, implementation, solver=solver)
 
     def all_layers(layers: jax.Array) -> lplb.Solution:
-        run = partial(lplb.solve, placement=place, solver="edge_balance", implementation=implementation)
+        run = partial(lplb.solve, placement=place, solver=solver, implementation=implementation)
         return jax.lax.scan(lambda carry, load: (carry, run(load)), 0, layers)[1]
 
     mesh = jax.make_mesh((8,), ("ep",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices("cpu"))
     run = jax.jit(jax.shard_map(all_layers, mesh=mesh, in_specs=P(), out_specs=P()))
-    assert_same(jax.tree.map(np.asarray, run(layers)), expected)
+    got = jax.tree.map(np.asarray, run(layers))
+    if (solver, implementation) == ("ipm", "xla"):  # rounds otherwise in another executable
+        largest = [one.rank_load.max(axis=1) for one in (got, expected)]
+        np.testing.assert_allclose(*largest, rtol=TOL)
+        np.testing.assert_array_equal(got.status, expected.status)
+    else:
+        assert_same(got, expected)
 
 
 # The most neighbours of a rank, which no colouring can do with fewer than, and one more on odd rings.
@@ -327,9 +335,6 @@ def test_valid_colourings(size, rng):
         degree = np.bincount(np.array(sorted(edges)).ravel()).max()
         assert len(partner) <= degree + 2
         np.testing.assert_array_equal(colouring(topology.from_r2o(topo.r2o.copy())), partner)
-
-
-SOLVERS = ["edge_balance", "ipm"]
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
