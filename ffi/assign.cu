@@ -147,9 +147,9 @@ __device__ void add_ranks(const AssignShape& shape, const Batch& batch, uint32_t
 }
 
 // Waits for the solve, where this kernel was launched ahead of its end.
-__device__ void wait_for_split() {
+__device__ void wait_for_split(bool ahead) {
 #if __CUDA_ARCH__ >= 900
-  cudaGridDependencySynchronize();
+  if (ahead) cudaGridDependencySynchronize();
 #endif
 }
 
@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
     bool has_split = false;
     const auto need_split = [&] {
       if (has_split) return;
-      wait_for_split();
+      wait_for_split(ahead);
       if (ahead) {
         for (int e = threadIdx.x; e < experts; e += threads) store(e);
       }
@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
     };
     for (int item = blockIdx.x; item <= shape.count.num_chunks; item += gridDim.x) {
       if (item == 0) {
-        wait_for_split();
+        wait_for_split(ahead);
         add_ranks(shape, batch, reinterpret_cast<uint32_t*>(memory), rank_load + b * shape.num_ranks);
         __syncthreads();
         continue;
@@ -214,7 +214,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
       for (int e = threadIdx.x; e < experts; e += threads) {
         // All loads before the first use of any.
         const int32_t start = starts[e], before = offset[e];
-        if (!ahead && !has_split) store(e);
+        if (!has_split && !ahead) store(e);
         shared.seen[e] = static_cast<uint32_t>(start) + static_cast<uint32_t>(max(0, before));
       }
       for (int tile = 0; tile < num_ids; tile += kIds * threads) {
@@ -249,7 +249,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
       }
     }
   }
-  wait_for_split();  // a block without ids, too: what comes after this kernel relies on the solve's end
+  wait_for_split(ahead);  // a block without ids, too: what comes after this kernel relies on the solve's end
 }
 
 cudaError_t launch(cudaStream_t stream, const AssignShape& shape, const AssignOperands& in, int32_t* physical_ids,
