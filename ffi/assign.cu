@@ -245,7 +245,9 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
           }
           results[i] = slot;
         }
-        __syncthreads();
+        const bool last =
+            tile + kIds * threads >= num_ids && item + static_cast<int>(gridDim.x) > shape.count.num_chunks;
+        if (!last || b + gridDim.y < shape.count.num_batches) __syncthreads();
       }
     }
   }

@@ -103,9 +103,8 @@ __global__ void __launch_bounds__(kMaxThreads) count_kernel(const CountShape sha
     }
 #if __CUDA_ARCH__ >= 900
     asm volatile("barrier.cluster.wait.aligned;" : : : "memory");
-#else
-    __syncthreads();
 #endif
+    if (batch + gridDim.y < shape.num_batches) __syncthreads();  // the counts have been read
   }
 }
 

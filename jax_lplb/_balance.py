@@ -165,11 +165,11 @@ def _solve_assign(
     One custom call: on GPUs tokens are numbered while the solver runs. Returns the physical ids, the rank load that
     they give, the rank load of the split, gap and status.
     """
-    predicted, exponent = to_integers(predicted)
+    predicted, unit = to_integers(predicted)
     if placement.max_replicas == 1:  # lookups, no custom call
         fraction, rank_load, gap, _, status = solve_fractions(predicted, placement, options, implementation)
         assigned = assign_with_starts(expert_ids, starts, fraction, placement, load, offset, num_sms, implementation)
-        return [*assigned, in_tokens(rank_load, exponent, placement), gap, status]
+        return [*assigned, in_tokens(rank_load, unit), gap, status]
     num_ids = expert_ids.shape[0]
 
     def ffi(*operands: jax.Array) -> list[jax.Array]:
@@ -198,7 +198,7 @@ def _solve_assign(
     physical_ids, rank_load, solved_rank_load, gap, status = _ffi.dispatch(
         "solve_assign", implementation, ffi, xla, *operands
     )
-    return [physical_ids, rank_load, in_tokens(solved_rank_load, exponent, placement), gap, status]
+    return [physical_ids, rank_load, in_tokens(solved_rank_load, unit), gap, status]
 
 
 def _axis_size(axis_name: Any, num_ranks: int) -> int:

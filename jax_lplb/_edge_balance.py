@@ -124,8 +124,9 @@ def solve_groups(
 
     # One column at a time: XLA turns a division by something broadcast into a product with its reciprocal.
     whole = jnp.maximum(load, 1).astype(jnp.float32)
-    on_copy = part.astype(jnp.float32) / whole
-    fraction = jnp.stack([1 - on_copy, on_copy], axis=1)
+    # On GPUs XLA divides approximately; whole experts stay whole there, too.
+    on_copy = jnp.where(part == load, 1, part.astype(jnp.float32) / whole)
+    fraction = jnp.stack([jnp.maximum(1 - on_copy, 0), on_copy], axis=1)
     skipped = (status == Status.SKIPPED)[group]
     at_home_only = known[:, 0] & (skipped | ~moves)
     fraction = jnp.where(at_home_only[:, None], jnp.array([[1, 0]], jnp.float32), fraction)

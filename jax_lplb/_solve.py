@@ -106,7 +106,7 @@ def solve_fractions(
     the even split; where no expert has a second replica, it may have a one at home.
     """
     log2phy = jnp.asarray(placement.log2phy)
-    load, exponent = to_integers(load)
+    load, unit = to_integers(load)
     if placement.max_replicas == 1:
         solved = _all_at_home(load, placement)
     else:
@@ -121,7 +121,7 @@ def solve_fractions(
 
         solved = _ffi.dispatch("solve", implementation, ffi, xla, load, log2phy)
     fraction, rank_load, gap, iterations, status = solved
-    return [fraction, in_tokens(rank_load, exponent, placement), gap, iterations, status]
+    return [fraction, in_tokens(rank_load, unit), gap, iterations, status]
 
 
 def ffi_results(placement: Placement, varies_with: tuple[jax.Array, ...]) -> list[_ffi.Result]:
@@ -161,28 +161,36 @@ def solve_groups(load: jax.Array, log2phy: jax.Array, placement: Placement, opti
     return _edge_balance.solve_groups(load, log2phy, slots, ranks, groups, edges, options.tol, options.threshold)
 
 
-def to_integers(load: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """Loads as int32; float loads in units of 2**(exponent - _integer_bits(num_experts)), and that exponent."""
+class Unit(NamedTuple):
+    """Of float loads as integers: 2**-coarse_bits * 2**-more_bits * 2**exponent, whose product may be subnormal."""
+
+    coarse_bits: int
+    more_bits: jax.Array
+    exponent: jax.Array
+
+
+def to_integers(load: jax.Array) -> tuple[jax.Array, Unit | None]:
+    """Loads as int32; float loads in the unit in which their sum is below 2**30, but for rounding, and no less."""
     if load.dtype == jnp.int32:
         return load, None
     most = jnp.max(load, initial=0, where=load > 0)
     # Powers of two scale exactly, so that neither the order of a sum nor a division shows in the result. Beyond these
     # bounds they, or the ranks' loads, would leave float32's range.
     exponent = jnp.clip((lax.bitcast_convert_type(most, jnp.int32) >> 23) - 126, -125, 115)  # most < 2**exponent
-    scaled = jnp.minimum(load * _power_of_two(-exponent), 1) * 2.0 ** _integer_bits(load.shape[0])
-    return jnp.where(load > 0, jnp.rint(scaled), 0).astype(jnp.int32), exponent
+    share = jnp.minimum(load * _power_of_two(-exponent), 1)
+    coarse_bits = 30 - (load.shape[0] - 1).bit_length()  # if all loads were the largest
+    coarse = jnp.where(load > 0, jnp.rint(share * 2.0**coarse_bits), 0).astype(jnp.int32)
+    more_bits = jnp.maximum(lax.clz(jnp.sum(coarse, dtype=jnp.int32)) - 2, 0)
+    more_bits = jnp.where(most > 0, more_bits, 0)
+    scaled = share * 2.0**coarse_bits * _power_of_two(more_bits)
+    return jnp.where(load > 0, jnp.rint(scaled), 0).astype(jnp.int32), Unit(coarse_bits, more_bits, exponent)
 
 
-def in_tokens(rank_load: jax.Array, exponent: jax.Array | None, placement: Placement) -> jax.Array:
+def in_tokens(rank_load: jax.Array, unit: Unit | None) -> jax.Array:
     """Rank loads of `to_integers`' loads, in the unit of those it was given."""
-    if exponent is None:
+    if unit is None:
         return rank_load
-    return rank_load * 2.0 ** -_integer_bits(placement.num_experts) * _power_of_two(exponent)
-
-
-def _integer_bits(num_experts: int) -> int:
-    """Bits for each expert's load, so that all of them sum to at most 2**30."""
-    return 30 - (num_experts - 1).bit_length()
+    return rank_load * 2.0**-unit.coarse_bits * _power_of_two(-unit.more_bits) * _power_of_two(unit.exponent)
 
 
 def _power_of_two(exponent: jax.Array) -> jax.Array:

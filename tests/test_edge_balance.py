@@ -110,10 +110,15 @@ def test_same_bits_on_cpu_and_gpu(name):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", NAMES)
 def test_pure_jax_agrees_on_gpu(name):
-    """XLA divides approximately there."""
+    """XLA divides approximately there: fractions of the load agree to within float32's rounding of 1."""
     with jax.default_device(jax.devices("gpu")[0]):
         got, expected = solved(name, "xla", "gpu"), solved(name, "ffi", "gpu")
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=ROUNDING), got, expected)
+    load = expected.split.sum(axis=-1, keepdims=True)
+    assert (np.abs(got.split - expected.split) <= ROUNDING * load).all()
+    np.testing.assert_array_equal(got.iterations, expected.iterations)
+    np.testing.assert_array_equal(got.status, expected.status)
+    for field in ("rank_load", "gap"):
+        np.testing.assert_allclose(getattr(got, field), getattr(expected, field), rtol=ROUNDING)
 
 
 def test_few_sweeps(platform):
