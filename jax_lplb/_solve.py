@@ -170,20 +170,23 @@ class Unit(NamedTuple):
 
 
 def to_integers(load: jax.Array) -> tuple[jax.Array, Unit | None]:
-    """Loads as int32; float loads in the unit in which their sum is below 2**30, but for rounding, and no less."""
+    """Loads as int32; float loads in the finest power of two in which they sum to at most 2**30, but for rounding."""
     if load.dtype == jnp.int32:
         return load, None
     most = jnp.max(load, initial=0, where=load > 0)
     # Powers of two scale exactly, so that neither the order of a sum nor a division shows in the result. Beyond these
     # bounds they, or the ranks' loads, would leave float32's range.
     exponent = jnp.clip((lax.bitcast_convert_type(most, jnp.int32) >> 23) - 126, -125, 115)  # most < 2**exponent
-    share = jnp.minimum(load * _power_of_two(-exponent), 1)
     coarse_bits = 30 - (load.shape[0] - 1).bit_length()  # if all loads were the largest
-    coarse = jnp.where(load > 0, jnp.rint(share * 2.0**coarse_bits), 0).astype(jnp.int32)
-    more_bits = jnp.maximum(lax.clz(jnp.sum(coarse, dtype=jnp.int32)) - 2, 0)
-    more_bits = jnp.where(most > 0, more_bits, 0)
-    scaled = share * 2.0**coarse_bits * _power_of_two(more_bits)
-    return jnp.where(load > 0, jnp.rint(scaled), 0).astype(jnp.int32), Unit(coarse_bits, more_bits, exponent)
+    coarse = jnp.minimum(load * _power_of_two(-exponent), 1) * 2.0**coarse_bits
+    total = jnp.sum(_rounded(coarse), dtype=jnp.int32)
+    more_bits = jnp.maximum(lax.clz(total) - 2, 0)
+    return _rounded(coarse * _power_of_two(more_bits)), Unit(coarse_bits, more_bits, exponent)
+
+
+def _rounded(load: jax.Array) -> jax.Array:
+    """To int32; what is negative or NaN counts as 0."""
+    return jnp.where(load > 0, jnp.rint(load), 0).astype(jnp.int32)
 
 
 def in_tokens(rank_load: jax.Array, unit: Unit | None) -> jax.Array:

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -119,6 +120,19 @@ def new_python(script: str, **environment: str) -> str:
     )
     assert run.returncode == 0, run.stderr
     return run.stdout
+
+
+def check_groups_are_independent(solve: Callable[..., lplb.Solution], rng: np.random.Generator) -> None:
+    """A group's answer is that of its ranks alone, bit for bit; solve(load, placement, implementation)."""
+    place, alone = configurations()["cube EP32 x2"], placement(topology.cube(), 64, 8, 2)
+    load = random_loads(rng, 256, 1)[0]
+    together = solve(load, place, "ffi")
+    for group in range(4):
+        single = solve(load[group * 64 : (group + 1) * 64], alone, "ffi")
+        np.testing.assert_array_equal(together.split[group * 64 : (group + 1) * 64], single.split)
+        np.testing.assert_array_equal(together.rank_load[group * 8 : (group + 1) * 8], single.rank_load)
+        assert together.gap[group] == single.gap[0]
+        assert together.iterations[group] == single.iterations[0]
 
 
 def random_loads(rng: np.random.Generator, num_experts: int, number: int) -> np.ndarray:

@@ -7,7 +7,19 @@ import helpers
 import jax
 import numpy as np
 import pytest
-from helpers import ROUNDING, TOL, configurations, garbage, most, optimum, placement, random_loads, rank_loads, topology
+from helpers import (
+    ROUNDING,
+    TOL,
+    check_groups_are_independent,
+    configurations,
+    garbage,
+    most,
+    optimum,
+    placement,
+    random_loads,
+    rank_loads,
+    topology,
+)
 
 import jax_lplb as lplb
 from jax_lplb import Status
@@ -146,16 +158,7 @@ def test_most_experts_stay_whole(platform, rng):
 
 @pytest.mark.smoke
 def test_groups_are_independent(platform, rng):
-    """A group's answer is that of its ranks alone, bit for bit."""
-    place, alone = configurations()["cube EP32 x2"], placement(topology.cube(), 64, 8, 2)
-    load = random_loads(rng, 256, 1)[0]
-    together = solve(load, place, "ffi")
-    for group in range(4):
-        single = solve(load[group * 64 : (group + 1) * 64], alone, "ffi")
-        np.testing.assert_array_equal(together.split[group * 64 : (group + 1) * 64], single.split)
-        np.testing.assert_array_equal(together.rank_load[group * 8 : (group + 1) * 8], single.rank_load)
-        assert together.gap[group] == single.gap[0]
-        assert together.iterations[group] == single.iterations[0]
+    check_groups_are_independent(solve, rng)
 
 
 @pytest.mark.parametrize("name", ["cube 8x2", "ring 32x1", "torus 8x4 x2"])

@@ -13,13 +13,12 @@ import pytest
 from helpers import (
     ROUNDING,
     TOL,
+    check_groups_are_independent,
     configurations,
     garbage,
     many_replicas,
     optimum,
-    placement,
     random_loads,
-    topology,
 )
 
 import jax_lplb as lplb
@@ -126,16 +125,7 @@ def test_all_converge_in_a_few_iterations(implementation, platform):
 
 @pytest.mark.smoke
 def test_groups_are_independent(platform, rng):
-    """A group's answer is that of its ranks alone, bit for bit."""
-    place, alone = configurations()["cube EP32 x2"], placement(topology.cube(), 64, 8, 2)
-    load = random_loads(rng, 256, 1)[0]
-    together = solve(load, place, "ffi")
-    for group in range(4):
-        single = solve(load[group * 64 : (group + 1) * 64], alone, "ffi")
-        np.testing.assert_array_equal(together.split[group * 64 : (group + 1) * 64], single.split)
-        np.testing.assert_array_equal(together.rank_load[group * 8 : (group + 1) * 8], single.rank_load)
-        assert together.gap[group] == single.gap[0]
-        assert together.iterations[group] == single.iterations[0]
+    check_groups_are_independent(solve, rng)
 
 
 def test_stops_at_the_tolerance(implementation, platform, rng):
