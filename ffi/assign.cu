@@ -46,11 +46,10 @@ class Batch {
     return Shares(Quotas(split_ + row, log2phy_ + row, replicas_, num_physical_, load_[e]));
   }
   __device__ void store(int e, uint32_t* stored) const {
-    with_quotas(e,
-                [&](const Quotas& quotas, const int32_t*) { StoredShares::store(Shares(quotas), replicas_, stored); });
+    with_quotas(e, [&](const Quotas& quotas) { StoredShares::store(quotas, stored); });
   }
 
-  // Calls visit(quotas of an expert, its slots).
+  // Calls visit(quotas of an expert).
   template <class Visit>
   __device__ void with_quotas(int e, Visit visit) const {
     if (replicas_ == 2) {
@@ -59,10 +58,10 @@ class Batch {
       const int2 slots = reinterpret_cast<const int2*>(log2phy_)[e];
       const float parts[] = {split.x, split.y};
       const int32_t entries[] = {slots.x, slots.y};
-      visit(Quotas(parts, entries, 2, num_physical_, load_[e]), entries);
+      visit(Quotas(parts, entries, 2, num_physical_, load_[e]));
     } else {
       const int64_t row = static_cast<int64_t>(e) * replicas_;
-      visit(Quotas(split_ + row, log2phy_ + row, replicas_, num_physical_, load_[e]), log2phy_ + row);
+      visit(Quotas(split_ + row, log2phy_ + row, replicas_, num_physical_, load_[e]));
     }
   }
 
@@ -79,13 +78,10 @@ class Batch {
   const int32_t* log2phy_;
 };
 
-// Numbers a warp's ids among those of the same expert, 32 at a time, and leaves its counts.
+// Numbers a warp's ids among those of the same expert, 32 at a time, and adds them to its counts, which are zero.
 template <int kIds>
-__device__ void number_in_warp(const int32_t (&ids)[kIds], int padded, uint16_t* counts, uint32_t (&numbers)[kIds]) {
+__device__ void number_in_warp(const int32_t (&ids)[kIds], uint16_t* counts, uint32_t (&numbers)[kIds]) {
   const int lane = threadIdx.x % kWarp;
-#pragma unroll 1
-  for (int i = lane; i < padded / 8; i += kWarp) reinterpret_cast<uint4*>(counts)[i] = make_uint4(0, 0, 0, 0);
-  __syncwarp();
 #pragma unroll
   for (int k = 0; k < kIds; ++k) {
     const unsigned same = __match_any_sync(kFullWarp, ids[k]);
@@ -102,6 +98,7 @@ __device__ void number_in_warp(const int32_t (&ids)[kIds], int padded, uint16_t*
 // below 2^16.
 __device__ void add_up_warps(int padded, int num_warps, uint16_t* of_warp) {
   const int pairs = padded / 2;
+#pragma unroll 1
   for (int pair = threadIdx.x; pair < pairs; pair += blockDim.x) {
     uint32_t* counts = reinterpret_cast<uint32_t*>(of_warp) + pair;
     uint32_t sum = 0;
@@ -117,49 +114,34 @@ __device__ void add_up_warps(int padded, int num_warps, uint16_t* of_warp) {
 
 // Adds up the quotas of each rank's slots.
 __device__ void add_ranks(const AssignShape& shape, const Batch& batch, uint32_t* sums, int32_t* rank_load) {
-  const int experts = shape.count.num_experts, threads = blockDim.x, lane = threadIdx.x % kWarp;
   const unsigned slots_per_rank = shape.num_physical / shape.num_ranks;
-  for (int g = threadIdx.x; g < shape.num_ranks; g += threads) sums[g] = 0;
+  for (int g = threadIdx.x; g < shape.num_ranks; g += blockDim.x) sums[g] = 0;
   __syncthreads();
-  for (int first = threadIdx.x / kWarp * kWarp; first < experts; first += threads) {
-    const int e = first + lane;
-    batch.with_quotas(min(e, experts - 1), [&](Quotas quotas, const int32_t* slots) {
-      uint32_t left = quotas.load();
-      bool more = e < experts;
-      for (int r = 0; __any_sync(kFullWarp, more); ++r) {
-        uint32_t quota = 0;
-        int rank = -1;
-        if (more) {
-          more = !quotas.last();
-          quota = more ? quotas.next() : left;
-          left -= quota;
-          if (Quotas::is_slot(slots[r], shape.num_physical)) rank = static_cast<unsigned>(slots[r]) / slots_per_rank;
-        }
-        // Experts of a warp are often at home on one rank: one of them adds for all.
-        const unsigned same = __match_any_sync(kFullWarp, rank);
-        quota = __reduce_add_sync(same, quota);
-        if (rank >= 0 && (same & ((1u << lane) - 1)) == 0) atomicAdd(&sums[rank], quota);
-      }
+  for (int e = threadIdx.x; e < shape.count.num_experts; e += blockDim.x) {
+    batch.with_quotas(e, [&](const Quotas& quotas) {
+      quotas.each([&](int, int32_t slot, uint32_t quota) {
+        atomicAdd(&sums[static_cast<unsigned>(slot) / slots_per_rank], quota);
+      });
     });
   }
   __syncthreads();
-  for (int g = threadIdx.x; g < shape.num_ranks; g += threads) rank_load[g] = static_cast<int32_t>(sums[g]);
+  for (int g = threadIdx.x; g < shape.num_ranks; g += blockDim.x) rank_load[g] = static_cast<int32_t>(sums[g]);
 }
 
 // Waits for the solve, where this kernel was launched ahead of its end.
-__device__ void wait_for_split(bool ahead) {
+template <bool kAhead>
+__device__ void wait_for_split() {
 #if __CUDA_ARCH__ >= 900
-  if (ahead) cudaGridDependencySynchronize();
+  if constexpr (kAhead) cudaGridDependencySynchronize();
 #endif
 }
 
 // Blocks go through the chunks, the ranks' sums before them, and assign a chunk tile by tile: kIds ids a thread. The
 // shares of all experts are kept in shared memory, or computed anew for each token. The split comes last, see
 // assign_after_solve_cuda.
-template <int kIds, bool kStored>
+template <int kIds, bool kStored, bool kAhead>
 __global__ void __launch_bounds__(kMaxWarps* kWarp)
-    assign_kernel(const AssignShape shape, const AssignOperands in, int32_t* physical_ids, int32_t* rank_load,
-                  bool ahead) {
+    assign_kernel(const AssignShape shape, const AssignOperands in, int32_t* physical_ids, int32_t* rank_load) {
   extern __shared__ uint4 memory[];
   const int experts = shape.count.num_experts, padded = Shared::padded(experts), threads = blockDim.x;
   const int num_warps = threads / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -177,18 +159,10 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
     const auto store = [&](int e) {
       if constexpr (kStored) batch.store(e, shared.stored + e * StoredShares::size(shape.max_replicas));
     };
-    bool has_split = false;
-    const auto need_split = [&] {
-      if (has_split) return;
-      wait_for_split(ahead);
-      if (ahead) {
-        for (int e = threadIdx.x; e < experts; e += threads) store(e);
-      }
-      has_split = true;
-    };
+    bool has_shares = false;
     for (int item = blockIdx.x; item <= shape.count.num_chunks; item += gridDim.x) {
       if (item == 0) {
-        wait_for_split(ahead);
+        wait_for_split<kAhead>();
         add_ranks(shape, batch, reinterpret_cast<uint32_t*>(memory), rank_load + b * shape.num_ranks);
         __syncthreads();
         continue;
@@ -210,11 +184,17 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
           ids[k] = i < num_ids ? expert_ids[i] : -1;
         }
       };
+      const auto clear_counts = [&] {
+#pragma unroll 1
+        for (int i = lane; i < padded / 8; i += kWarp) reinterpret_cast<uint4*>(counts)[i] = make_uint4(0, 0, 0, 0);
+        __syncwarp();
+      };
       load_ids(0);
+      clear_counts();
       for (int e = threadIdx.x; e < experts; e += threads) {
         // All loads before the first use of any.
         const int32_t start = starts[e], before = offset[e];
-        if (!has_split && !ahead) store(e);
+        if (!kAhead && !has_shares) store(e);
         shared.seen[e] = static_cast<uint32_t>(start) + static_cast<uint32_t>(max(0, before));
       }
       for (int tile = 0; tile < num_ids; tile += kIds * threads) {
@@ -225,14 +205,19 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
             for (int e = lane; e < experts; e += kWarp) shared.seen[e] += counts[e];
             __syncwarp();
           }
+          clear_counts();
         }
 #pragma unroll
         for (int k = 0; k < kIds; ++k) ids[k] = ids[k] < experts ? max(ids[k], -1) : -1;
         uint32_t numbers[kIds];
-        number_in_warp(ids, padded, counts, numbers);
+        number_in_warp(ids, counts, numbers);
         __syncthreads();
         add_up_warps(padded, num_warps, shared.of_warp);
-        need_split();
+        if (kAhead && !has_shares) {
+          wait_for_split<kAhead>();
+          for (int e = threadIdx.x; e < experts; e += threads) store(e);
+        }
+        has_shares = true;
         __syncthreads();
 #pragma unroll
         for (int k = 0; k < kIds; ++k) {
@@ -251,8 +236,15 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
       }
     }
   }
-  wait_for_split(ahead);  // a block without ids, too: what comes after this kernel relies on the solve's end
+  wait_for_split<kAhead>();  // a block without ids, too: what comes after this kernel relies on the solve's end
 }
+
+using Kernel = void (*)(AssignShape, AssignOperands, int32_t*, int32_t*);
+// By whether a thread takes several ids at once, shares are stored, and the launch is ahead of the solve's end.
+constexpr Kernel kKernels[2][2][2] = {{{assign_kernel<1, false, false>, assign_kernel<1, false, true>},
+                                       {assign_kernel<1, true, false>, assign_kernel<1, true, true>}},
+                                      {{assign_kernel<kMaxIds, false, false>, assign_kernel<kMaxIds, false, true>},
+                                       {assign_kernel<kMaxIds, true, false>, assign_kernel<kMaxIds, true, true>}}};
 
 cudaError_t launch(cudaStream_t stream, const AssignShape& shape, const AssignOperands& in, int32_t* physical_ids,
                    int32_t* rank_load, bool ahead) {
@@ -267,8 +259,6 @@ cudaError_t launch(cudaStream_t stream, const AssignShape& shape, const AssignOp
     warps = most_warps;  // the least always fit
     while (Shared::bytes(shape, warps, false) > kSharedBytes) warps /= 2;
   }
-  const auto kernel = many ? (stored ? assign_kernel<kMaxIds, true> : assign_kernel<kMaxIds, false>)
-                           : (stored ? assign_kernel<1, true> : assign_kernel<1, false>);
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -279,17 +269,20 @@ cudaError_t launch(cudaStream_t stream, const AssignShape& shape, const AssignOp
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = ahead ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, shape, in, physical_ids, rank_load, ahead);
+  return cudaLaunchKernelEx(&config, kKernels[many][stored][ahead], shape, in, physical_ids, rank_load);
 }
 
 }  // namespace
 
 cudaError_t prepare_assign_cuda() {
-  for (const auto kernel :
-       {assign_kernel<1, true>, assign_kernel<1, false>, assign_kernel<kMaxIds, true>, assign_kernel<kMaxIds, false>}) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kSharedBytes));
-    if (error != cudaSuccess) return error;
+  for (const auto& of_many : kKernels) {
+    for (const auto& of_stored : of_many) {
+      for (const Kernel kernel : of_stored) {
+        const cudaError_t error =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kSharedBytes));
+        if (error != cudaSuccess) return error;
+      }
+    }
   }
   return cudaSuccess;
 }

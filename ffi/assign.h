@@ -9,12 +9,7 @@
 #include <cstdint>
 
 #include "count.h"
-
-#ifdef __CUDACC__
-#define LPLB_INLINE __host__ __device__ inline
-#else
-#define LPLB_INLINE inline
-#endif
+#include "device.h"
 
 namespace lplb {
 
@@ -48,51 +43,93 @@ cudaError_t assign_after_solve_cuda(cudaStream_t stream, const AssignShape& shap
                                     int32_t* physical_ids, int32_t* rank_load);
 #endif
 
-// The integer quotas of one expert. Replicas share m as the split does: bounds between them are fractions in
-// units of 2^-30, rounded to whole tokens, so that quotas sum to m whatever the split's unit and rounding.
+// The integer quotas of one expert. Replicas share m as the split does, and evenly where that has nothing for any of
+// them: bounds between them are fractions in units of 2^-30, rounded to whole tokens, so that quotas sum to m whatever
+// the split's unit and rounding.
 class Quotas {
  public:
   LPLB_INLINE Quotas(const float* split, const int32_t* log2phy, int max_replicas, int num_physical, int32_t load)
-      : split_(split), load_(load > 0 ? static_cast<uint32_t>(load) : 0) {
-    for (; num_replicas_ < max_replicas; ++num_replicas_) {
-      const float share = part(num_replicas_);
-      if (!is_slot(log2phy[num_replicas_], num_physical)) break;
-      total_ += share;
+      : split_(split),
+        log2phy_(log2phy),
+        max_replicas_(max_replicas),
+        load_(load > 0 ? static_cast<uint32_t>(load) : 0) {
+    constexpr int kAtOnce = 4;  // reads that do not wait for each other
+    bool more = true;
+    for (int first = 0; more && first < max_replicas_; first += kAtOnce) {
+      Replica replicas[kAtOnce];
+      LPLB_UNROLL
+      for (int k = 0; k < kAtOnce; ++k) replicas[k] = read(first + k);
+      LPLB_UNROLL
+      for (int k = 0; k < kAtOnce; ++k) {
+        more = more && first + k < max_replicas_ && is_slot(replicas[k].slot, num_physical);
+        num_replicas_ += more ? 1 : 0;
+        total_ += more ? positive(replicas[k].part) : 0.0f;
+      }
     }
+    even_ = !(total_ > 0.0f);
+    if (even_) total_ = static_cast<float>(num_replicas_);
   }
 
   // Replicas are the leading entries of log2phy that are slots.
   LPLB_INLINE static bool is_slot(int32_t entry, int num_physical) { return entry >= 0 && entry < num_physical; }
 
+  LPLB_INLINE int max_replicas() const { return max_replicas_; }
   LPLB_INLINE uint32_t load() const { return load_; }
   // Whether the next replica is the last, or there is none.
   LPLB_INLINE bool last() const { return replica_ + 1 >= num_replicas_; }
 
   // Quota of the next replica, which is not the last; that one has the rest.
-  LPLB_INLINE uint32_t next() {
-    constexpr uint64_t kOne = 1u << 30;
-    sum_ += part(replica_++);
-    uint64_t fraction;
-    if (total_ > 0.0f) {
-      const float share = sum_ / total_;
-      fraction = share < 1.0f ? static_cast<uint32_t>(share * static_cast<float>(kOne)) : kOne;
-    } else {
-      fraction = kOne * static_cast<uint64_t>(replica_) / static_cast<uint64_t>(num_replicas_);
+  LPLB_INLINE uint32_t next() { return next(split_[replica_]); }
+
+  // Calls visit(replica, its slot, its quota) for all.
+  template <class Visit>
+  LPLB_INLINE void each(Visit visit) const {
+    Quotas rest = *this;
+    const auto visit_next = [&](int r, const Replica& replica) {
+      visit(r, replica.slot, rest.last() ? load_ - rest.before_ : rest.next(replica.part));
+    };
+    if (num_replicas_ > 0) visit_next(0, read(0));
+    Replica ahead = read(1);
+    LPLB_UNROLL_BY(1)
+    for (int r = 1; r < max_replicas_ && r < num_replicas_; ++r) {
+      const Replica replica = ahead;
+      ahead = read(r + 1);
+      visit_next(r, replica);
     }
-    const uint32_t upto = static_cast<uint32_t>((fraction * load_ + kOne / 2) >> 30);
+  }
+
+ private:
+  struct Replica {
+    float part;
+    int32_t slot;
+  };
+  // The last one again for those beyond: no branch, so that several can be read at once.
+  LPLB_INLINE Replica read(int r) const {
+    const int index = r < max_replicas_ ? r : max_replicas_ - 1;
+    return {split_[index], log2phy_[index]};
+  }
+  // Negative and NaN count as nothing.
+  LPLB_INLINE static float positive(float part) { return part > 0.0f ? part : 0.0f; }
+
+  LPLB_INLINE uint32_t next(float part) {
+    constexpr uint32_t kOne = 1u << 30;
+    sum_ += even_ ? 1.0f : positive(part);
+    ++replica_;
+    const float share = sum_ / total_;
+    const uint32_t fraction = share < 1.0f ? static_cast<uint32_t>(share * static_cast<float>(kOne)) : kOne;
+    const uint32_t upto = static_cast<uint32_t>((static_cast<uint64_t>(fraction) * load_ + kOne / 2) >> 30);
     const uint32_t quota = upto - before_;
     before_ = upto;
     return quota;
   }
 
- private:
-  // Negative and NaN count as nothing.
-  LPLB_INLINE float part(int r) const { return split_[r] > 0.0f ? split_[r] : 0.0f; }
-
   const float* split_;
+  const int32_t* log2phy_;
+  int max_replicas_;
   uint32_t load_, before_ = 0;
   int num_replicas_ = 0, replica_ = 0;
   float total_ = 0.0f, sum_ = 0.0f;
+  bool even_;
 };
 
 // What a replica takes of the tokens that those before it left.
@@ -139,17 +176,18 @@ class Shares {
 class StoredShares {
  public:
   LPLB_INLINE static int size(int max_replicas) { return 2 * max_replicas - 1; }
-  LPLB_INLINE static void store(Shares shares, int max_replicas, uint32_t* stored) {
-    *stored++ = shares.load();
-    for (int r = 1; r < max_replicas; ++r, stored += 2) {
-      if (shares.last()) {
-        *stored = kLast;
-        return;
-      }
-      const Share share = shares.next();
-      stored[0] = share.quota;
-      stored[1] = share.ratio;
-    }
+  LPLB_INLINE static void store(const Quotas& quotas, uint32_t* stored) {
+    *stored++ = quotas.load();
+    uint32_t left = quotas.load();
+    int num_replicas = 0;
+    quotas.each([&](int replica, int32_t, uint32_t quota) {
+      num_replicas = replica + 1;
+      if (num_replicas == quotas.max_replicas()) return;
+      stored[2 * replica] = quota;
+      stored[2 * replica + 1] = left > 0 ? ratio(quota, left) : 0;
+      left -= quota;
+    });
+    if (num_replicas < quotas.max_replicas()) stored[2 * (num_replicas > 0 ? num_replicas - 1 : 0)] = kLast;
   }
 
   LPLB_INLINE StoredShares(const uint32_t* stored, int max_replicas)

@@ -25,17 +25,11 @@ void assign_cpu(const AssignShape& shape, const AssignOperands& in, int32_t* phy
     for (int e = 0; e < experts; ++e) {
       next[e] = static_cast<uint32_t>(std::max(0, in.offset[batch * experts + e]));
       const Quotas quotas(split + e * replicas, log2phy + e * replicas, replicas, shape.num_physical, load[e]);
-      StoredShares::store(Shares(quotas), replicas, &stored[e * row]);
-      StoredShares shares(&stored[e * row], replicas);
-      uint32_t left = shares.load();
-      for (int r = 0; slot_of(e, r) >= 0; ++r) {
-        const bool last = shares.last();
-        const uint32_t quota = last ? left : shares.next().quota;
-        left -= quota;
-        int32_t& sum = sums[slot_of(e, r) / slots_per_rank];
+      StoredShares::store(quotas, &stored[e * row]);
+      quotas.each([&](int, int32_t slot, uint32_t quota) {
+        int32_t& sum = sums[slot / slots_per_rank];
         sum = static_cast<int32_t>(static_cast<uint32_t>(sum) + quota);  // wraps, as on CUDA
-        if (last) break;
-      }
+      });
     }
     // All ids in one run: the chunks' starts are what it has counted when it reaches them.
     for (int64_t i = 0; i < shape.count.num_ids; ++i) {

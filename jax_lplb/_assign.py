@@ -165,20 +165,19 @@ def _quotas(split: jax.Array, load: jax.Array, log2phy: jax.Array, num_physical:
     present = _present(log2phy, num_physical)
     replicas = jnp.sum(present, axis=1, keepdims=True, dtype=jnp.int32)
     part = jnp.where(present & (split > 0), split, 0)
+    # Evenly where there is nothing for any of them.
+    part = jnp.where(jnp.any(part > 0, axis=1, keepdims=True), part, present.astype(part.dtype))
     # Added up one by one, as the handlers do: a parallel prefix sum would round otherwise.
     upto, sums = jnp.zeros_like(part[:, 0]), []
     for replica in range(part.shape[1]):
         upto = upto + part[:, replica]
         sums.append(upto)
-    total = upto[:, None]
     # Column by column: XLA divides by a broadcast as it multiplies by the reciprocal, and rounds otherwise. (On GPUs it
     # divides approximately anyway; there quotas may differ from the handlers' by a token.)
     whole = jnp.where(upto > 0, upto, 1)
     share = jnp.stack([sum_ / whole for sum_ in sums], axis=1)
     index = jnp.arange(1, part.shape[1] + 1, dtype=jnp.int32)[None, :]
     fraction = jnp.where(share < 1, share * _ONE, _ONE).astype(jnp.uint32)
-    even, _ = _mul_div(jnp.minimum(index, replicas), _ONE, jnp.maximum(replicas, 1))
-    fraction = jnp.where(total > 0, fraction, even)
     fraction = jnp.where(index >= replicas, jnp.uint32(_ONE), fraction)
     bound, remainder = _mul_div(fraction, jnp.maximum(load, 0)[:, None], _ONE)
     bound = bound + (remainder >= _ONE // 2).astype(jnp.uint32)

@@ -26,15 +26,13 @@ def quotas(split: np.ndarray, num_replicas: int, load: int) -> list[int]:
     """
     with np.errstate(all="ignore"):
         parts = [v if v > 0 else np.float32(0) for v in split[:num_replicas]]
+        if not any(parts):
+            parts = [np.float32(1)] * num_replicas
         sums = list(itertools.accumulate(parts))
         shares = [v / sums[-1] for v in sums]
     bounds = [0]
-    for replica in range(1, num_replicas):
-        if sums[-1] > 0:
-            share = shares[replica - 1]
-            fraction = int(share * np.float32(ONE)) if share < 1 else ONE
-        else:
-            fraction = ONE * replica // num_replicas
+    for share in shares[:-1]:
+        fraction = int(share * np.float32(ONE)) if share < 1 else ONE
         bounds.append((fraction * load + ONE // 2) // ONE)
     return np.diff([*bounds, load]).tolist()
 
