@@ -149,6 +149,7 @@ def one_gpu(case: str, tokens: int, solver: str, repeats: int) -> list[dict[str,
             columns = [i for i, name in enumerate(names) if any(part in name for part in parts)]
             rows.append({**where, "kernel": kernel, **common.statistics(per_call[:, columns].sum(axis=1))})
         rows.append({**where, "kernel": f"all {len(names)}", **common.statistics(per_call.sum(axis=1))})
+        rows.append({**where, **of_select(placement, common.instances(tokens, placement.num_ranks)[0])})
     for mode in ("single", "unrolled", "scanned"):
         names, runs = ("lookup", "balance"), []
         for name, one in zip(names, (home, call), strict=True):
@@ -157,6 +158,18 @@ def one_gpu(case: str, tokens: int, solver: str, repeats: int) -> list[dict[str,
         for name, times in zip(names, wall_us(runs, on_device[32], repeats), strict=True):
             rows.append({**where, "kernel": name, "mode": mode, **common.statistics(times / calls)})
     return rows
+
+
+def of_select(placement: lplb.Placement, loads: np.ndarray) -> dict[str, Any]:
+    """Device time of all kernels of `Placement.select`, a call for each load."""
+    on_device = [jax.device_put(load) for load in loads]
+    select = jax.jit(lplb.Placement.select)
+    placement = jax.device_put(placement)
+    run = partial(select, placement)
+    jax.block_until_ready([run(load) for load in on_device[:3]])
+    per_call = np.array([duration for _, duration in profile(run, iter(on_device))]).reshape(len(on_device), -1)
+    statistics = common.statistics(per_call.sum(axis=1))
+    return {"bench": "select", "kernel": f"select, {per_call.shape[1]} kernels", **statistics}
 
 
 def several_gpus(

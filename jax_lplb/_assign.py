@@ -96,7 +96,7 @@ def assign_with_starts(
 ) -> tuple[jax.Array, jax.Array]:
     """Physical ids of flat expert ids, given `count`'s starts; and the rank load that the quotas give."""
     num_ids = expert_ids.shape[0]
-    num_ranks, num_physical = placement.num_ranks, placement.num_physical
+    num_physical = placement.num_physical
     log2phy = jnp.asarray(placement.log2phy)
     if placement.max_replicas == 1:
         valid = (expert_ids >= 0) & (expert_ids < placement.num_experts)
@@ -106,7 +106,7 @@ def assign_with_starts(
             .get(mode="fill", fill_value=-1, wrap_negative_indices=False)
         )
         home = jnp.where((home >= 0) & (home < num_physical), home, -1)
-        return home, _rank_load(split, load, log2phy, num_physical, num_ranks)
+        return home, quota_rank_load(split, load, placement)
 
     def ffi(
         ids: jax.Array, starts: jax.Array, split: jax.Array, load: jax.Array, offset: jax.Array, log2phy: jax.Array
@@ -151,7 +151,7 @@ def assign_tokens(
     num_physical = placement.num_physical
     return [
         _choose_slots(ids, split, load, offset, log2phy, num_physical),
-        _rank_load(split, load, log2phy, num_physical, placement.num_ranks),
+        quota_rank_load(split, load, placement, log2phy),
     ]
 
 
@@ -185,10 +185,15 @@ def _quotas(split: jax.Array, load: jax.Array, log2phy: jax.Array, num_physical:
     return jnp.where(present, quotas, jnp.uint32(0))
 
 
-def _rank_load(split: jax.Array, load: jax.Array, log2phy: jax.Array, num_physical: int, num_ranks: int) -> jax.Array:
-    quotas = _quotas(split, load, log2phy, num_physical).astype(jnp.int32)
-    rank = log2phy // (num_physical // num_ranks)
-    return jnp.zeros_like(quotas, shape=(num_ranks,)).at[jnp.where(rank >= 0, rank, num_ranks)].add(quotas, mode="drop")
+def quota_rank_load(
+    split: jax.Array, load: jax.Array, placement: Placement, log2phy: jax.Array | None = None
+) -> jax.Array:
+    """int32 [num_ranks], the sum of the quotas of each rank's slots."""
+    log2phy = jnp.asarray(placement.log2phy) if log2phy is None else log2phy
+    quotas = _quotas(split, load, log2phy, placement.num_physical).astype(jnp.int32)
+    rank = log2phy // placement.slots_per_rank
+    sums = jnp.zeros_like(quotas, shape=(placement.num_ranks,))
+    return sums.at[jnp.where(rank >= 0, rank, placement.num_ranks)].add(quotas, mode="drop")
 
 
 def _choose_slots(

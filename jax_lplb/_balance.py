@@ -106,7 +106,7 @@ def balance(
     if load is not None:
         check_load(load, placement)
         load = lax.stop_gradient(jnp.asarray(load))
-    num_shards = 1 if axis_name is None else _axis_size(axis_name, placement.num_ranks)
+    num_shards = 1 if axis_name is None else axis_size(axis_name, placement.num_ranks)
     if expert_ids.size * num_shards > _MOST_TOKENS:
         raise ValueError(
             f"expert_ids: {expert_ids.size} ids on {num_shards} shards are more than {_MOST_TOKENS}, the largest count"
@@ -201,12 +201,12 @@ def _solve_assign(
     return [physical_ids, rank_load, in_tokens(solved_rank_load, unit), gap, status]
 
 
-def _axis_size(axis_name: Any, num_ranks: int) -> int:
+def axis_size(axis_name: Any, num_ranks: int) -> int:
     try:
         size = lax.axis_size(axis_name)
     except NameError:
         raise ValueError(
-            f"axis_name = {axis_name!r} is not bound here; call balance inside jax.shard_map over a mesh with that axis"
+            f"axis_name = {axis_name!r} is not bound here; call this inside jax.shard_map over a mesh with that axis"
         ) from None
     if size != num_ranks:
         raise ValueError(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
+from jax_lplb import eplb
 from jax_lplb.topology import Topology
 
 
@@ -21,10 +22,10 @@ from jax_lplb.topology import Topology
 class Placement:
     """Where each logical expert lives, and where its copies are.
 
-    Rank g owns the slots g * slots_per_rank to (g + 1) * slots_per_rank - 1. Build one with `from_topology` or
-    `from_phy2log`, which check it. A pytree of two int32 leaves: their contents may be traced, and so change within
-    a jitted step without recompiling; shapes, ranks, groups and topology are static. Leaves may have leading axes
-    (one entry for each layer) to be mapped or scanned over.
+    Rank g owns the slots g * slots_per_rank to (g + 1) * slots_per_rank - 1. Build one with `from_topology`,
+    `from_eplb` or `from_phy2log`, which check it. A pytree of two int32 leaves: their contents may be traced, and so
+    change within a jitted step without recompiling; shapes, ranks, groups and topology are static. Leaves may have
+    leading axes (one entry for each layer) to be mapped or scanned over.
 
     Attributes:
       phy2log: int32 [num_physical], the logical expert that each slot holds.
@@ -65,15 +66,37 @@ class Placement:
         """Number of ranks of a group."""
         return self.num_ranks // self.num_groups
 
+    @property
+    def home_order(self) -> Any:
+        """int32 [num_experts], the logical expert of each row of weights as the ranks hold them, rank after rank.
+
+        Along a topology these are the home slots. Without one, rows are in logical order.
+        """
+        xp: Any = np if isinstance(self.phy2log, np.ndarray) else jnp
+        leading = self.phy2log.shape[:-1]
+        if self.topology is None:
+            return xp.broadcast_to(xp.arange(self.num_experts, dtype=np.int32), (*leading, self.num_experts))
+        by_rank = self.phy2log.reshape(*leading, self.num_ranks, self.slots_per_rank)
+        return by_rank[..., : self.num_experts // self.num_ranks].reshape(*leading, self.num_experts)
+
     @classmethod
     def from_topology(
-        cls, topology: Topology, *, num_experts: int, num_ranks: int, redundants_per_rank: int
+        cls,
+        topology: Topology,
+        *,
+        num_experts: int,
+        num_ranks: int,
+        redundants_per_rank: int,
+        load: ArrayLike | None = None,
     ) -> "Placement":
-        """Home experts in order, and copies along a topology.
+        """Home experts on each rank, and copies of the heaviest along a topology.
 
         With n = num_experts / num_ranks home experts a rank and D columns in the topology, slot n + c * D + d of rank
         i holds a copy of home expert c * D + d of rank r2o[i, d]. Ranks beyond one group repeat the topology, group
         after group.
+
+        Home experts are in logical order, n to a rank. With `load` they are packed onto ranks by past load (EPLB's
+        packing, no replicas yet) and each rank has its heaviest first: LPLB's way.
 
         Args:
           topology: for groups of `topology.group_size` ranks.
@@ -81,16 +104,18 @@ class Placement:
           num_ranks: ranks of the expert-parallel axis, a multiple of the topology's group size.
           redundants_per_rank: redundant experts on each rank, a multiple of the topology's columns and at most the
             rank's home experts. 0 for no copies at all.
+          load: [..., num_experts], past tokens of each logical expert, in any unit. Leading axes, one entry for each
+            layer, are those of the leaves.
 
         Raises:
-          TypeError: `topology` is not a Topology, or a number is not an integer.
-          ValueError: the numbers do not fit together, as said above.
+          TypeError: `topology` is not a Topology, a number is not an integer, or `load` is traced.
+          ValueError: the numbers do not fit together, as said above, or a load is negative or not finite.
         """
         if not isinstance(topology, Topology):
             raise TypeError(f"topology must be a jax_lplb.topology.Topology, got {type(topology).__name__}")
-        _check_count("num_experts", num_experts)
-        _check_count("num_ranks", num_ranks)
-        _check_count("redundants_per_rank", redundants_per_rank, least=0)
+        check_count("num_experts", num_experts)
+        check_count("num_ranks", num_ranks)
+        check_count("redundants_per_rank", redundants_per_rank, least=0)
         size, columns = topology.group_size, topology.num_columns
         if num_ranks % size:
             raise ValueError(f"num_ranks must be a multiple of the topology's {size} ranks, got {num_ranks}")
@@ -105,16 +130,91 @@ class Placement:
             raise ValueError(
                 f"redundants_per_rank must be at most the {home} home experts of a rank, got {redundants_per_rank}"
             )
-        ranks = np.arange(num_ranks)
-        copy = np.arange(redundants_per_rank)  # c * columns + d
-        owner = ranks[:, None] // size * size + topology.r2o[ranks % size][:, copy % columns]
-        phy2log = np.concatenate([np.arange(num_experts).reshape(num_ranks, home), owner * home + copy], axis=1)
+        leading: tuple[int, ...] = ()
+        order = np.arange(num_experts)
+        if load is not None:
+            load = _past_load(load)
+            if load.shape[-1] != num_experts:
+                raise ValueError(f"load must have shape [..., num_experts] = [..., {num_experts}], got {load.shape}")
+            leading = load.shape[:-1]
+            order, _, _ = eplb.rebalance_experts(load.reshape(-1, num_experts), num_experts, 1, 1, num_ranks)
         slots = home + redundants_per_rank
-        log2phy = np.full((num_experts, 2 if redundants_per_rank else 1), -1, np.int32)
-        log2phy[phy2log[:, :home], 0] = ranks[:, None] * slots + np.arange(home)
-        if redundants_per_rank:
-            log2phy[phy2log[:, home:], 1] = ranks[:, None] * slots + home + copy
-        return cls(phy2log.astype(np.int32).ravel(), log2phy, num_ranks, num_ranks // size, topology)
+        slot = np.arange(num_ranks * slots).reshape(num_ranks, slots)
+        order = order.reshape(*leading, num_ranks, home)
+        copied = order[..., *_copied(topology, num_ranks, redundants_per_rank)]
+        phy2log = np.concatenate([order, copied], axis=-1).reshape(*leading, -1).astype(np.int32)
+        log2phy = np.full((*leading, num_experts, 2 if redundants_per_rank else 1), -1, np.int32)
+        for column, (experts, slots_of) in enumerate([(order, slot[:, :home]), (copied, slot[:, home:])]):
+            if experts.size:
+                flat = experts.reshape(*leading, -1)
+                np.put_along_axis(log2phy[..., column], flat, np.broadcast_to(slots_of.ravel(), flat.shape), axis=-1)
+        return cls(phy2log, log2phy, num_ranks, num_ranks // size, topology)
+
+    @classmethod
+    def from_eplb(
+        cls,
+        load: ArrayLike,
+        *,
+        num_ranks: int,
+        redundants_per_rank: int,
+        num_groups: int = 1,
+        num_nodes: int = 1,
+        max_replicas: int | None = None,
+    ) -> "Placement":
+        """EPLB's placement for past load: any number of replicas, in one group of all ranks.
+
+        Where EPLB puts two replicas of an expert on one rank, the second gives way, in its slot, to the heaviest expert
+        that the rank does not hold (of the node's experts, where there are several nodes). So the optimal split of any
+        load is at least as even as EPLB's own placement with even splits: it can send to the first replica what the
+        second would have had. See `jax_lplb.eplb.rebalance_experts`.
+
+        Args:
+          load: [..., num_experts], past tokens of each logical expert, in any unit. Leading axes, one entry for each
+            layer, are those of the leaves.
+          num_ranks: ranks of the expert-parallel axis; divides num_experts + num_ranks * redundants_per_rank.
+          redundants_per_rank: slots of each rank beyond num_experts / num_ranks.
+          num_groups: groups of experts that the router picks from, for EPLB's hierarchical policy.
+          num_nodes: machines that the ranks are spread over, for the same.
+          max_replicas: room for that many replicas of an expert, so that placements for other loads can replace this
+            one without recompiling; by default the most that an expert has. Replicas beyond it give way, too.
+
+        Raises:
+          TypeError: a number is not an integer, or `load` is traced.
+          ValueError: the numbers do not fit together, as said above, a rank would have more slots than there are
+            experts, or a load is negative or not finite.
+        """
+        load = _past_load(load)
+        num_experts = load.shape[-1]
+        check_count("num_ranks", num_ranks)
+        check_count("redundants_per_rank", redundants_per_rank, least=0)
+        if max_replicas is not None:
+            check_count("max_replicas", max_replicas)
+        if num_experts % num_ranks:
+            raise ValueError(f"num_ranks must divide the {num_experts} experts of load, got {num_ranks}")
+        slots = num_experts // num_ranks + redundants_per_rank
+        if slots > num_experts:
+            raise ValueError(
+                f"redundants_per_rank = {redundants_per_rank} gives a rank {slots} slots, more than the {num_experts} "
+                "experts it could hold"
+            )
+        layers = load.reshape(-1, num_experts)
+        phy2log, _, _ = eplb.rebalance_experts(layers, num_ranks * slots, num_groups, num_nodes, num_ranks)
+        if num_groups % num_nodes:
+            num_nodes = 1  # as EPLB does
+        phy2log = phy2log.astype(np.int32)
+        for of_layer, row in zip(layers, phy2log, strict=True):
+            _give_way(row.reshape(num_ranks, slots), of_layer, num_nodes, max_replicas or num_ranks)
+        counts = np.apply_along_axis(np.bincount, 1, phy2log, minlength=num_experts)
+        replicas = max_replicas or int(counts.max())
+        log2phy = np.stack([slots_of_experts(row, num_experts, replicas) for row in phy2log])
+        leading = load.shape[:-1]
+        return cls(
+            phy2log.reshape(*leading, -1),
+            log2phy.reshape(*leading, num_experts, replicas),
+            num_ranks,
+            num_groups=1,
+            topology=None,
+        )
 
     @classmethod
     def from_phy2log(
@@ -140,7 +240,7 @@ class Placement:
           ValueError: sizes do not divide, an entry is out of range, an expert has no slot, has two on one rank, or
             has more than `max_replicas`.
         """
-        _check_count("num_ranks", num_ranks)
+        check_count("num_ranks", num_ranks)
         traced = isinstance(phy2log, jax.core.Tracer)
         if not traced:
             phy2log = np.asarray(phy2log)
@@ -153,22 +253,145 @@ class Placement:
         if slots == 0 or slots % num_ranks:
             raise ValueError(f"phy2log must have a multiple of num_ranks = {num_ranks} slots, got {slots}")
         if isinstance(phy2log, np.ndarray):
-            num_experts, max_replicas = _check_contents(phy2log, num_ranks, num_experts, max_replicas)
+            num_experts, max_replicas = check_contents(phy2log, num_ranks, num_experts, max_replicas)
         elif num_experts is None or max_replicas is None:
             raise ValueError("num_experts and max_replicas must be given where phy2log is traced")
-        _check_count("num_experts", num_experts)
-        _check_count("max_replicas", max_replicas)
+        check_count("num_experts", num_experts)
+        check_count("max_replicas", max_replicas)
         phy2log = phy2log.astype(np.int32)
         return cls(
             phy2log,
-            _log2phy(phy2log, num_experts, max_replicas),
+            slots_of_experts(phy2log, num_experts, max_replicas),
             num_ranks,
             num_groups=1,
             topology=None,
         )
 
+    def select(self, load: jax.Array) -> "Placement":
+        """Chooses anew, on the device, which experts fill the copies' slots, by a load that may be traced.
 
-def _log2phy(phy2log: Any, num_experts: int, max_replicas: int) -> Any:
+        The same placement, but with copies of each rank's heaviest home experts, the heaviest in the first of the slots
+        that copy from the rank; ties go to the lower expert. Home slots stay. For a moving average of past load: the
+        weights of copies have to follow.
+
+        Args:
+          load: int32 or float32 [..., num_experts], in any unit. Leading axes, one entry for each layer, go with those
+            of the leaves.
+
+        Returns:
+          A placement of the same shapes, whose leaves are traced where `load` is.
+
+        Raises:
+          TypeError: `load` is no array of numbers.
+          ValueError: it has the wrong shape, or the placement has no topology.
+        """
+        if self.topology is None:
+            raise ValueError(
+                "select needs a placement along a topology (Placement.from_topology), in which copies have slots of "
+                "their own; make a new Placement.from_eplb instead"
+            )
+        if not isinstance(load, (jax.Array, np.ndarray)) or not (
+            jnp.issubdtype(load.dtype, jnp.integer) or jnp.issubdtype(load.dtype, jnp.floating)
+        ):
+            raise TypeError(f"load must be an array of numbers, got {getattr(load, 'dtype', type(load).__name__)}")
+        if load.ndim == 0 or load.shape[-1] != self.num_experts:
+            raise ValueError(f"load must have shape [..., num_experts] = [..., {self.num_experts}], got {load.shape}")
+        with jax.named_scope("lplb_select"):
+            choose = jnp.vectorize(self._select, signature="(p),(e,r),(e)->(p),(e,r)")
+            leading = np.broadcast_shapes(load.shape[:-1], self.phy2log.shape[:-1])
+            phy2log, log2phy = choose(
+                jnp.broadcast_to(self.phy2log, (*leading, self.num_physical)),
+                jnp.broadcast_to(self.log2phy, (*leading, self.num_experts, self.max_replicas)),
+                jnp.broadcast_to(load, (*leading, self.num_experts)),
+            )
+        return dataclasses.replace(self, phy2log=phy2log, log2phy=log2phy)
+
+    def _select(self, phy2log: jax.Array, log2phy: jax.Array, load: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if self.max_replicas == 1:
+            return phy2log, log2phy
+        assert self.topology is not None
+        ranks, slots = self.num_ranks, self.slots_per_rank
+        home = self.num_experts // ranks
+        redundants = slots - home
+        owned = phy2log.reshape(ranks, slots)[:, :home]
+        weight = load.at[owned].get(mode="clip")
+        if jnp.issubdtype(weight.dtype, jnp.floating):
+            weight = jnp.where(jnp.isnan(weight), -jnp.inf, weight)  # or no order would be one
+        # The order of a rank's experts by comparing all pairs: few enough, and no sort, which takes several kernels.
+        heavier = weight[:, None, :] > weight[:, :, None]
+        before = (weight[:, None, :] == weight[:, :, None]) & (owned[:, None, :] < owned[:, :, None])
+        order = jnp.sum(heavier | before, axis=2, dtype=jnp.int32)
+        chosen = order[:, :, None] == jnp.arange(redundants, dtype=jnp.int32)[None, None, :]
+        copied = jnp.max(jnp.where(chosen, owned[:, :, None], 0), axis=1)  # [ranks, redundants]
+        owner, number = _copied(self.topology, ranks, redundants)
+        # The slot that copies the k-th of a rank's chosen experts: fixed by the topology.
+        copy_slot = np.full((ranks, home), -1, np.int32)
+        copy_slot[owner, number] = np.arange(ranks)[:, None] * slots + home + np.arange(redundants)
+        slot_of = jnp.take_along_axis(jnp.asarray(copy_slot), order, axis=1).reshape(-1)
+        home_slot = log2phy[:, 0]
+        row = home_slot // slots * home + home_slot % slots
+        return (
+            jnp.concatenate([owned, copied[owner, number]], axis=1).reshape(-1),
+            jnp.stack([home_slot, slot_of.at[row].get(mode="clip")], axis=1),
+        )
+
+
+def _copied(topology: Topology, num_ranks: int, redundants_per_rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of each redundant slot [num_ranks, redundants_per_rank] the rank it copies from, and which of its experts."""
+    ranks, copy = np.arange(num_ranks), np.arange(redundants_per_rank)
+    size = topology.group_size
+    owner = ranks[:, None] // size * size + topology.r2o[ranks % size][:, copy % topology.num_columns]
+    return owner, np.broadcast_to(copy, owner.shape)
+
+
+def _give_way(by_rank: np.ndarray, load: np.ndarray, num_nodes: int, max_replicas: int) -> None:
+    """Replaces, in [num_ranks, slots_per_rank], second replicas on a rank and those of an expert beyond max_replicas.
+
+    By the heaviest expert that the rank does not hold and that has not got max_replicas either; of those of the node,
+    where there are any.
+    """
+    num_ranks, slots = by_rank.shape
+    by_weight = np.argsort(-load, kind="stable")
+    count = np.zeros(len(load), np.int64)
+    vacant = np.zeros(by_rank.shape, bool)
+    for rank, slot in np.ndindex(*by_rank.shape):
+        expert = by_rank[rank, slot]
+        vacant[rank, slot] = expert in by_rank[rank, :slot] or count[expert] == max_replicas
+        count[expert] += not vacant[rank, slot]
+    of_node = np.zeros((num_nodes, len(load)), bool)
+    of_node[np.repeat(np.arange(num_nodes), num_ranks // num_nodes)[:, None], by_rank] = True
+    for rank, slot in np.argwhere(vacant):
+        free = count < max_replicas
+        free[by_rank[rank][~vacant[rank]]] = False
+        on_node = free & of_node[rank * num_nodes // num_ranks]
+        candidates = by_weight[(on_node if on_node.any() else free)[by_weight]]
+        if not candidates.size:
+            raise ValueError(
+                f"max_replicas = {max_replicas} is too small: every expert that rank {rank} does not hold has that "
+                f"many already, and {num_ranks * slots} slots are to be filled"
+            )
+        by_rank[rank, slot] = candidates[0]
+        vacant[rank, slot] = False
+        count[candidates[0]] += 1
+
+
+def _past_load(load: ArrayLike) -> np.ndarray:
+    if isinstance(load, jax.core.Tracer):
+        raise TypeError(
+            "load must not be traced: it decides where weights live, on the host. Inside jit, Placement.select chooses "
+            "the copies alone"
+        )
+    load = np.asarray(load)
+    if not (np.issubdtype(load.dtype, np.integer) or np.issubdtype(load.dtype, np.floating)):
+        raise TypeError(f"load must hold numbers, got dtype {load.dtype}")
+    if load.ndim == 0 or 0 in load.shape:
+        raise ValueError(f"load must have shape [..., num_experts], got {load.shape}")
+    if not np.all((load >= 0) & (load < np.inf)):
+        raise ValueError(f"load must be finite and not negative, got {load[~((load >= 0) & (load < np.inf))][0]}")
+    return load
+
+
+def slots_of_experts(phy2log: Any, num_experts: int, max_replicas: int) -> Any:
     """Slots of each expert in ascending order, int32 [num_experts, max_replicas], padded with -1."""
     xp: Any = np if isinstance(phy2log, np.ndarray) else jnp
     # Traced contents may hold anything: what is no expert goes last.
@@ -189,12 +412,13 @@ def _log2phy(phy2log: Any, num_experts: int, max_replicas: int) -> Any:
     return flat.reshape(num_experts, max_replicas)
 
 
-def _check_contents(
-    phy2log: np.ndarray, num_ranks: int, num_experts: int | None, max_replicas: int | None
+def check_contents(
+    phy2log: np.ndarray, num_ranks: int, num_experts: int | None, max_replicas: int | None, *, twice: bool = False
 ) -> tuple[int, int]:
+    """Checks an array of any origin and returns both numbers; `twice`: a rank may hold an expert twice."""
     if num_experts is None:
         num_experts = int(phy2log.max()) + 1
-    _check_count("num_experts", num_experts)
+    check_count("num_experts", num_experts)
     wrong = np.flatnonzero((phy2log < 0) | (phy2log >= num_experts))
     if wrong.size:
         raise ValueError(
@@ -208,7 +432,7 @@ def _check_contents(
     by_rank = phy2log.reshape(num_ranks, slots_per_rank)
     ordered = np.sort(by_rank, axis=1)
     rank, place = np.nonzero(ordered[:, 1:] == ordered[:, :-1])
-    if rank.size:
+    if rank.size and not twice:
         expert = ordered[rank[0], place[0]]
         slots = (np.flatnonzero(by_rank[rank[0]] == expert) + rank[0] * slots_per_rank).tolist()
         raise ValueError(
@@ -218,7 +442,7 @@ def _check_contents(
     most = int(replicas.max())
     if max_replicas is None:
         max_replicas = most
-    _check_count("max_replicas", max_replicas)
+    check_count("max_replicas", max_replicas)
     if most > max_replicas:
         raise ValueError(
             f"max_replicas = {max_replicas} is too small: expert {replicas.argmax()} has {most} replicas in phy2log"
@@ -226,7 +450,7 @@ def _check_contents(
     return num_experts, max_replicas
 
 
-def _check_count(name: str, value: int, least: int = 1) -> None:
+def check_count(name: str, value: int, least: int = 1) -> None:
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < least:

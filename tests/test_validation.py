@@ -120,7 +120,7 @@ CASES = [
         "balance",
         ({"sync": "allgather"}, ValueError, "sync must be 'all_gather' or 'psum', got 'allgather'"),
         ({"sync": None}, ValueError, "sync must be 'all_gather' or 'psum', got None"),
-        ({"axis_name": "ep"}, ValueError, r"axis_name = 'ep' is not bound here; call balance inside jax\.shard_map"),
+        ({"axis_name": "ep"}, ValueError, r"axis_name = 'ep' is not bound here; call this inside jax\.shard_map"),
         ({"axis_name": ("dp", "ep")}, ValueError, r"axis_name = \('dp', 'ep'\) is not bound here"),
     ),
     *all_of(
@@ -259,7 +259,7 @@ def test_axes_must_have_as_many_devices_as_ranks(mesh, sync, load):
 
 def test_axis_must_be_bound(mesh):
     for axis_name in ("expert", ("dp", "expert")):
-        with pytest.raises(ValueError, match=r"axis_name = .* is not bound here; call balance inside jax\.shard_map"):
+        with pytest.raises(ValueError, match=r"axis_name = .* is not bound here; call this inside jax\.shard_map"):
             sharded(mesh, PLACE, axis_name=axis_name)
 
 

@@ -1,0 +1,123 @@
+"""What placements are worth on recorded routing: `python benchmarks/placements.py --traces FOLDER`.
+
+Each batch of two traces is judged by placements that were made of the 8 batches before it: largest / mean rank load
+with no copies (experts in logical order), with EPLB's copies and even splits, with LPLB's copies along a topology and
+with EPLB's copies (`Placement.from_eplb`), both split by `solve`. All but the first have equally many slots. Runs on a
+CPU. The folder holds deepseek_v2_lite_topk_ids.npz and gpt_oss_20b_decode_counts.npz. Ends with exit code 1 where a
+split is worse than it may be. Also times `rebalance_experts`.
+"""
+
+import argparse
+import pathlib
+import sys
+import time
+from typing import Any
+
+import common
+import numpy as np
+from rich.progress import track
+
+import jax_lplb as lplb
+from jax_lplb import eplb
+
+PAST = 8
+TOL = 1e-4  # of `solve`
+TOPOLOGIES = {
+    (8, 1): lplb.topology.ring(8),
+    (8, 2): lplb.topology.cube(),
+    (16, 1): lplb.topology.ring(16),
+    (16, 2): lplb.topology.hypercube(),
+}
+
+
+def deepseek(folder: pathlib.Path, tokens: int = 512) -> np.ndarray:
+    """Loads [sequences, batches, 64] of batches of 512 tokens, top-6, for each task and layer."""
+    sequences = []
+    with np.load(folder / "deepseek_v2_lite_topk_ids.npz", allow_pickle=False) as archive:
+        for task in ("intent", "law", "summary", "translation"):
+            ids = archive[f"{task}_ids"].astype(np.int64)
+            batches = len(ids) // tokens
+            for layer in range(ids.shape[1]):
+                of_layer = ids[: batches * tokens, layer].reshape(batches, -1)
+                sequences.append(np.stack([np.bincount(batch, minlength=64) for batch in of_layer])[:16])
+    return np.stack(sequences)
+
+
+def gpt_oss(folder: pathlib.Path, steps: int = 24) -> np.ndarray:
+    """Loads [sequences, batches, 32] of decode steps of 256 tokens, top-4, in runs of 24 steps for each layer."""
+    with np.load(folder / "gpt_oss_20b_decode_counts.npz", allow_pickle=False) as archive:
+        counts = archive["counts"].astype(np.int64)
+    runs = len(counts) // steps
+    runs = counts[: runs * steps].reshape(runs, steps, *counts.shape[1:])[::5]
+    return runs.swapaxes(1, 2).reshape(-1, steps, counts.shape[2])
+
+
+def judge(trace: str, sequences: np.ndarray, ranks: int, redundants: int) -> dict[str, Any]:
+    steps, experts = sequences.shape[1:]
+    past = np.stack([sequences[:, step - PAST : step].mean(axis=1) for step in range(PAST, steps)], axis=1)
+    past, now = past.reshape(-1, experts), sequences[:, PAST:].reshape(-1, experts)
+    along = lplb.Placement.from_topology(
+        TOPOLOGIES[ranks, redundants],
+        num_experts=experts,
+        num_ranks=ranks,
+        redundants_per_rank=redundants,
+        load=past,
+    )
+    many = lplb.Placement.from_eplb(past, num_ranks=ranks, redundants_per_rank=redundants)
+    raw, _, _ = eplb.rebalance_experts(past, experts + ranks * redundants, 1, 1, ranks)
+
+    part = now / np.stack([np.bincount(row, minlength=experts) for row in raw])
+    even = np.take_along_axis(part, raw, axis=1).reshape(len(now), ranks, -1).sum(axis=2)
+    mean = now.sum(axis=1) / ranks
+    result = {
+        "none": now.reshape(len(now), ranks, -1).sum(axis=2).max(axis=1) / mean,
+        "eplb_even": even.max(axis=1) / mean,
+    }
+    for name, places in (("topology_lp", along), ("eplb_lp", many)):
+        kinds = []
+        for i in track(range(len(now)), f"{trace} {ranks}x{redundants} {name}", transient=True):
+            place = lplb.Placement(
+                places.phy2log[i], places.log2phy[i], places.num_ranks, places.num_groups, places.topology
+            )
+            kinds.append(lplb.evaluate(place, now[i]))
+        result[name] = np.array([one.optimum for one in kinds])
+        result[f"{name}_assigned"] = np.array([one.assigned for one in kinds])
+        if np.any(result[name] > np.array([one.even for one in kinds]) * (1 + 1e-6)):
+            sys.exit(f"{trace} {ranks}x{redundants} {name}: worse than the even split of the same placement")
+    result["best"] = np.minimum(result["topology_lp"], result["eplb_lp"])
+    of_even = result["best"] / result["eplb_even"]
+    if np.any(of_even > 1 + TOL):
+        sys.exit(f"{trace} {ranks}x{redundants}: worse than EPLB's even split")
+    row: dict[str, Any] = {"bench": "placement", "case": f"{trace} {ranks}x{redundants}", "loads": len(now)}
+    for name, values in result.items():
+        row[name] = f"{np.median(values):.3f} / {np.percentile(values, 95):.3f}"
+    return row | {"worst_of_even": round(float(of_even.max()), 6)}
+
+
+def rebalancing(layers: int = 58, experts: int = 256, ranks: int = 64, slots: int = 320) -> list[dict[str, Any]]:
+    weight = np.random.default_rng(0).lognormal(0, 1, (layers, experts))
+    rows = []
+    for policy, groups, nodes in (("global", 1, 1), ("hierarchical", 8, 8)):
+        times = []
+        for _ in range(9):
+            begin = time.perf_counter()
+            eplb.rebalance_experts(weight, slots, groups, nodes, ranks)
+            times.append((time.perf_counter() - begin) * 1e6)
+        case = f"{layers} layers, {experts} experts, {slots} slots, {ranks} ranks"
+        rows.append({"bench": "eplb", "case": case, "kernel": policy, **common.statistics(times)})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--traces", type=pathlib.Path, required=True)
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results/placements.json"))
+    args = parser.parse_args()
+    rows = rebalancing()
+    for trace, sequences in (("deepseek-v2-lite", deepseek(args.traces)), ("gpt-oss-20b", gpt_oss(args.traces))):
+        rows += [judge(trace, sequences, *config) for config in TOPOLOGIES]
+    common.write(args.out, rows)
+
+
+if __name__ == "__main__":
+    main()
