@@ -276,3 +276,28 @@ def test_decode_steps_to_ids(traces, implementation, platform, rng):
     np.testing.assert_array_equal(counts(out.physical_ids // place.slots_per_rank, 8), out.rank_load)
     for i, load in enumerate(loads):
         assert out.rank_load[i].max() <= optimum(load, place)[0] / (1 - TOL) + 0.501 * place.slots_per_rank
+
+
+@pytest.mark.parametrize(("num_ranks", "redundants"), [(8, 1), (8, 2), (16, 1), (16, 2)])
+@pytest.mark.parametrize("trace", ["deepseek", "gpt-oss"])
+def test_placed_by_the_past(trace, num_ranks, redundants, traces):
+    """By the 8 batches before: never worse than the even split, nor with EPLB's copies than EPLB itself."""
+    if trace == "deepseek":
+        loads = counts(batches(traces), NUM_EXPERTS)
+    else:
+        with np.load(traces / "gpt_oss_20b_decode_counts.npz") as archive:
+            loads = archive["counts"][:, 5]
+    experts = loads.shape[1]
+    topo = topology.ring(num_ranks) if redundants == 1 else {8: topology.cube(), 16: topology.hypercube()}[num_ranks]
+    for step in range(8, len(loads), 29):
+        past, now = loads[step - 8 : step].mean(axis=0), loads[step : step + 3]
+        slots = experts + num_ranks * redundants
+        raw = lplb.eplb.rebalance_experts(past[None], slots, 1, 1, num_ranks)[0][0]
+        eplb_even = lplb.evaluate(raw, now, num_ranks=num_ranks).even
+        copies = {"num_ranks": num_ranks, "redundants_per_rank": redundants}
+        along = lplb.Placement.from_topology(topo, num_experts=experts, load=past, **copies)
+        many = lplb.Placement.from_eplb(past, max_replicas=num_ranks, **copies)
+        for place in (along, many):
+            result = lplb.evaluate(place, now)
+            assert np.all(result.optimum <= result.even * (1 + ROUNDING))
+        assert np.all(result.optimum <= eplb_even * (1 + TOL))
