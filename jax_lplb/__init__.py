@@ -18,4 +18,5 @@ from jax_lplb._solve import solve as solve
 from jax_lplb._status import Status as Status
 from jax_lplb._weights import from_logical as from_logical
 from jax_lplb._weights import permute_experts as permute_experts
+from jax_lplb._weights import replicate as replicate
 from jax_lplb._weights import to_logical as to_logical

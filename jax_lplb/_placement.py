@@ -141,10 +141,10 @@ class Placement:
         slots = home + redundants_per_rank
         slot = np.arange(num_ranks * slots).reshape(num_ranks, slots)
         order = order.reshape(*leading, num_ranks, home)
-        copied = order[..., *_copied(topology, num_ranks, redundants_per_rank)]
-        phy2log = np.concatenate([order, copied], axis=-1).reshape(*leading, -1).astype(np.int32)
+        copies = order[..., *copied(topology, num_ranks, redundants_per_rank)]
+        phy2log = np.concatenate([order, copies], axis=-1).reshape(*leading, -1).astype(np.int32)
         log2phy = np.full((*leading, num_experts, 2 if redundants_per_rank else 1), -1, np.int32)
-        for column, (experts, slots_of) in enumerate([(order, slot[:, :home]), (copied, slot[:, home:])]):
+        for column, (experts, slots_of) in enumerate([(order, slot[:, :home]), (copies, slot[:, home:])]):
             if experts.size:
                 flat = experts.reshape(*leading, -1)
                 np.put_along_axis(log2phy[..., column], flat, np.broadcast_to(slots_of.ravel(), flat.shape), axis=-1)
@@ -322,8 +322,8 @@ class Placement:
         before = (weight[:, None, :] == weight[:, :, None]) & (owned[:, None, :] < owned[:, :, None])
         order = jnp.sum(heavier | before, axis=2, dtype=jnp.int32)
         chosen = order[:, :, None] == jnp.arange(redundants, dtype=jnp.int32)[None, None, :]
-        copied = jnp.max(jnp.where(chosen, owned[:, :, None], 0), axis=1)  # [ranks, redundants]
-        owner, number = _copied(self.topology, ranks, redundants)
+        experts = jnp.max(jnp.where(chosen, owned[:, :, None], 0), axis=1)  # [ranks, redundants]
+        owner, number = copied(self.topology, ranks, redundants)
         # The slot that copies the k-th of a rank's chosen experts: fixed by the topology.
         copy_slot = np.full((ranks, home), -1, np.int32)
         copy_slot[owner, number] = np.arange(ranks)[:, None] * slots + home + np.arange(redundants)
@@ -331,12 +331,12 @@ class Placement:
         home_slot = log2phy[:, 0]
         row = home_slot // slots * home + home_slot % slots
         return (
-            jnp.concatenate([owned, copied[owner, number]], axis=1).reshape(-1),
+            jnp.concatenate([owned, experts[owner, number]], axis=1).reshape(-1),
             jnp.stack([home_slot, slot_of.at[row].get(mode="clip")], axis=1),
         )
 
 
-def _copied(topology: Topology, num_ranks: int, redundants_per_rank: int) -> tuple[np.ndarray, np.ndarray]:
+def copied(topology: Topology, num_ranks: int, redundants_per_rank: int) -> tuple[np.ndarray, np.ndarray]:
     """Of each redundant slot [num_ranks, redundants_per_rank] the rank it copies from, and which of its experts."""
     ranks, copy = np.arange(num_ranks), np.arange(redundants_per_rank)
     size = topology.group_size

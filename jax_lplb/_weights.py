@@ -1,4 +1,4 @@
-"""Experts' weights as the ranks hold them, and in logical order."""
+"""Experts' weights: copies for the redundant slots, and rows carried from one order to another."""
 
 from typing import Any
 
@@ -7,8 +7,82 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jax_lplb import _ffi
 from jax_lplb._balance import AxisName, axis_size
-from jax_lplb._placement import Placement
+from jax_lplb._placement import Placement, copied
+
+
+def replicate(home_weights: Any, placement: Placement, axis_name: AxisName) -> Any:
+    """Brings the weights of this rank's slots to it, copies included; within `shard_map`.
+
+    Along a topology a rank keeps its home rows and sends those that have copies, by one `ppermute` for each column of
+    the topology. Without one each rank takes its slots' rows from whoever has them, as all ranks show their rows in
+    turn: more traffic, for any placement. Differentiable: the gradients of all copies are added up at home, so that an
+    optimiser sees each expert once.
+
+    Args:
+      home_weights: a pytree of this rank's rows [num_experts / num_ranks, ...], in the order of `placement.home_order`.
+      placement: where the copies are; may be traced.
+      axis_name: mesh axis, or axes, of the ranks.
+
+    Returns:
+      The tree, with leaves [slots_per_rank, ...]: the rank's slots.
+
+    Raises:
+      TypeError: `placement` is not a Placement.
+      ValueError: `axis_name` is not bound or has another size than `num_ranks`, num_ranks does not divide the experts,
+        or a leaf has another number of rows.
+    """
+    _check("placement", placement)
+    ranks = axis_size(axis_name, placement.num_ranks)
+    home, rest = divmod(placement.num_experts, ranks)
+    if rest:
+        raise ValueError(f"placement: its {ranks} ranks do not divide the {placement.num_experts} experts evenly")
+    fetch = _copies_along_topology if placement.topology is not None else _rows_of_slots
+
+    def of_leaf(path: Any, leaf: Any) -> jax.Array:
+        leaf = _with_rows(leaf, home, f"home_weights{jax.tree_util.keystr(path)}")
+        return fetch(leaf, placement, axis_name)
+
+    with jax.named_scope("lplb_replicate"):
+        return jax.tree_util.tree_map_with_path(of_leaf, home_weights)
+
+
+def _copies_along_topology(leaf: jax.Array, placement: Placement, axis_name: AxisName) -> jax.Array:
+    assert placement.topology is not None
+    ranks, slots, columns = placement.num_ranks, placement.slots_per_rank, placement.topology.num_columns
+    redundants = slots - leaf.shape[0]
+    if redundants == 0:
+        return leaf
+    owner, number = copied(placement.topology, ranks, redundants)
+    copier = np.empty_like(owner)  # of each rank's k-th copied expert
+    copier[owner, number] = np.arange(ranks)[:, None]
+    experts = jnp.asarray(placement.phy2log).reshape(ranks, slots)[copier, leaf.shape[0] + number]
+    row = jnp.asarray(placement.log2phy)[experts, 0] % slots  # [ranks, redundants], what each rank sends
+    sent = leaf.at[row[lax.axis_index(axis_name)]].get(mode="clip")
+    sent = sent.reshape(redundants // columns, columns, *leaf.shape[1:])
+    axes, number_of = _in_mesh_order(axis_name, ranks)
+    received = [
+        lax.ppermute(sent[:, column], axes, list(zip(number_of, number_of[copier[:, column]], strict=True)))
+        for column in range(columns)
+    ]
+    return jnp.concatenate([leaf, jnp.stack(received, axis=1).reshape(redundants, *leaf.shape[1:])])
+
+
+def _in_mesh_order(axis_name: AxisName, num_ranks: int) -> tuple[AxisName, np.ndarray]:
+    """The axes in the mesh's order, in which alone `ppermute` takes them, and the number of each rank in that order."""
+    number = np.arange(num_ranks)
+    if isinstance(axis_name, str):
+        return axis_name, number
+    axes = tuple(axis for axis in jax.sharding.get_abstract_mesh().axis_names if axis in axis_name)
+    by_place = number.reshape([lax.axis_size(axis) for axis in axis_name])
+    return axes, np.argsort(by_place.transpose([axis_name.index(axis) for axis in axes]).ravel())
+
+
+def _rows_of_slots(leaf: jax.Array, placement: Placement, axis_name: AxisName) -> jax.Array:
+    by_rank = jnp.asarray(placement.phy2log).reshape(placement.num_ranks, placement.slots_per_rank)
+    experts = jnp.clip(by_rank[lax.axis_index(axis_name)], 0, placement.num_experts - 1)
+    return _exchange(leaf, experts, axis_name)
 
 
 def permute_experts(tree: Any, old: Placement, new: Placement, *, axis_name: AxisName | None = None) -> Any:
@@ -64,16 +138,15 @@ def _take_rows(tree: Any, source: Any, axis_name: AxisName | None, num_ranks: in
     if rest:
         raise ValueError(f"axis_name = {axis_name!r}: its {ranks} ranks do not divide the {len(source)} experts evenly")
 
+    source = jnp.asarray(source)
+
     def take(path: Any, leaf: Any) -> jax.Array:
-        leaf = jnp.asarray(leaf)
-        if leaf.ndim == 0 or leaf.shape[0] != rows:
-            where = f"tree{jax.tree_util.keystr(path)}"
-            raise ValueError(f"{where} must have {rows} rows, one for each expert, got shape {leaf.shape}")
+        leaf = _with_rows(leaf, rows, f"tree{jax.tree_util.keystr(path)}")
         # Floats as integers: what moves bfloat16 by way of float32 may change the bits of a NaN.
         width = jnp.finfo(leaf.dtype).bits if jnp.issubdtype(leaf.dtype, jnp.floating) else 0
         bits = lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{width}")) if width >= 8 else leaf
         if axis_name is not None:
-            bits = _exchange(bits, source, axis_name)
+            bits = _exchange(bits, lax.dynamic_slice_in_dim(source, lax.axis_index(axis_name) * rows, rows), axis_name)
         else:
             sharding = jax.typeof(leaf).sharding
             explicit = any(kind == jax.sharding.AxisType.Explicit for kind in sharding.mesh.axis_types)
@@ -86,17 +159,25 @@ def _take_rows(tree: Any, source: Any, axis_name: AxisName | None, num_ranks: in
         return jax.tree_util.tree_map_with_path(take, tree)
 
 
-def _exchange(leaf: jax.Array, source: Any, axis_name: AxisName) -> jax.Array:
-    """All ranks show one of their rows at a time, and each takes those that it needs."""
+def _exchange(leaf: jax.Array, source: jax.Array, axis_name: AxisName) -> jax.Array:
+    """The rows `source` of all ranks' rows: all ranks show one of theirs at a time, and each takes what it needs."""
     rows = leaf.shape[0]
-    mine = lax.dynamic_slice_in_dim(jnp.asarray(source), lax.axis_index(axis_name) * rows, rows)
+    result = jnp.zeros((len(source), *leaf.shape[1:]), leaf.dtype)
 
+    @jax.checkpoint  # else the backward pass would keep a mask of the result's size for each row
     def show(row: jax.Array, result: jax.Array) -> jax.Array:
         shown = lax.all_gather(lax.dynamic_index_in_dim(leaf, row, keepdims=False), axis_name)
-        taken = (mine % rows == row).reshape(-1, *[1] * (leaf.ndim - 1))
-        return jnp.where(taken, shown[mine // rows], result)
+        taken = (source % rows == row).reshape(-1, *[1] * (leaf.ndim - 1))
+        return jnp.where(taken, shown[source // rows], result)
 
-    return lax.fori_loop(0, rows, show, leaf)
+    return lax.fori_loop(0, rows, show, _ffi.vary(result, _ffi.varying(leaf, source)))
+
+
+def _with_rows(leaf: Any, rows: int, where: str) -> jax.Array:
+    leaf = jnp.asarray(leaf)
+    if leaf.ndim == 0 or leaf.shape[0] != rows:
+        raise ValueError(f"{where} must have {rows} rows, one for each expert, got shape {leaf.shape}")
+    return leaf
 
 
 def _check(name: str, placement: Placement) -> None:

@@ -119,3 +119,99 @@ def test_wrong_arguments(rng):
         lplb.permute_experts({}, place, [])
     with pytest.raises(ValueError, match="axis_name = 'ep' is not bound here"):
         lplb.to_logical({}, place, axis_name="ep")
+
+
+# ---- Copies ----------------------------------------------------------------------------------------------------------
+
+
+def placements(rng: np.random.Generator) -> dict[str, lplb.Placement]:
+    load = rng.lognormal(0, 1, EXPERTS)
+    return {
+        "cube": lplb.Placement.from_topology(
+            topology.cube(), num_experts=EXPERTS, num_ranks=RANKS, redundants_per_rank=4
+        ),
+        "two rings by load": lplb.Placement.from_topology(
+            topology.ring(4), num_experts=EXPERTS, num_ranks=RANKS, redundants_per_rank=2, load=load
+        ),
+        "selected": by_load(rng).select(rng.permutation(load)),
+        "no copies": lplb.Placement.from_topology(
+            topology.ring(8), num_experts=EXPERTS, num_ranks=RANKS, redundants_per_rank=0, load=load
+        ),
+        "eplb": lplb.Placement.from_eplb(load, num_ranks=RANKS, redundants_per_rank=3),
+    }
+
+
+@pytest.mark.parametrize("axes", ["ep", ("a", "b"), ("b", "a")])
+@pytest.mark.parametrize("name", ["cube", "two rings by load", "selected", "no copies", "eplb"])
+def test_copies_and_their_gradients(rng, name, axes):
+    """Each slot has its expert's weights; at home arrives the sum of the gradients of all its slots."""
+    place = placements(rng)[name]
+    shape, names = ((RANKS,), ("ep",)) if axes == "ep" else ((2, 4), ("a", "b"))
+    mesh = jax.make_mesh(shape, names, axis_types=(jax.sharding.AxisType.Auto,) * len(shape))
+    logical = rng.normal(size=(EXPERTS, 3, 2)).astype(np.float32)
+    factor = rng.integers(1, 9, (place.num_physical, 3, 2)).astype(np.float32)  # sums of it are exact
+
+    @jax.jit
+    @jax.shard_map(mesh=mesh, in_specs=(P(axes), P(), P(axes)), out_specs=(P(axes), P(axes)))
+    def step(home, place, factor):
+        slots, pull = jax.vjp(lambda home: lplb.replicate(home, place, axes), home)
+        return slots["w"], pull({"w": factor})[0]["w"]
+
+    home = {"w": lplb.from_logical(logical, place)}
+    slots, gradient = step(home, place, factor)
+    np.testing.assert_array_equal(slots, logical[np.asarray(place.phy2log)])
+    expected = np.zeros_like(logical)
+    np.add.at(expected, np.asarray(place.phy2log), factor)
+    np.testing.assert_array_equal(lplb.to_logical(gradient, place), expected)
+
+
+def test_copies_under_remat_and_scan_over_layers(rng):
+    """Stacked layers with placements of their own: gradients of a loss through all of them."""
+    loads = rng.lognormal(0, 1, (3, EXPERTS))
+    places = lplb.Placement.from_topology(
+        topology.cube(), num_experts=EXPERTS, num_ranks=RANKS, redundants_per_rank=2, load=loads
+    )
+    mesh = jax.make_mesh((RANKS,), ("ep",), axis_types=(jax.sharding.AxisType.Auto,))
+    weights = rng.normal(size=(3, EXPERTS, 4)).astype(np.float32)
+
+    def loss(weights, places, remat):
+        def layer(total, inputs):
+            slots = lplb.replicate(*inputs, "ep")
+            return total + jnp.sum(jnp.sin(slots)), None
+
+        body = jax.checkpoint(layer) if remat else layer
+        zero = jax.lax.pcast(jnp.float32(0), ("ep",), to="varying")
+        total, _ = jax.lax.scan(body, zero, (weights, places))
+        return jax.lax.psum(total, "ep")
+
+    grads = [
+        jax.jit(
+            jax.grad(
+                jax.shard_map(
+                    lambda w, p, remat=remat: loss(w, p, remat),
+                    mesh=mesh,
+                    in_specs=(P(None, "ep"), P()),
+                    out_specs=P(),
+                )
+            )
+        )(weights, places)
+        for remat in (False, True)
+    ]
+    np.testing.assert_array_equal(*grads)
+    for layer in range(3):
+        copies = np.bincount(places.phy2log[layer], minlength=EXPERTS)[places.home_order[layer]]
+        np.testing.assert_allclose(grads[0][layer], np.cos(weights[layer]) * copies[:, None], rtol=1e-6)
+
+
+def test_replicate_refuses(rng):
+    place = by_load(rng)
+    with pytest.raises(ValueError, match="axis_name = 'ep' is not bound here"):
+        lplb.replicate(np.zeros((4, 2)), place, "ep")
+    mesh = jax.make_mesh((RANKS,), ("ep",), axis_types=(jax.sharding.AxisType.Auto,))
+    run = jax.shard_map(lambda w: lplb.replicate({"w": w}, place, "ep"), mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
+    with pytest.raises(ValueError, match=r"home_weights\['w'\] must have 4 rows, one for each expert, got shape \(5,"):
+        run(np.zeros((40, 2)))
+    uneven = lplb.Placement.from_phy2log(np.r_[np.arange(12), 0, 1, 2, 3], 8)
+    run = jax.shard_map(lambda w: lplb.replicate(w, uneven, "ep"), mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
+    with pytest.raises(ValueError, match="placement: its 8 ranks do not divide the 12 experts evenly"):
+        run(np.zeros((16, 2)))
