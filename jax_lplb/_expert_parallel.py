@@ -1,0 +1,243 @@
+"""Tokens to the ranks of their physical experts, through the experts, and back; within `shard_map`.
+
+Buffers have a static size, a factor over what an even load needs. A batch that needs more goes through them in several
+rounds, as many on all ranks: no token is dropped, and memory does not grow. The first round is differentiated as any
+other code; further rounds, which balanced batches do not have, are a loop whose backward pass runs it once more.
+
+Rows are only ever gathered, by index arrays that are each other's inverses, in the backward pass too: no scatter, whose
+order of additions would show on GPUs.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jax_lplb import _ffi
+from jax_lplb._balance import AxisName
+
+Dispatch = Literal["all_to_all", "ring"]
+# (weights, rows [n, d_model] sorted by slot, group_sizes int32 [slots]) -> [n, d_model]; rows beyond the groups' are
+# padding, for which anything may be returned.
+Experts = Callable[[Any, jax.Array, jax.Array], jax.Array]
+
+
+def expert_parallel(
+    tokens: jax.Array,
+    physical_ids: jax.Array,
+    gates: jax.Array,
+    weights: Any,
+    experts: Experts,
+    *,
+    slots_per_rank: int,
+    axis_name: AxisName,
+    dispatch: Dispatch,
+    buffer_factor: float,
+) -> tuple[jax.Array, jax.Array]:
+    """For each token the sum of its experts' results, weighted by the gates.
+
+    Args:
+      tokens: [num_tokens, d_model], of this rank.
+      physical_ids: int32 [num_tokens, k]; negative ids are padding.
+      gates: float32 [num_tokens, k].
+      weights: of this rank's slots, as `experts` takes them.
+      experts: what runs on sorted rows.
+      slots_per_rank: physical experts of each rank.
+      axis_name: mesh axis, or axes, of the ranks.
+      dispatch: "all_to_all": each rank sends its tokens to those that have their experts, a buffer of equal size to
+        each. "ring": all ranks get all tokens, and add up their parts of the results.
+      buffer_factor: size of the buffers, over what they would hold if all ranks sent and received the same.
+
+    Returns:
+      float32 [num_tokens, d_model], and the number of rounds, int32 [].
+    """
+    ranks = lax.axis_size(axis_name)
+    num_ids = physical_ids.size
+    if dispatch == "all_to_all":
+        capacity = min(math.ceil(buffer_factor * num_ids / ranks), num_ids)
+        plan = _plan(physical_ids.reshape(-1), physical_ids.reshape(-1) // slots_per_rank, ranks)
+        run = partial(_all_to_all_round, experts, axis_name, slots_per_rank, max(capacity, 1))
+    else:
+        capacity = min(math.ceil(buffer_factor * num_ids), num_ids * ranks)
+        everyones = lax.all_gather(physical_ids.reshape(-1), axis_name, tiled=True)
+        here = everyones // slots_per_rank == lax.axis_index(axis_name)
+        plan = _plan(everyones, jnp.where((everyones >= 0) & here, 0, -1), 1)
+        run = partial(_ring_round, experts, axis_name, slots_per_rank, max(capacity, 1))
+    axes = _ffi.varying(tokens, plan.length, *jax.tree.leaves(weights))
+    axes |= {axis_name} if isinstance(axis_name, str) else set(axis_name)
+    # As many for all devices that take part in any collective of the loop.
+    most = lax.pmax(_ffi.vary(jnp.max(plan.length), axes), tuple(sorted(axes)))
+    rounds = jnp.maximum(-(-most // max(capacity, 1)), 1)
+    result = run(jnp.int32(0), plan, weights, tokens, gates)
+    return result + _further_rounds(run, rounds, plan, weights, tokens, gates), rounds
+
+
+class _Plan(NamedTuple):
+    """Tokens' choices ("pairs" of token and expert) in the queues for each peer, sorted by slot."""
+
+    slot: jax.Array  # int32 [pairs], physical expert
+    peer: jax.Array  # int32 [pairs]; the number of peers where there is none
+    number: jax.Array  # int32 [pairs], place in the peer's queue
+    order: jax.Array  # int32 [pairs], pairs by slot: the queues, one after the other
+    start: jax.Array  # int32 [peers], first of each queue
+    length: jax.Array  # int32 [peers], of each queue
+
+
+def _plan(slot: jax.Array, peer: jax.Array, peers: int) -> _Plan:
+    peer = jnp.where((slot >= 0) & (peer >= 0) & (peer < peers), peer, peers)
+    last = jnp.int32(np.iinfo(np.int32).max)
+    order = jnp.argsort(jnp.where(peer < peers, slot, last), stable=True).astype(jnp.int32)
+    length = jnp.sum(peer[None, :] == jnp.arange(peers, dtype=jnp.int32)[:, None], axis=1, dtype=jnp.int32)
+    start = jnp.cumsum(length, dtype=jnp.int32) - length
+    number = _inverse(order) - start.at[peer].get(mode="fill", fill_value=0)
+    return _Plan(slot, peer, number, order, start, length)
+
+
+def _window(plan: _Plan, round_: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array]:
+    """The pair of each buffer cell [peers * capacity] in a round, and the cell of each pair; out of range: none."""
+    peers, pairs = len(plan.length), len(plan.slot)
+    number = round_ * capacity + jnp.arange(capacity, dtype=jnp.int32)[None, :]
+    place = jnp.where(number < plan.length[:, None], plan.start[:, None] + number, pairs)
+    pair_of_cell = plan.order.at[place.reshape(-1)].get(mode="fill", fill_value=pairs)
+    cell = plan.number - round_ * capacity
+    within = (cell >= 0) & (cell < capacity) & (plan.peer < peers)
+    return pair_of_cell, jnp.where(within, plan.peer * capacity + cell, peers * capacity)
+
+
+def _all_to_all_round(
+    experts: Experts,
+    axis_name: AxisName,
+    slots_per_rank: int,
+    capacity: int,
+    round_: jax.Array,
+    plan: _Plan,
+    weights: Any,
+    tokens: jax.Array,
+    gates: jax.Array,
+) -> jax.Array:
+    ranks = len(plan.length)
+    exchange = partial(lax.all_to_all, axis_name=axis_name, split_axis=0, concat_axis=0, tiled=True)
+    pair_of_cell, cell_of_pair = _window(plan, round_, capacity)
+    slot = plan.slot.at[pair_of_cell].get(mode="fill", fill_value=ranks * slots_per_rank)
+    owner = jnp.repeat(jnp.arange(ranks, dtype=jnp.int32), capacity)
+    local_slot = exchange(jnp.where(pair_of_cell < len(plan.slot), slot - owner * slots_per_rank, slots_per_rank))
+    received = exchange(_tokens_to_cells(tokens, pair_of_cell, cell_of_pair))
+
+    order = jnp.argsort(local_slot, stable=True).astype(jnp.int32)
+    back = _inverse(order)
+    done = experts(weights, _permute(received, order, back), _group_sizes(local_slot, slots_per_rank))
+    returned = exchange(_permute(done, back, order))
+    return _weighted_sum(gates, _permute(returned, cell_of_pair, pair_of_cell))
+
+
+def _ring_round(
+    experts: Experts,
+    axis_name: AxisName,
+    slots_per_rank: int,
+    capacity: int,
+    round_: jax.Array,
+    plan: _Plan,
+    weights: Any,
+    tokens: jax.Array,
+    gates: jax.Array,
+) -> jax.Array:
+    tokens = lax.all_gather(tokens, axis_name, tiled=True)
+    gates = lax.all_gather(gates, axis_name, tiled=True)
+    pair_of_cell, cell_of_pair = _window(plan, round_, capacity)
+    first = lax.axis_index(axis_name) * slots_per_rank
+    slot = plan.slot.at[pair_of_cell].get(mode="fill", fill_value=0) - first
+    slot = jnp.where(pair_of_cell < len(plan.slot), slot, slots_per_rank)
+    rows = _tokens_to_cells(tokens, pair_of_cell, cell_of_pair)
+    done = experts(weights, rows, _group_sizes(slot, slots_per_rank))
+    parts = _weighted_sum(gates, _permute(done, cell_of_pair, pair_of_cell))
+    return lax.psum_scatter(parts, axis_name, tiled=True)
+
+
+def _group_sizes(slot: jax.Array, slots: int) -> jax.Array:
+    return jnp.sum(slot[None, :] == jnp.arange(slots, dtype=jnp.int32)[:, None], axis=1, dtype=jnp.int32)
+
+
+def _inverse(order: jax.Array) -> jax.Array:
+    return jnp.zeros_like(order).at[order].set(jnp.arange(len(order), dtype=jnp.int32), unique_indices=True)
+
+
+def _weighted_sum(gates: jax.Array, of_pairs: jax.Array) -> jax.Array:
+    of_tokens = of_pairs.reshape(*gates.shape, -1).astype(jnp.float32)
+    return jnp.sum(gates[..., None] * of_tokens, axis=1)
+
+
+@jax.custom_vjp
+def _permute(rows: jax.Array, source: jax.Array, target: jax.Array) -> jax.Array:
+    """rows[source], with zeros where that is out of range; `target` is the inverse of `source`."""
+    return rows.at[source].get(mode="fill", fill_value=0)
+
+
+_permute.defvjp(
+    lambda rows, source, target: (_permute(rows, source, target), target),
+    lambda target, gradient: (gradient.at[target].get(mode="fill", fill_value=0), None, None),
+)
+
+
+@jax.custom_vjp
+def _tokens_to_cells(tokens: jax.Array, pair_of_cell: jax.Array, cell_of_pair: jax.Array) -> jax.Array:
+    """The token of each cell, zeros where there is none."""
+    k = len(cell_of_pair) // len(tokens)
+    return tokens.at[pair_of_cell // k].get(mode="fill", fill_value=0)
+
+
+def _tokens_to_cells_forward(tokens: jax.Array, pair_of_cell: jax.Array, cell_of_pair: jax.Array) -> Any:
+    return _tokens_to_cells(tokens, pair_of_cell, cell_of_pair), (cell_of_pair, tokens)
+
+
+def _tokens_to_cells_backward(residuals: Any, gradient: jax.Array) -> Any:
+    cell_of_pair, tokens = residuals
+    of_pairs = gradient.at[cell_of_pair].get(mode="fill", fill_value=0)
+    of_tokens = jnp.sum(of_pairs.reshape(len(tokens), -1, tokens.shape[1]), axis=1, dtype=jnp.float32)
+    return of_tokens.astype(tokens.dtype), None, None
+
+
+_tokens_to_cells.defvjp(_tokens_to_cells_forward, _tokens_to_cells_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _further_rounds(
+    run: Any, rounds: jax.Array, plan: _Plan, weights: Any, tokens: jax.Array, gates: jax.Array
+) -> jax.Array:
+    """The sum of `run`'s results in the rounds after the first."""
+
+    def add(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        round_, result = state
+        return round_ + 1, result + run(round_, plan, weights, tokens, gates)
+
+    like = jax.eval_shape(run, jnp.int32(1), plan, weights, tokens, gates)
+    zeros = _ffi.vary(jnp.zeros(like.shape, like.dtype), _ffi.varying(like))
+    return lax.while_loop(lambda state: state[0] < rounds, add, (_like(rounds, 1), zeros))[1]
+
+
+def _further_rounds_forward(run: Any, rounds: jax.Array, *operands: Any) -> Any:
+    return _further_rounds(run, rounds, *operands), (rounds, operands)
+
+
+def _further_rounds_backward(run: Any, residuals: Any, gradient: jax.Array) -> Any:
+    rounds, (plan, *operands) = residuals
+
+    def add(state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        round_, sums = state
+        _, pull = jax.vjp(lambda *operands: run(round_, plan, *operands), *operands)
+        return round_ + 1, jax.tree.map(jnp.add, sums, pull(gradient))
+
+    zeros = jax.tree.map(lambda operand: _ffi.vary(jnp.zeros_like(operand), _ffi.varying(operand)), tuple(operands))
+    _, sums = lax.while_loop(lambda state: state[0] < rounds, add, (_like(rounds, 1), zeros))
+    return None, None, *sums
+
+
+def _like(number: jax.Array, value: int) -> jax.Array:
+    return _ffi.vary(jnp.int32(value), _ffi.varying(number))
+
+
+_further_rounds.defvjp(_further_rounds_forward, _further_rounds_backward)
