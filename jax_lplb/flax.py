@@ -62,7 +62,7 @@ class MoE(nnx.Module):
     Each token's results are those of its top-k experts, whatever copy computes them: balancing changes where, not what.
     Parameters are float32: `router` [d_model, num_experts], `w_in` [num_experts, d_model, 2 * d_expert] (gate and up)
     and `w_out` [num_experts, d_expert, d_model], the latter two in the order of `placement.home_order`, each expert
-    once. Shard their first axis over the expert axis. The router is computed in float32, experts in `dtype`.
+    once, their first axis sharded over the expert axis. The router is computed in float32, experts in `dtype`.
     """
 
     def __init__(
@@ -142,13 +142,15 @@ class MoE(nnx.Module):
 
         def experts(*shape: int) -> jax.Array:
             # Drawn in logical order: an expert starts out the same in every placement.
-            return from_logical(init(rngs.params(), (num_experts, *shape), param_dtype), placement)
+            drawn = from_logical(init(rngs.params(), (num_experts, *shape), param_dtype), placement)
+            return jax.device_put(drawn, jax.NamedSharding(mesh, jax.P(axis_name)))
 
         scale = nnx.initializers.lecun_normal()
-        self.router = nnx.Param(scale(rngs.params(), (d_model, num_experts), param_dtype))
+        everywhere = jax.NamedSharding(mesh, jax.P())
+        self.router = nnx.Param(jax.device_put(scale(rngs.params(), (d_model, num_experts), param_dtype), everywhere))
         self.w_in = nnx.Param(experts(d_model, 2 * d_expert))
         self.w_out = nnx.Param(experts(d_expert, d_model))
-        self.bias = RouterBias(jnp.zeros(num_experts, jnp.float32)) if router_bias else None
+        self.bias = RouterBias(jax.device_put(jnp.zeros(num_experts, jnp.float32), everywhere)) if router_bias else None
         _log.info("MoE: dispatch %s, grouped matmul %s", dispatch, grouped_matmul or "by platform")
 
     def prepare(self) -> dict[str, jax.Array]:

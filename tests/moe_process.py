@@ -16,18 +16,14 @@ def main(process: int, processes: int, port: int, out: str) -> None:
         jax.distributed.initialize(f"127.0.0.1:{port}", processes, process)
 
     import numpy as np
-    from flax import nnx
     from jax.experimental import multihost_utils
     from test_moe import inputs, make, mesh_of, placements, value_and_grads
 
     mesh = mesh_of((8, "ep"))
-    everywhere = jax.NamedSharding(mesh, jax.P())
     by_rank = jax.NamedSharding(mesh, jax.P("ep"))
     results = {}
     for name, dispatch in (("cube", "ring"), ("eplb", "all_to_all")):
         layer = make(placements()[name], mesh, dispatch=dispatch, buffer_factor=0.7)
-        graph, state = nnx.split(layer)
-        layer = nnx.merge(graph, jax.device_put(jax.tree.map(np.asarray, state), everywhere))
         x, weight = jax.device_put([np.asarray(v) for v in inputs(np.random.default_rng(0))], by_rank)
         leaves = jax.tree.leaves(value_and_grads(layer, x, weight))
         for i, leaf in enumerate(multihost_utils.process_allgather(leaves, tiled=True)):
