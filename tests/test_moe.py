@@ -99,7 +99,7 @@ def check_against_dense(layer: MoE, x, weight, prepared: bool = False, **options
         result = dense(params, x, **options)
         return jnp.sum(result * weight), result
 
-    reference = jax.value_and_grad(reference_loss, argnums=(0, 1), has_aux=True)
+    reference = jax.jit(jax.value_and_grad(reference_loss, argnums=(0, 1), has_aux=True))
     (_, expected), (expected_grads, expected_x) = reference(logical(params_of(layer), place), x)
     assert_close(result, expected)
     assert_close(x_grad, expected_x)
@@ -111,7 +111,7 @@ def check_against_dense(layer: MoE, x, weight, prepared: bool = False, **options
 
 @pytest.mark.parametrize("dispatch", ["all_to_all", "ring"])
 @pytest.mark.parametrize(
-    ("name", "buffer_factor"), [("none", 8.0), ("cube", 8.0), ("eplb", 8.0), ("rings by load", 0.2), ("eplb", 0.2)]
+    ("name", "buffer_factor"), [("none", 8.0), ("cube", 8.0), ("rings by load", 0.2), ("eplb", 0.2)]
 )
 def test_equals_dense(rng, name, dispatch, buffer_factor):
     """With room for all, and far too little: several rounds."""
@@ -160,7 +160,7 @@ def test_experts_over_two_axes(rng, dispatch):
     check_against_dense(layer, *inputs(rng))
 
 
-@pytest.mark.parametrize(("dispatch", "buffer_factor"), [("all_to_all", 0.2), ("ring", 0.2), ("ring", 4.0)])
+@pytest.mark.parametrize(("dispatch", "buffer_factor"), [("all_to_all", 0.2), ("ring", 4.0)])
 def test_data_and_expert_axes(rng, dispatch, buffer_factor):
     """Each row of the mesh balances its own tokens; rows may need different numbers of rounds."""
     place = lplb.Placement.from_topology(topology.ring(4), num_experts=EXPERTS, num_ranks=4, redundants_per_rank=2)
@@ -199,9 +199,9 @@ def test_aux_loss(rng):
     assert run(layer, x)[1].aux_loss == pytest.approx(1)
 
 
-@pytest.mark.parametrize("buffer_factor", [1.25, 0.3])
-def test_remat_gives_the_same_gradients(rng, buffer_factor):
-    layer = make(placements()["cube"], mesh_of((RANKS, "ep")), buffer_factor=buffer_factor)
+def test_remat_gives_the_same_gradients(rng):
+    """Of several rounds."""
+    layer = make(placements()["cube"], mesh_of((RANKS, "ep")), buffer_factor=0.3)
     x, weight = inputs(rng)
 
     @partial(nnx.jit, static_argnames="remat")
@@ -255,8 +255,8 @@ def test_bfloat16_is_as_close_as_without_balancing(rng):
         layer = make(placements()[name], mesh, dtype=jnp.bfloat16)
         (result, _), (grads, _) = value_and_grads(layer, x, weight)
         params = logical(params_of(layer), layer.placement.get_value())
-        expected = dense(params, x)
-        wanted = jax.grad(lambda params: jnp.sum(dense(params, x) * weight))(params)
+        expected = jax.jit(dense)(params, x)
+        wanted = jax.jit(jax.grad(lambda params: jnp.sum(dense(params, x) * weight)))(params)
         got = logical({key: grads[key][...] for key in params}, layer.placement.get_value())
         errors[name] = [np.max(np.abs(result - expected)) / np.max(np.abs(expected))] + [
             np.max(np.abs(got[key] - wanted[key])) / np.max(np.abs(wanted[key])) for key in params
