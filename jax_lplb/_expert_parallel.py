@@ -59,22 +59,31 @@ def expert_parallel(
     ranks = lax.axis_size(axis_name)
     num_ids = physical_ids.size
     if dispatch == "all_to_all":
-        capacity = min(math.ceil(buffer_factor * num_ids / ranks), num_ids)
+        capacity = max(min(math.ceil(buffer_factor * num_ids / ranks), num_ids), 1)
         plan = _plan(physical_ids.reshape(-1), physical_ids.reshape(-1) // slots_per_rank, ranks)
-        run = partial(_all_to_all_round, experts, axis_name, slots_per_rank, max(capacity, 1))
+        run = partial(_all_to_all_round, _Layout(experts, axis_name, slots_per_rank, capacity))
     else:
-        capacity = min(math.ceil(buffer_factor * num_ids), num_ids * ranks)
+        capacity = max(min(math.ceil(buffer_factor * num_ids), num_ids * ranks), 1)
         everyones = lax.all_gather(physical_ids.reshape(-1), axis_name, tiled=True)
         here = everyones // slots_per_rank == lax.axis_index(axis_name)
         plan = _plan(everyones, jnp.where((everyones >= 0) & here, 0, -1), 1)
-        run = partial(_ring_round, experts, axis_name, slots_per_rank, max(capacity, 1))
+        run = partial(_ring_round, _Layout(experts, axis_name, slots_per_rank, capacity))
     axes = _ffi.varying(tokens, plan.length, *jax.tree.leaves(weights))
     axes |= {axis_name} if isinstance(axis_name, str) else set(axis_name)
     # As many for all devices that take part in any collective of the loop.
     most = lax.pmax(_ffi.vary(jnp.max(plan.length), axes), tuple(sorted(axes)))
-    rounds = jnp.maximum(-(-most // max(capacity, 1)), 1)
+    rounds = jnp.maximum(-(-most // capacity), 1)
     result = run(jnp.int32(0), plan, weights, tokens, gates)
     return result + _further_rounds(run, rounds, plan, weights, tokens, gates), rounds
+
+
+class _Layout(NamedTuple):
+    """What is static of a round."""
+
+    experts: Experts
+    axis_name: AxisName
+    slots_per_rank: int
+    capacity: int  # buffer cells for each peer
 
 
 class _Plan(NamedTuple):
@@ -110,16 +119,9 @@ def _window(plan: _Plan, round_: jax.Array, capacity: int) -> tuple[jax.Array, j
 
 
 def _all_to_all_round(
-    experts: Experts,
-    axis_name: AxisName,
-    slots_per_rank: int,
-    capacity: int,
-    round_: jax.Array,
-    plan: _Plan,
-    weights: Any,
-    tokens: jax.Array,
-    gates: jax.Array,
+    layout: _Layout, round_: jax.Array, plan: _Plan, weights: Any, tokens: jax.Array, gates: jax.Array
 ) -> jax.Array:
+    experts, axis_name, slots_per_rank, capacity = layout
     ranks = len(plan.length)
     exchange = partial(lax.all_to_all, axis_name=axis_name, split_axis=0, concat_axis=0, tiled=True)
     pair_of_cell, cell_of_pair = _window(plan, round_, capacity)
@@ -136,16 +138,9 @@ def _all_to_all_round(
 
 
 def _ring_round(
-    experts: Experts,
-    axis_name: AxisName,
-    slots_per_rank: int,
-    capacity: int,
-    round_: jax.Array,
-    plan: _Plan,
-    weights: Any,
-    tokens: jax.Array,
-    gates: jax.Array,
+    layout: _Layout, round_: jax.Array, plan: _Plan, weights: Any, tokens: jax.Array, gates: jax.Array
 ) -> jax.Array:
+    experts, axis_name, slots_per_rank, capacity = layout
     tokens = lax.all_gather(tokens, axis_name, tiled=True)
     gates = lax.all_gather(gates, axis_name, tiled=True)
     pair_of_cell, cell_of_pair = _window(plan, round_, capacity)

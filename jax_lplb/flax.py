@@ -135,6 +135,7 @@ class MoE(nnx.Module):
             )
         self.top_k, self.scores, self.dtype = top_k, router, dtype
         self.mesh, self.axis_name, self.token_axes = mesh, axis_name, token_axes
+        self.other_axes = tuple(axis for axis in token_axes if axis not in expert_axes)
         self.dispatch, self.buffer_factor, self.grouped_matmul = dispatch, buffer_factor, grouped_matmul
         self.balance_options = dict(balance_options or {})
         self.placement = PlacementState(placement)
@@ -232,8 +233,7 @@ class MoE(nnx.Module):
         self, out: Any, expert_ids: jax.Array, scores: jax.Array, rounds: jax.Array, placement: Placement
     ) -> Metrics:
         """Over all ranks, and the worst or the mean over other token axes."""
-        expert_axes = (self.axis_name,) if isinstance(self.axis_name, str) else self.axis_name
-        others = tuple(axis for axis in self.token_axes if axis not in expert_axes)
+        others = self.other_axes
         ranks, groups = placement.num_ranks, placement.num_groups
         home_slot = jnp.asarray(placement.log2phy)[:, 0]
         load = out.load.astype(jnp.float32)
