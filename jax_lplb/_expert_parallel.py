@@ -73,8 +73,7 @@ def expert_parallel(
     # As many for all devices that take part in any collective of the loop.
     most = lax.pmax(_ffi.vary(jnp.max(plan.length), axes), tuple(sorted(axes)))
     rounds = jnp.maximum(-(-most // capacity), 1)
-    result = run(jnp.int32(0), plan, weights, tokens, gates)
-    return result + _further_rounds(run, rounds, plan, weights, tokens, gates), rounds
+    return _all_rounds(run, rounds, plan, weights, tokens, gates), rounds
 
 
 class _Layout(NamedTuple):
@@ -200,39 +199,39 @@ _tokens_to_cells.defvjp(_tokens_to_cells_forward, _tokens_to_cells_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _further_rounds(
+def _all_rounds(
     run: Any, rounds: jax.Array, plan: _Plan, weights: Any, tokens: jax.Array, gates: jax.Array
 ) -> jax.Array:
-    """The sum of `run`'s results in the rounds after the first."""
-
-    def add(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        round_, result = state
-        return round_ + 1, result + run(round_, plan, weights, tokens, gates)
-
-    like = jax.eval_shape(run, jnp.int32(1), plan, weights, tokens, gates)
-    zeros = _ffi.vary(jnp.zeros(like.shape, like.dtype), _ffi.varying(like))
-    return lax.while_loop(lambda state: state[0] < rounds, add, (_like(rounds, 1), zeros))[1]
+    """The sum of `run`'s results in all rounds."""
+    first = run(jnp.int32(0), plan, weights, tokens, gates)
+    return _add_further(rounds, first, lambda round_: run(round_, plan, weights, tokens, gates))
 
 
-def _further_rounds_forward(run: Any, rounds: jax.Array, *operands: Any) -> Any:
-    return _further_rounds(run, rounds, *operands), (rounds, operands)
+def _all_rounds_forward(run: Any, rounds: jax.Array, plan: _Plan, *operands: Any) -> Any:
+    first, pull = jax.vjp(partial(run, jnp.int32(0), plan), *operands)
+    result = _add_further(rounds, first, lambda round_: run(round_, plan, *operands))
+    return result, (rounds, plan, operands, pull)
 
 
-def _further_rounds_backward(run: Any, residuals: Any, gradient: jax.Array) -> Any:
-    rounds, (plan, *operands) = residuals
+def _all_rounds_backward(run: Any, residuals: Any, gradient: jax.Array) -> Any:
+    rounds, plan, operands, pull = residuals
+
+    def of_round(round_: jax.Array) -> Any:
+        _, pull = jax.vjp(partial(run, round_, plan), *operands)
+        return pull(gradient)
+
+    return None, None, *_add_further(rounds, pull(gradient), of_round)
+
+
+_all_rounds.defvjp(_all_rounds_forward, _all_rounds_backward)
+
+
+def _add_further(rounds: jax.Array, first: Any, of_round: Callable[[jax.Array], Any]) -> Any:
+    """`first` plus what the rounds after the first give. The loop starts from `first`: mostly it has nothing to do."""
 
     def add(state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         round_, sums = state
-        _, pull = jax.vjp(lambda *operands: run(round_, plan, *operands), *operands)
-        return round_ + 1, jax.tree.map(jnp.add, sums, pull(gradient))
+        return round_ + 1, jax.tree.map(jnp.add, sums, of_round(round_))
 
-    zeros = jax.tree.map(lambda operand: _ffi.vary(jnp.zeros_like(operand), _ffi.varying(operand)), tuple(operands))
-    _, sums = lax.while_loop(lambda state: state[0] < rounds, add, (_like(rounds, 1), zeros))
-    return None, None, *sums
-
-
-def _like(number: jax.Array, value: int) -> jax.Array:
-    return _ffi.vary(jnp.int32(value), _ffi.varying(number))
-
-
-_further_rounds.defvjp(_further_rounds_forward, _further_rounds_backward)
+    one = _ffi.vary(jnp.int32(1), _ffi.varying(rounds))
+    return lax.while_loop(lambda state: state[0] < rounds, add, (one, first))[1]

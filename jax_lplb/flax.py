@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from jax_lplb import _ffi
 from jax_lplb._balance import balance
 from jax_lplb._expert_parallel import Dispatch, expert_parallel
 from jax_lplb._placement import Placement
@@ -271,25 +272,70 @@ def _slots(home: dict[str, jax.Array], placement: Placement, *, axis_name: Any, 
 def _swiglu(
     weights: dict[str, jax.Array], rows: jax.Array, group_sizes: jax.Array, *, grouped_matmul: GroupedMatmul | None
 ) -> jax.Array:
-    matmul = partial(_grouped_matmul, group_sizes=group_sizes, implementation=grouped_matmul)
+    axes = _ffi.varying(rows, group_sizes, *weights.values())
+
+    def matmul(rows: jax.Array, weights: jax.Array) -> jax.Array:
+        return _grouped_matmul(*(_ffi.vary(x, axes) for x in (rows, weights, group_sizes)), grouped_matmul)
+
     gate, up = jnp.split(matmul(rows, weights["w_in"]), 2, axis=1)
     return matmul(jax.nn.silu(gate) * up, weights["w_out"])
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _grouped_matmul(
-    rows: jax.Array, weights: jax.Array, *, group_sizes: jax.Array, implementation: GroupedMatmul | None
+    rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, implementation: GroupedMatmul | None
 ) -> jax.Array:
-    def ragged_dot(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Array:
-        return lax.ragged_dot(rows, weights, group_sizes)
+    """Rows [n, a], sorted by group, times the weights [groups, a, b] of their groups.
 
-    def tokamax(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Array:
-        return importlib.import_module("tokamax").ragged_dot(rows, weights, group_sizes)
+    Differentiated here, not by the libraries: tokamax's results lose the types by which shard_map tells what varies
+    over the mesh, and a choice by platform that is differentiated keeps what each of the platforms needs.
+    """
+    return _ragged_dot(rows, weights, group_sizes, ((1,), (1,)), [0], implementation)
+
+
+def _grouped_matmul_forward(
+    rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, implementation: GroupedMatmul | None
+) -> Any:
+    return _grouped_matmul(rows, weights, group_sizes, implementation), (rows, weights, group_sizes)
+
+
+def _grouped_matmul_backward(implementation: GroupedMatmul | None, residuals: Any, gradient: jax.Array) -> Any:
+    rows, weights, group_sizes = residuals
+    of_rows = _ragged_dot(gradient, weights, group_sizes, ((1,), (2,)), [0], implementation)
+    of_weights = _ragged_dot(rows, gradient, group_sizes, ((0,), (0,)), [], implementation)
+    return of_rows, of_weights, None
+
+
+_grouped_matmul.defvjp(_grouped_matmul_forward, _grouped_matmul_backward)
+
+
+def _ragged_dot(
+    rows: jax.Array,
+    other: jax.Array,
+    group_sizes: jax.Array,
+    contracting: tuple[tuple[int, ...], tuple[int, ...]],
+    group_dimensions: list[int],
+    implementation: GroupedMatmul | None,
+) -> jax.Array:
+    numbers = lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(contracting, ((), ())),
+        lhs_ragged_dimensions=[0],
+        rhs_group_dimensions=group_dimensions,
+    )
+    axes = _ffi.varying(rows)
+
+    def ragged_dot(rows: jax.Array, other: jax.Array, group_sizes: jax.Array) -> jax.Array:
+        return lax.ragged_dot_general(rows, other, group_sizes, numbers)
+
+    def tokamax(rows: jax.Array, other: jax.Array, group_sizes: jax.Array) -> jax.Array:
+        result = importlib.import_module("tokamax").ragged_dot_general(rows, other, group_sizes, numbers)
+        return _ffi.vary(result, axes)
 
     if implementation == "ragged_dot" or (implementation is None and not _has_tokamax()):
-        return ragged_dot(rows, weights, group_sizes)
+        return ragged_dot(rows, other, group_sizes)
     if implementation == "tokamax":
-        return tokamax(rows, weights, group_sizes)
-    return lax.platform_dependent(rows, weights, group_sizes, default=ragged_dot, cuda=tokamax)
+        return tokamax(rows, other, group_sizes)
+    return lax.platform_dependent(rows, other, group_sizes, default=ragged_dot, cuda=tokamax)
 
 
 def _has_tokamax() -> bool:
