@@ -163,6 +163,8 @@ def _present(log2phy: jax.Array, num_physical: int) -> jax.Array:
 def _quotas(split: jax.Array, load: jax.Array, log2phy: jax.Array, num_physical: int) -> jax.Array:
     """uint32 [num_experts, max_replicas], integers near load * split / sum(split) that sum to the load."""
     present = _present(log2phy, num_physical)
+    if present.shape[1] == 1:
+        return jnp.where(present, jnp.maximum(load, 0)[:, None], 0).astype(jnp.uint32)
     replicas = jnp.sum(present, axis=1, keepdims=True, dtype=jnp.int32)
     part = jnp.where(present & (split > 0), split, 0)
     # Evenly where there is nothing for any of them.

@@ -1,8 +1,8 @@
 """Tokens to the ranks of their physical experts, through the experts, and back; within `shard_map`.
 
 Buffers have a static size, a factor over what an even load needs. A batch that needs more goes through them in several
-rounds, as many on all ranks: no token is dropped, and memory does not grow. The first round is differentiated as any
-other code; further rounds, which balanced batches do not have, are a loop whose backward pass runs it once more.
+rounds, as many on all ranks: no token is dropped, and memory does not grow. The single round that balanced batches need
+is differentiated as any other code; the backward pass of several runs each of them once more.
 
 Rows are only ever gathered, by index arrays that are each other's inverses, in the backward pass too: no scatter, whose
 order of additions would show on GPUs.
@@ -59,21 +59,29 @@ def expert_parallel(
     ranks = lax.axis_size(axis_name)
     num_ids = physical_ids.size
     if dispatch == "all_to_all":
-        capacity = max(min(math.ceil(buffer_factor * num_ids / ranks), num_ids), 1)
+        most_ids, capacity = num_ids, _capacity(buffer_factor * num_ids / ranks, num_ids, ranks)
         plan = _plan(physical_ids.reshape(-1), physical_ids.reshape(-1) // slots_per_rank, ranks)
         run = partial(_all_to_all_round, _Layout(experts, axis_name, slots_per_rank, capacity))
     else:
-        capacity = max(min(math.ceil(buffer_factor * num_ids), num_ids * ranks), 1)
+        most_ids, capacity = num_ids * ranks, _capacity(buffer_factor * num_ids, num_ids * ranks, 1)
         everyones = lax.all_gather(physical_ids.reshape(-1), axis_name, tiled=True)
         here = everyones // slots_per_rank == lax.axis_index(axis_name)
         plan = _plan(everyones, jnp.where((everyones >= 0) & here, 0, -1), 1)
         run = partial(_ring_round, _Layout(experts, axis_name, slots_per_rank, capacity))
+    if capacity >= most_ids:
+        return run(jnp.int32(0), plan, weights, tokens, gates), jnp.int32(1)
     axes = _ffi.varying(tokens, plan.length, *jax.tree.leaves(weights))
     axes |= {axis_name} if isinstance(axis_name, str) else set(axis_name)
     # As many for all devices that take part in any collective of the loop.
     most = lax.pmax(_ffi.vary(jnp.max(plan.length), axes), tuple(sorted(axes)))
     rounds = jnp.maximum(-(-most // capacity), 1)
     return _all_rounds(run, rounds, plan, weights, tokens, gates), rounds
+
+
+def _capacity(wanted: float, most: int, peers: int) -> int:
+    """Buffer cells for each peer; those for all are a multiple of 64, as tokamax's kernels need."""
+    unit = 64 // math.gcd(64, peers)
+    return max(math.ceil(min(wanted, most) / unit), 1) * unit
 
 
 class _Layout(NamedTuple):
@@ -133,7 +141,7 @@ def _all_to_all_round(
     back = _inverse(order)
     done = experts(weights, _permute(received, order, back), _group_sizes(local_slot, slots_per_rank))
     returned = exchange(_permute(done, back, order))
-    return _weighted_sum(gates, _permute(returned, cell_of_pair, pair_of_cell))
+    return _weighted_sum(gates, returned, cell_of_pair, pair_of_cell)
 
 
 def _ring_round(
@@ -148,7 +156,7 @@ def _ring_round(
     slot = jnp.where(pair_of_cell < len(plan.slot), slot, slots_per_rank)
     rows = _tokens_to_cells(tokens, pair_of_cell, cell_of_pair)
     done = experts(weights, rows, _group_sizes(slot, slots_per_rank))
-    parts = _weighted_sum(gates, _permute(done, cell_of_pair, pair_of_cell))
+    parts = _weighted_sum(gates, done, cell_of_pair, pair_of_cell)
     return lax.psum_scatter(parts, axis_name, tiled=True)
 
 
@@ -160,8 +168,9 @@ def _inverse(order: jax.Array) -> jax.Array:
     return jnp.zeros_like(order).at[order].set(jnp.arange(len(order), dtype=jnp.int32), unique_indices=True)
 
 
-def _weighted_sum(gates: jax.Array, of_pairs: jax.Array) -> jax.Array:
-    of_tokens = of_pairs.reshape(*gates.shape, -1).astype(jnp.float32)
+@partial(jax.checkpoint, prevent_cse=False)  # keeps rows for the backward pass as they are, not one by one in float32
+def _weighted_sum(gates: jax.Array, cells: jax.Array, cell_of_pair: jax.Array, pair_of_cell: jax.Array) -> jax.Array:
+    of_tokens = _permute(cells, cell_of_pair, pair_of_cell).reshape(*gates.shape, -1).astype(jnp.float32)
     return jnp.sum(gates[..., None] * of_tokens, axis=1)
 
 
@@ -198,18 +207,39 @@ def _tokens_to_cells_backward(residuals: Any, gradient: jax.Array) -> Any:
 _tokens_to_cells.defvjp(_tokens_to_cells_forward, _tokens_to_cells_backward)
 
 
+# GPUs wait for the host to learn of a condition: so there is one, right after the plan and before all that takes long,
+# and then either the usual single round or a loop.
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _all_rounds(
     run: Any, rounds: jax.Array, plan: _Plan, weights: Any, tokens: jax.Array, gates: jax.Array
 ) -> jax.Array:
     """The sum of `run`'s results in all rounds."""
-    first = run(jnp.int32(0), plan, weights, tokens, gates)
-    return _add_further(rounds, first, lambda round_: run(round_, plan, weights, tokens, gates))
+    operands = (weights, tokens, gates)
+    return lax.cond(
+        rounds > 1,
+        lambda: _sum_of(rounds, lambda round_: run(round_, plan, *operands)),
+        lambda: run(jnp.int32(0), plan, *operands),
+    )
 
 
 def _all_rounds_forward(run: Any, rounds: jax.Array, plan: _Plan, *operands: Any) -> Any:
-    first, pull = jax.vjp(partial(run, jnp.int32(0), plan), *operands)
-    result = _add_further(rounds, first, lambda round_: run(round_, plan, *operands))
+    given = jax.tree.leaves((plan, operands))
+    structure, known = None, []  # of what the backward pass needs; by place among `given`, which need not be copied
+
+    def once() -> tuple[jax.Array, list[jax.Array]]:
+        nonlocal structure, known
+        result, pull = jax.vjp(partial(run, jnp.int32(0), plan), *operands)
+        kept, structure = jax.tree.flatten(pull)
+        known = [next((i for i, leaf in enumerate(given) if leaf is one), None) for one in kept]
+        return result, [one for one, i in zip(kept, known, strict=True) if i is None]
+
+    def several() -> tuple[jax.Array, list[jax.Array]]:
+        kept = [_zeros_like(leaf) for leaf in jax.eval_shape(once)[1]]  # rounds are run again in the backward pass
+        return _sum_of(rounds, lambda round_: run(round_, plan, *operands)), kept
+
+    result, kept = lax.cond(rounds > 1, several, once)
+    rest = iter(kept)
+    pull = jax.tree.unflatten(structure, [next(rest) if i is None else given[i] for i in known])
     return result, (rounds, plan, operands, pull)
 
 
@@ -220,18 +250,21 @@ def _all_rounds_backward(run: Any, residuals: Any, gradient: jax.Array) -> Any:
         _, pull = jax.vjp(partial(run, round_, plan), *operands)
         return pull(gradient)
 
-    return None, None, *_add_further(rounds, pull(gradient), of_round)
+    return None, None, *lax.cond(rounds > 1, lambda: _sum_of(rounds, of_round), lambda: pull(gradient))
 
 
 _all_rounds.defvjp(_all_rounds_forward, _all_rounds_backward)
 
 
-def _add_further(rounds: jax.Array, first: Any, of_round: Callable[[jax.Array], Any]) -> Any:
-    """`first` plus what the rounds after the first give. The loop starts from `first`: mostly it has nothing to do."""
-
+def _sum_of(rounds: jax.Array, of_round: Callable[[jax.Array], Any]) -> Any:
     def add(state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         round_, sums = state
         return round_ + 1, jax.tree.map(jnp.add, sums, of_round(round_))
 
-    one = _ffi.vary(jnp.int32(1), _ffi.varying(rounds))
-    return lax.while_loop(lambda state: state[0] < rounds, add, (one, first))[1]
+    first = _ffi.vary(jnp.int32(0), _ffi.varying(rounds))
+    zeros = jax.tree.map(_zeros_like, jax.eval_shape(of_round, first))
+    return lax.while_loop(lambda state: state[0] < rounds, add, (first, zeros))[1]
+
+
+def _zeros_like(array: Any) -> jax.Array:
+    return _ffi.vary(jnp.zeros(array.shape, array.dtype), _ffi.varying(array))

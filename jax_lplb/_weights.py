@@ -1,5 +1,6 @@
 """Experts' weights: copies for the redundant slots, and rows carried from one order to another."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,6 +11,8 @@ from jax import lax
 from jax_lplb import _ffi
 from jax_lplb._balance import AxisName, axis_size
 from jax_lplb._placement import Placement, copied
+
+_Routes = tuple[tuple[tuple[int, int], ...], ...]  # of each column of a topology, (sender, receiver)
 
 
 def replicate(home_weights: Any, placement: Placement, axis_name: AxisName) -> Any:
@@ -59,14 +62,44 @@ def _copies_along_topology(leaf: jax.Array, placement: Placement, axis_name: Axi
     copier[owner, number] = np.arange(ranks)[:, None]
     experts = jnp.asarray(placement.phy2log).reshape(ranks, slots)[copier, leaf.shape[0] + number]
     row = jnp.asarray(placement.log2phy)[experts, 0] % slots  # [ranks, redundants], what each rank sends
-    sent = leaf.at[row[lax.axis_index(axis_name)]].get(mode="clip")
-    sent = sent.reshape(redundants // columns, columns, *leaf.shape[1:])
     axes, number_of = _in_mesh_order(axis_name, ranks)
-    received = [
-        lax.ppermute(sent[:, column], axes, list(zip(number_of, number_of[copier[:, column]], strict=True)))
-        for column in range(columns)
-    ]
-    return jnp.concatenate([leaf, jnp.stack(received, axis=1).reshape(redundants, *leaf.shape[1:])])
+    routes = tuple(tuple(zip(number_of, number_of[copier[:, column]], strict=True)) for column in range(columns))
+    return _send_copies(axes, routes, leaf, row[lax.axis_index(axis_name)])
+
+
+# Differentiated by hand, so that the gradients of copies are added to the rows' own in place; JAX would scatter them
+# into zeros and add up whole leaves.
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _send_copies(axes: AxisName, routes: _Routes, leaf: jax.Array, rows: jax.Array) -> jax.Array:
+    """The leaf with, below, the rows that others send; this rank sends its `rows`, in turns along the routes."""
+    sent = leaf.at[rows].get(mode="clip")
+    received = _along(axes, routes, sent)
+    return jnp.concatenate([leaf, received])
+
+
+def _send_copies_forward(axes: AxisName, routes: _Routes, leaf: jax.Array, rows: jax.Array) -> Any:
+    return _send_copies(axes, routes, leaf, rows), rows
+
+
+def _send_copies_backward(axes: AxisName, routes: _Routes, rows: jax.Array, gradient: jax.Array) -> Any:
+    home = gradient.shape[0] - len(rows)
+    back = tuple(tuple((receiver, sender) for sender, receiver in route) for route in routes)
+    received = _along(axes, back, gradient[home:])
+    for k in range(len(rows)):
+        row = jnp.clip(rows[k], 0, home - 1)
+        own = lax.dynamic_slice_in_dim(gradient, row, 1, axis=0)
+        gradient = lax.dynamic_update_slice_in_dim(gradient, own + received[k : k + 1], row, axis=0)
+    return gradient[:home], None
+
+
+_send_copies.defvjp(_send_copies_forward, _send_copies_backward)
+
+
+def _along(axes: AxisName, routes: _Routes, sent: jax.Array) -> jax.Array:
+    """Row i goes along route i % len(routes)."""
+    by_route = sent.reshape(-1, len(routes), *sent.shape[1:])
+    received = [lax.ppermute(by_route[:, column], axes, route) for column, route in enumerate(routes)]
+    return jnp.stack(received, axis=1).reshape(sent.shape)
 
 
 def _in_mesh_order(axis_name: AxisName, num_ranks: int) -> tuple[AxisName, np.ndarray]:

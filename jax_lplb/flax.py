@@ -3,7 +3,7 @@
 import importlib
 import importlib.util
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +18,7 @@ from jax_lplb._expert_parallel import Dispatch, expert_parallel
 from jax_lplb._placement import Placement
 from jax_lplb._weights import from_logical, replicate
 
-GroupedMatmul = Literal["tokamax", "ragged_dot"]
+GroupedMatmul = Literal["tokamax", "ragged_dot"] | Callable[..., jax.Array]
 _log = logging.getLogger(__name__)
 
 
@@ -107,7 +107,8 @@ class MoE(nnx.Module):
           buffer_factor: size of the dispatch's buffers over what they would hold if all ranks sent and received the
             same. Where a batch needs more, it takes several rounds; no token is dropped.
           grouped_matmul: "tokamax" (https://github.com/openxla/tokamax), "ragged_dot" (jax.lax), or None: the former
-            on NVIDIA GPUs, where it is installed.
+            on NVIDIA GPUs, where it is installed. Or a function that is called as `jax.lax.ragged_dot_general`, with
+            four arguments; it is not differentiated, and what it returns beyond the groups' rows is not looked at.
           balance_options: further arguments of `jax_lplb.balance`, such as solver, tol, sync.
           dtype: in which experts compute.
           param_dtype: of the parameters.
@@ -122,7 +123,8 @@ class MoE(nnx.Module):
             raise ValueError(f"top_k must be from 1 to num_experts = {num_experts}, got {top_k}")
         _check_choice("router", router, ("softmax", "sigmoid"))
         _check_choice("dispatch", dispatch, ("all_to_all", "ring"))
-        _check_choice("grouped_matmul", grouped_matmul, (None, "tokamax", "ragged_dot"))
+        if not callable(grouped_matmul):
+            _check_choice("grouped_matmul", grouped_matmul, (None, "tokamax", "ragged_dot"))
         if not buffer_factor > 0:
             raise ValueError(f"buffer_factor must be positive, got {buffer_factor}")
         if grouped_matmul == "tokamax" and not _has_tokamax():
@@ -138,7 +140,7 @@ class MoE(nnx.Module):
         self.mesh, self.axis_name, self.token_axes = mesh, axis_name, token_axes
         self.other_axes = tuple(axis for axis in token_axes if axis not in expert_axes)
         self.dispatch, self.buffer_factor, self.grouped_matmul = dispatch, buffer_factor, grouped_matmul
-        self.balance_options = dict(balance_options or {})
+        self.balance_options = tuple(sorted((balance_options or {}).items()))  # hashable, as static attributes must be
         self.placement = PlacementState(placement)
         init = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=0)
 
@@ -210,7 +212,7 @@ class MoE(nnx.Module):
         gates = jnp.take_along_axis(scores, expert_ids, axis=1)
         gates = gates / jnp.sum(gates, axis=1, keepdims=True)
 
-        out = balance(expert_ids, placement, axis_name=self.axis_name, **self.balance_options)
+        out = balance(expert_ids, placement, axis_name=self.axis_name, **dict(self.balance_options))
         slots = (
             weights["slots"]
             if "slots" in weights
@@ -277,8 +279,13 @@ def _swiglu(
     def matmul(rows: jax.Array, weights: jax.Array) -> jax.Array:
         return _grouped_matmul(*(_ffi.vary(x, axes) for x in (rows, weights, group_sizes)), grouped_matmul)
 
-    gate, up = jnp.split(matmul(rows, weights["w_in"]), 2, axis=1)
-    return matmul(jax.nn.silu(gate) * up, weights["w_out"])
+    return matmul(_gated(matmul(rows, weights["w_in"])), weights["w_out"])
+
+
+@partial(jax.checkpoint, prevent_cse=False)  # or the backward pass would keep each step of it
+def _gated(gate_and_up: jax.Array) -> jax.Array:
+    gate, up = jnp.split(gate_and_up, 2, axis=1)
+    return jax.nn.silu(gate) * up
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -296,6 +303,8 @@ def _grouped_matmul(
 def _grouped_matmul_forward(
     rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, implementation: GroupedMatmul | None
 ) -> Any:
+    # Or XLA would do once more, for the backward pass, what made the rows, and slower: gathers within transpositions.
+    rows = lax.optimization_barrier(rows)
     return _grouped_matmul(rows, weights, group_sizes, implementation), (rows, weights, group_sizes)
 
 
@@ -322,20 +331,58 @@ def _ragged_dot(
         lhs_ragged_dimensions=[0],
         rhs_group_dimensions=group_dimensions,
     )
-    axes = _ffi.varying(rows)
 
-    def ragged_dot(rows: jax.Array, other: jax.Array, group_sizes: jax.Array) -> jax.Array:
-        return lax.ragged_dot_general(rows, other, group_sizes, numbers)
+    # What is beyond the groups may hold anything, even no numbers, and 0 times that would not be 0 later on.
+    within = jnp.arange(rows.shape[0], dtype=jnp.int32)[:, None] < jnp.sum(group_sizes)
 
-    def tokamax(rows: jax.Array, other: jax.Array, group_sizes: jax.Array) -> jax.Array:
-        result = importlib.import_module("tokamax").ragged_dot_general(rows, other, group_sizes, numbers)
-        return _ffi.vary(result, axes)
+    def run(function: Callable[..., jax.Array], *operands: jax.Array) -> jax.Array:
+        result = _ffi.vary(function(*operands, numbers), _ffi.varying(rows))
+        return jnp.where(within, result, 0) if group_dimensions else result
 
+    if callable(implementation):
+        return run(implementation, rows, other, group_sizes)
     if implementation == "ragged_dot" or (implementation is None and not _has_tokamax()):
-        return ragged_dot(rows, other, group_sizes)
+        return run(lax.ragged_dot_general, rows, other, group_sizes)
     if implementation == "tokamax":
-        return tokamax(rows, other, group_sizes)
-    return lax.platform_dependent(rows, other, group_sizes, default=ragged_dot, cuda=tokamax)
+        return run(_tokamax, rows, other, group_sizes)
+    return lax.platform_dependent(
+        rows, other, group_sizes, default=partial(run, lax.ragged_dot_general), cuda=partial(run, _tokamax)
+    )
+
+
+def _tokamax(rows: jax.Array, other: jax.Array, group_sizes: jax.Array, numbers: Any) -> jax.Array:
+    """Tokamax's `ragged_dot_general`, but on Hopper with choices of our own, for what training takes: bfloat16."""
+    tokamax = importlib.import_module("tokamax")
+    if not getattr(jax.devices()[0], "compute_capability", "").startswith("9."):
+        return tokamax.ragged_dot_general(rows, other, group_sizes, numbers)
+    tileable = rows.dtype == jnp.bfloat16 and all(size % 128 == 0 for size in (rows.shape[1], *other.shape[1:]))
+    if not numbers.rhs_group_dimensions:
+        # tokamax 0.0.17's kernel for sums over groups' rows is wrong on Hopper with jax 0.11: it overtakes its loads.
+        if not tileable:
+            return lax.ragged_dot_general(rows, other, group_sizes, numbers)
+        kernels = importlib.import_module("jax.experimental.pallas.ops.gpu.transposed_ragged_dot_mgpu")
+        return kernels.transposed_ragged_dot(
+            rows,
+            other,
+            group_sizes=group_sizes,
+            block_m=128,
+            block_n=128,
+            block_k=64,
+            max_concurrent_steps=4,
+            grid_block_n=1,
+        )
+    choice: Any = None
+    if tileable and rows.shape[0] >= 128 * len(group_sizes):
+        try:
+            gpu = importlib.import_module("tokamax.ops.gpu")
+        except ImportError:
+            _log.info("MoE: without jax-triton, tokamax does not offer a choice of tiles: matmuls take twice as long")
+        else:  # twice as fast as the tiles that it takes where it was not tuned
+            tiles = gpu.PallasMosaicRaggedDotConfig(
+                block_m=128, block_n=128, block_k=64, num_stages=4, split_k=1, persistent=False, grid_minor_dim=0
+            )
+            choice = (gpu.PallasMosaicRaggedDot(config=tiles), "mosaic", "xla")
+    return tokamax.ragged_dot_general(rows, other, group_sizes, numbers, implementation=choice)
 
 
 def _has_tokamax() -> bool:

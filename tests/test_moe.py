@@ -120,7 +120,7 @@ def test_equals_dense(rng, name, dispatch, buffer_factor):
     x, weight = inputs(rng)
     metrics = check_against_dense(layer, x, weight)
     rounds = int(metrics.rounds)
-    assert rounds == 1 if buffer_factor == 8 else rounds >= 5
+    assert rounds == 1 if buffer_factor == 8 else rounds >= 4
     assert int(metrics.load.sum()) == x.shape[0] * TOP_K
     assert metrics.optimum <= metrics.balanced + 1e-6
     if name == "none":
@@ -151,6 +151,27 @@ def test_equals_dense_on_gpus(rng, name, dispatch, buffer_factor):
     layer = make(place, mesh, dispatch=dispatch, buffer_factor=buffer_factor, grouped_matmul="ragged_dot")
     metrics = check_against_dense(layer, *inputs(rng))
     assert (int(metrics.rounds) == 1) == (buffer_factor == 8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("buffer_factor", [4.0, 0.4])
+@pytest.mark.parametrize("d_expert", [128, 192])
+def test_tokamax_equals_ragged_dot_on_gpus(rng, d_expert, buffer_factor):
+    """In bfloat16, with room to spare and in several rounds; one width is a multiple of the kernels' tiles."""
+    devices = jax.devices("gpu")
+    load = rng.lognormal(0, 1, EXPERTS)
+    place = lplb.Placement.from_eplb(load, num_ranks=len(devices), redundants_per_rank=0)
+    mesh = jax.sharding.Mesh(devices, ("ep",))
+    x, weight = (jnp.asarray(rng.normal(size=(256 * len(devices), 256)), jnp.bfloat16) for _ in range(2))
+    got = {}
+    for name in ("tokamax", "ragged_dot"):
+        options = {"placement": place, "mesh": mesh, "axis_name": "ep", "rngs": nnx.Rngs(0)}
+        layer = MoE(256, EXPERTS, d_expert, TOP_K, buffer_factor=buffer_factor, grouped_matmul=name, **options)
+        (result, metrics), grads = value_and_grads(layer, x, weight)
+        assert (int(metrics.rounds) == 1) == (buffer_factor == 4 or len(devices) == 1)
+        got[name] = [result, *jax.tree.leaves(grads)]
+    for actual, expected in zip(got["tokamax"], got["ragged_dot"], strict=True):
+        assert_close(actual, expected, 1e-2)
 
 
 @pytest.mark.parametrize("dispatch", ["all_to_all", "ring"])
