@@ -58,6 +58,8 @@ def expert_parallel(
     """
     ranks = lax.axis_size(axis_name)
     num_ids = physical_ids.size
+    if num_ids == 0:
+        return tokens.astype(jnp.float32), jnp.int32(1)
     if dispatch == "all_to_all":
         most_ids, capacity = num_ids, _capacity(buffer_factor * num_ids / ranks, num_ids, ranks)
         plan = _plan(physical_ids.reshape(-1), physical_ids.reshape(-1) // slots_per_rank, ranks)

@@ -243,9 +243,12 @@ class MoE(nnx.Module):
         mean = jnp.maximum(jnp.sum(load) / ranks, 1e-9)
         at_home = jnp.zeros_like(load, shape=(ranks,)).at[home_slot // placement.slots_per_rank].add(load)
         by_group = out.rank_load.reshape(groups, -1).max(axis=1).astype(jnp.float32)
-        moved = jnp.mean(out.physical_ids != home_slot[expert_ids], dtype=jnp.float32)
+        num_tokens, num_ids = max(len(expert_ids), 1), max(expert_ids.size, 1)
+        moved = jnp.sum(out.physical_ids != home_slot[expert_ids], dtype=jnp.float32) / num_ids
         chosen = load / jnp.maximum(jnp.sum(load), 1)
-        probability = lax.pmean(jnp.mean(scores / jnp.sum(scores, axis=1, keepdims=True), axis=0), self.token_axes)
+        probability = lax.pmean(
+            jnp.sum(scores / jnp.sum(scores, axis=1, keepdims=True), axis=0) / num_tokens, self.token_axes
+        )
         total = out.load
         if others:
             chosen, total = lax.pmean(chosen, others), lax.psum(total, others)

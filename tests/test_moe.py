@@ -181,6 +181,17 @@ def test_experts_over_two_axes(rng, dispatch):
     check_against_dense(layer, *inputs(rng))
 
 
+@pytest.mark.parametrize("dispatch", ["all_to_all", "ring"])
+def test_no_tokens(dispatch):
+    layer = make(placements()["cube"], mesh_of((RANKS, "ep")), dispatch=dispatch)
+    x = jnp.zeros((0, D_MODEL))
+    (result, metrics), grads = value_and_grads(layer, x, x)
+    assert result.shape == x.shape
+    assert not any(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(grads))
+    assert int(metrics.load.sum()) == 0
+    assert all(np.all(np.isfinite(leaf)) for leaf in metrics)
+
+
 @pytest.mark.parametrize(("dispatch", "buffer_factor"), [("all_to_all", 0.2), ("ring", 4.0)])
 def test_data_and_expert_axes(rng, dispatch, buffer_factor):
     """Each row of the mesh balances its own tokens; rows may need different numbers of rounds."""

@@ -72,6 +72,21 @@ def check(
     np.testing.assert_array_equal(out.status, lplb.Status.CONVERGED)
 
 
+@pytest.mark.parametrize("sync", ["all_gather", "psum"])
+def test_no_tokens(devices, sync):
+    place = ring_placement(len(devices))
+    step = jax.shard_map(
+        partial(lplb.balance, placement=place, axis_name="ep", sync=sync),
+        mesh=mesh_of(devices, {"ep": len(devices)}),
+        in_specs=P("ep"),
+        out_specs=specs(P("ep")),
+    )
+    out = jax.jit(step)(np.zeros((0, TOP_K), np.int32))
+    assert out.physical_ids.shape == (0, TOP_K)
+    assert not np.any(out.load)
+    assert not np.any(out.rank_load)
+
+
 @pytest.mark.parametrize(
     ("sync", "check_vma", "axis_type"),
     [
