@@ -1,0 +1,60 @@
+"""A balanced Mixture-of-Experts layer in Flax NNX, trained for a few steps over all devices."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+import jax_lplb as lplb
+from jax_lplb.flax import Metrics, MoE
+
+D_MODEL, EXPERTS, D_EXPERT, TOP_K, TOKENS = 64, 64, 32, 4, 256  # tokens of each rank and step
+
+# Without several accelerators, eight virtual CPU devices stand in for them.
+jax.config.update("jax_num_cpu_devices", 8)
+devices = jax.devices() if jax.device_count() > 1 else jax.devices("cpu")
+ranks = len(devices)
+mesh = jax.make_mesh((ranks,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
+by_rank = jax.NamedSharding(mesh, jax.P("expert"))
+
+# Each rank keeps copies of the next rank's first two experts.
+placement = lplb.Placement.from_topology(
+    lplb.topology.ring(ranks), num_experts=EXPERTS, num_ranks=ranks, redundants_per_rank=2
+)
+layer = MoE(
+    D_MODEL, EXPERTS, D_EXPERT, TOP_K, placement=placement, mesh=mesh, axis_name="expert", rngs=nnx.Rngs(params=0)
+)
+optimiser = nnx.Optimizer(layer, optax.adam(3e-3), wrt=nnx.Param)
+
+
+@nnx.jit
+def step(
+    layer: MoE, optimiser: nnx.Optimizer, x: jax.Array, average: jax.Array
+) -> tuple[jax.Array, Metrics, jax.Array]:
+    """One update, towards a layer that reverses its input; then copies go to the experts that were busiest."""
+
+    def loss(layer: MoE) -> tuple[jax.Array, Metrics]:
+        y, metrics = layer(x)
+        return jnp.mean((y - x[:, ::-1]) ** 2), metrics
+
+    (value, metrics), grads = nnx.value_and_grad(loss, has_aux=True)(layer)
+    optimiser.update(layer, grads)
+    average = 0.9 * average + 0.1 * metrics.load
+    # Only copies change, whose weights the next call brings along: experts stay at home.
+    layer.placement.set_value(layer.placement.get_value().select(average))
+    return value, metrics, average
+
+
+average = jnp.zeros(EXPERTS)
+centres = jax.random.normal(jax.random.key(1), (16, D_MODEL))  # tokens come in kinds, some of them frequent
+frequency = -jnp.arange(16) / 3.0
+for number in range(60):
+    kind_key, noise_key = jax.random.split(jax.random.key(number + 2))
+    kind = jax.random.categorical(kind_key, frequency, shape=(ranks * TOKENS,))
+    x = jax.device_put(centres[kind] + 0.5 * jax.random.normal(noise_key, (len(kind), D_MODEL)), by_rank)
+    value, metrics, average = step(layer, optimiser, x, average)
+    if number % 10 == 0 or number == 59:
+        print(
+            f"step {number:2}  loss {value:.3f}  imbalance {metrics.home:.2f} at home, {metrics.optimum:.2f} at best, "
+            f"{metrics.balanced:.2f} balanced  {metrics.moved:.0%} moved  {metrics.rounds} rounds"
+        )

@@ -1,0 +1,193 @@
+"""What a run is made of: its settings, the presets and the command line. Imports no JAX."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+VOCABULARY = 256  # bytes
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is trained. A checkpoint only loads into the model that it is of."""
+
+    d_model: int = 1024
+    """Width of tokens."""
+    layers: int = 6
+    """Blocks of attention and experts."""
+    heads: int = 16
+    """Attention heads."""
+    experts: int = 64
+    """Logical experts of each layer."""
+    top_k: int = 6
+    """Experts of each token."""
+    d_expert: int = 512
+    """Hidden width of an expert."""
+    router_bias: bool = False
+    """Balances the router without a loss (DeepSeek-V3), by a bias of each expert."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """What it is trained on."""
+
+    data: tuple[Path, ...] = ()
+    """Text files, and folders to look through. By default the Python standard library's sources and documentation."""
+    suffixes: tuple[str, ...] = (".txt", ".md", ".rst", ".py")
+    """Files of a folder that are read."""
+    seq_len: int = 1024
+    """Tokens (bytes) of a sequence."""
+    batch: int = 64
+    """Sequences of a step, over all devices."""
+    validation_batches: int = 4
+    """Batches held out for validation."""
+
+
+@dataclass(frozen=True)
+class Optimiser:
+    """AdamW, with linear warm-up and cosine decay."""
+
+    learning_rate: float = 6e-4
+    """At the end of the warm-up."""
+    final_fraction: float = 0.1
+    """Of the learning rate, at the last step."""
+    warmup_steps: int = 100
+    """Steps up to the full learning rate."""
+    weight_decay: float = 0.1
+    """Of matrices."""
+    clip_norm: float = 1.0
+    """Largest norm of all gradients together."""
+    aux_loss_weight: float = 0.0
+    """Weight of the classic balancing loss."""
+    router_bias_rate: float = 1e-3
+    """A step's change of the router's bias, with --router-bias."""
+
+
+@dataclass(frozen=True)
+class Placing:
+    """Where experts and their copies live."""
+
+    expert_ranks: int | None = None
+    """Ranks that share the experts; by default all devices. The others are data parallel."""
+    balance: bool = True
+    """Copies of experts, between which tokens are balanced. Without: experts in logical order, never moved."""
+    placement: Literal["topology", "eplb"] = "topology"
+    """Copies along a topology chosen by the number of ranks, or EPLB's."""
+    redundants: int = 2
+    """Copies that each rank keeps."""
+    placement_every: int = 100
+    """Steps between placements by past load; 0: the first one stays."""
+    load_decay: float = 0.98
+    """Of the moving average of loads, a step."""
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How it is computed; changes nothing but speed, memory and rounding."""
+
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of matrix multiplications; parameters are float32."""
+    attention: Literal["cudnn", "xla"] | None = None
+    """By default cuDNN's on GPUs, for bfloat16."""
+    remat: bool = True
+    """Computes each block again in the backward pass instead of keeping what it computed."""
+    dispatch: Literal["all_to_all", "ring"] = "all_to_all"
+    """How tokens travel to their experts."""
+    buffer_factor: float = 1.25
+    """Room of the dispatch's buffers over that of an even load."""
+    distributed: bool = False
+    """Several processes; where no cluster manager such as SLURM tells JAX, with the three options below."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0."""
+    processes: int | None = None
+    """Number of processes."""
+    process: int | None = None
+    """Number of this process, from 0."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run."""
+
+    out: Path = Path("pretrain-run")
+    """Folder of all that is written. With a checkpoint in it, the run goes on from there."""
+    steps: int = 2000
+    """Updates of the parameters."""
+    seed: int = 0
+    """Of the parameters and of the order of the data."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; there is always one at the end."""
+    keep: int = 2
+    """Checkpoints kept."""
+    validate_every: int = 500
+    """Steps between validations; there is always one at the end."""
+    log_every: int = 10
+    """Steps between lines of the log, where standard error is no terminal."""
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    optimiser: Optimiser = field(default_factory=Optimiser)
+    placing: Placing = field(default_factory=Placing)
+    compute: Compute = field(default_factory=Compute)
+
+
+PRESETS: dict[str, tuple[str, Config]] = {
+    "tiny": (
+        "0.5 million parameters, for 8 virtual devices of a CPU",
+        Config(
+            steps=300,
+            checkpoint_every=100,
+            validate_every=100,
+            model=Model(d_model=64, layers=2, heads=4, experts=32, top_k=2, d_expert=32),
+            data=Data(seq_len=128, batch=16, validation_batches=16),
+            optimiser=Optimiser(learning_rate=4e-3, warmup_steps=30),
+            placing=Placing(placement_every=50, load_decay=0.9),
+            compute=Compute(dtype="float32", remat=False),
+        ),
+    ),
+    "small": ("0.6 billion parameters, 64 experts, for 4 GPUs", Config()),
+    "base": (
+        "7.5 billion parameters, 128 experts, for 8 GPUs of 80 GB",
+        Config(
+            steps=20000,
+            checkpoint_every=1000,
+            model=Model(d_model=2048, layers=12, heads=16, experts=128, top_k=8, d_expert=768),
+            data=Data(seq_len=2048, batch=64),
+            optimiser=Optimiser(learning_rate=4e-4, warmup_steps=1000),
+        ),
+    ),
+}
+
+
+def parse(arguments: Sequence[str] | None = None) -> Config:
+    """The settings that a command line asks for: a preset, and what differs from it."""
+    return tyro.extras.overridable_config_cli(
+        PRESETS,
+        prog="train.py",
+        description="Pretrains a Mixture-of-Experts transformer whose experts are balanced by jax_lplb.",
+        args=arguments,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+
+
+def check(config: Config, devices: int) -> int:
+    """Returns the number of expert ranks; ends with one line where the settings do not fit the devices."""
+    model, ranks = config.model, config.placing.expert_ranks or devices
+    for section in (config, model, config.data, config.optimiser, config.placing, config.compute):
+        for name, value in vars(section).items():
+            least = 0 if name in ("seed", "placement_every", "redundants", "warmup_steps", "process") else 1
+            if isinstance(value, int) and not isinstance(value, bool) and value < least:
+                raise SystemExit(f"train: --{name.replace('_', '-')} must be at least {least}, got {value}")
+    if devices % ranks:
+        raise SystemExit(f"train: --expert-ranks {ranks} does not divide the {devices} devices")
+    if model.experts % ranks:
+        raise SystemExit(f"train: --experts {model.experts} cannot be divided over {ranks} expert ranks evenly")
+    if model.top_k > model.experts:
+        raise SystemExit(f"train: --top-k {model.top_k} is more than --experts {model.experts}")
+    if model.d_model % (2 * model.heads):
+        raise SystemExit(f"train: --d-model {model.d_model} must be an even multiple of --heads {model.heads}")
+    if config.data.batch % devices:
+        raise SystemExit(f"train: --batch {config.data.batch} cannot be divided over {devices} devices evenly")
+    return ranks
