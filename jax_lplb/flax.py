@@ -1,9 +1,7 @@
 """A Mixture-of-Experts layer for Flax NNX: expert parallel, balanced by `jax_lplb.balance`."""
 
-import importlib
-import importlib.util
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -12,13 +10,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from jax_lplb import _ffi
 from jax_lplb._balance import balance
 from jax_lplb._expert_parallel import Dispatch, expert_parallel
+from jax_lplb._grouped_matmul import GroupedMatmul, grouped_matmul, has_tokamax
 from jax_lplb._placement import Placement
 from jax_lplb._weights import from_logical, replicate
 
-GroupedMatmul = Literal["tokamax", "ragged_dot"] | Callable[..., jax.Array]
 _log = logging.getLogger(__name__)
 
 
@@ -127,7 +124,7 @@ class MoE(nnx.Module):
             _check_choice("grouped_matmul", grouped_matmul, (None, "tokamax", "ragged_dot"))
         if not buffer_factor > 0:
             raise ValueError(f"buffer_factor must be positive, got {buffer_factor}")
-        if grouped_matmul == "tokamax" and not _has_tokamax():
+        if grouped_matmul == "tokamax" and not has_tokamax():
             raise ValueError("grouped_matmul = 'tokamax' needs tokamax: pip install 'jax_lplb[moe]'")
         expert_axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
         token_axes = expert_axes if token_axes is None else tuple(token_axes)
@@ -223,7 +220,7 @@ class MoE(nnx.Module):
             out.physical_ids,
             gates,
             slots,
-            partial(_swiglu, grouped_matmul=self.grouped_matmul),
+            partial(_swiglu, implementation=self.grouped_matmul),
             slots_per_rank=placement.slots_per_rank,
             axis_name=self.axis_name,
             dispatch=self.dispatch,
@@ -275,121 +272,16 @@ def _slots(home: dict[str, jax.Array], placement: Placement, *, axis_name: Any, 
 
 
 def _swiglu(
-    weights: dict[str, jax.Array], rows: jax.Array, group_sizes: jax.Array, *, grouped_matmul: GroupedMatmul | None
+    weights: dict[str, jax.Array], rows: jax.Array, group_sizes: jax.Array, *, implementation: GroupedMatmul | None
 ) -> jax.Array:
-    axes = _ffi.varying(rows, group_sizes, *weights.values())
-
-    def matmul(rows: jax.Array, weights: jax.Array) -> jax.Array:
-        return _grouped_matmul(*(_ffi.vary(x, axes) for x in (rows, weights, group_sizes)), grouped_matmul)
-
-    return matmul(_gated(matmul(rows, weights["w_in"])), weights["w_out"])
+    hidden = _gated(grouped_matmul(rows, weights["w_in"], group_sizes, implementation))
+    return grouped_matmul(hidden, weights["w_out"], group_sizes, implementation)
 
 
 @partial(jax.checkpoint, prevent_cse=False)  # or the backward pass would keep each step of it
 def _gated(gate_and_up: jax.Array) -> jax.Array:
     gate, up = jnp.split(gate_and_up, 2, axis=1)
     return jax.nn.silu(gate) * up
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _grouped_matmul(
-    rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, implementation: GroupedMatmul | None
-) -> jax.Array:
-    """Rows [n, a], sorted by group, times the weights [groups, a, b] of their groups.
-
-    Differentiated here, not by the libraries: tokamax's results lose the types by which shard_map tells what varies
-    over the mesh, and a choice by platform that is differentiated keeps what each of the platforms needs.
-    """
-    return _ragged_dot(rows, weights, group_sizes, ((1,), (1,)), [0], implementation)
-
-
-def _grouped_matmul_forward(
-    rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, implementation: GroupedMatmul | None
-) -> Any:
-    # Or XLA would do once more, for the backward pass, what made the rows, and slower: gathers within transpositions.
-    rows = lax.optimization_barrier(rows)
-    return _grouped_matmul(rows, weights, group_sizes, implementation), (rows, weights, group_sizes)
-
-
-def _grouped_matmul_backward(implementation: GroupedMatmul | None, residuals: Any, gradient: jax.Array) -> Any:
-    rows, weights, group_sizes = residuals
-    of_rows = _ragged_dot(gradient, weights, group_sizes, ((1,), (2,)), [0], implementation)
-    of_weights = _ragged_dot(rows, gradient, group_sizes, ((0,), (0,)), [], implementation)
-    return of_rows, of_weights, None
-
-
-_grouped_matmul.defvjp(_grouped_matmul_forward, _grouped_matmul_backward)
-
-
-def _ragged_dot(
-    rows: jax.Array,
-    other: jax.Array,
-    group_sizes: jax.Array,
-    contracting: tuple[tuple[int, ...], tuple[int, ...]],
-    group_dimensions: list[int],
-    implementation: GroupedMatmul | None,
-) -> jax.Array:
-    numbers = lax.RaggedDotDimensionNumbers(
-        dot_dimension_numbers=(contracting, ((), ())),
-        lhs_ragged_dimensions=[0],
-        rhs_group_dimensions=group_dimensions,
-    )
-
-    # What is beyond the groups may hold anything, even no numbers, and 0 times that would not be 0 later on.
-    within = jnp.arange(rows.shape[0], dtype=jnp.int32)[:, None] < jnp.sum(group_sizes)
-
-    def run(function: Callable[..., jax.Array], *operands: jax.Array) -> jax.Array:
-        result = _ffi.vary(function(*operands, numbers), _ffi.varying(rows))
-        return jnp.where(within, result, 0) if group_dimensions else result
-
-    if callable(implementation):
-        return run(implementation, rows, other, group_sizes)
-    if implementation == "ragged_dot" or (implementation is None and not _has_tokamax()):
-        return run(lax.ragged_dot_general, rows, other, group_sizes)
-    if implementation == "tokamax":
-        return run(_tokamax, rows, other, group_sizes)
-    return lax.platform_dependent(
-        rows, other, group_sizes, default=partial(run, lax.ragged_dot_general), cuda=partial(run, _tokamax)
-    )
-
-
-def _tokamax(rows: jax.Array, other: jax.Array, group_sizes: jax.Array, numbers: Any) -> jax.Array:
-    """Tokamax's `ragged_dot_general`, but on Hopper with choices of our own, for what training takes: bfloat16."""
-    tokamax = importlib.import_module("tokamax")
-    if not getattr(jax.devices()[0], "compute_capability", "").startswith("9."):
-        return tokamax.ragged_dot_general(rows, other, group_sizes, numbers)
-    tileable = rows.dtype == jnp.bfloat16 and all(size % 128 == 0 for size in (rows.shape[1], *other.shape[1:]))
-    if not numbers.rhs_group_dimensions:
-        # tokamax 0.0.17's kernel for sums over groups' rows is wrong on Hopper with jax 0.11: it overtakes its loads.
-        if not tileable:
-            return lax.ragged_dot_general(rows, other, group_sizes, numbers)
-        kernels = importlib.import_module("jax.experimental.pallas.ops.gpu.transposed_ragged_dot_mgpu")
-        return kernels.transposed_ragged_dot(
-            rows,
-            other,
-            group_sizes=group_sizes,
-            block_m=128,
-            block_n=128,
-            block_k=64,
-            max_concurrent_steps=4,
-            grid_block_n=1,
-        )
-    choice: Any = None
-    if tileable and rows.shape[0] >= 128 * len(group_sizes):
-        try:
-            gpu = importlib.import_module("tokamax.ops.gpu")
-        except ImportError:
-            _log.info("MoE: without jax-triton, tokamax does not offer a choice of tiles: matmuls take twice as long")
-        else:  # twice as fast as the tiles that it takes where it was not tuned
-            tiles = gpu.PallasMosaicRaggedDotConfig(
-                block_m=128, block_n=128, block_k=64, num_stages=4, split_k=1, persistent=False, grid_minor_dim=0
-            )
-            choice = (gpu.PallasMosaicRaggedDot(config=tiles), "mosaic", "xla")
-    return tokamax.ragged_dot_general(rows, other, group_sizes, numbers, implementation=choice)
-
-
-def _has_tokamax() -> bool:
-    return importlib.util.find_spec("tokamax") is not None
 
 
 def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:

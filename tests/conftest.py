@@ -1,9 +1,21 @@
 """Eight virtual CPU devices, strict promotion, and the fixtures that choose what runs."""
 
+import importlib.util
 import os
 import pathlib
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Most of a test's time on CPUs is LLVM's, and what it optimises runs once. GPUs' kernels stay as they are.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        "--xla_force_host_platform_device_count=8",
+        *(
+            ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+            if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
+            else []
+        ),
+        os.environ.get("XLA_FLAGS", ""),
+    ]
+)
 # On machines with several tests a GPU, none may take most of its memory.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 

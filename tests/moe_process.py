@@ -8,7 +8,8 @@ import sys
 
 
 def main(process: int, processes: int, port: int, out: str) -> None:
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={8 // processes}"
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={8 // processes}"
     import jax
 
     jax.config.update("jax_platforms", "cpu")
