@@ -1,10 +1,10 @@
 """Time and memory of the Flax MoE layer on several GPUs: `python benchmarks/layer.py --traces FOLDER`.
 
 The layer (bfloat16, d_model 2048, 64 experts of hidden width 1408, top-6) over all devices, two redundant experts a
-rank along a torus or ring, is fed tokens whose router picks what was recorded of DeepSeek-V2-Lite (wrapped around), or
-drawn with log-normal popularity of the experts, or round-robin. Recorded tokens are dealt to the ranks in turn, as
-shuffled data would be. Each rank has 16 experts in logical order, and the copies are of the heaviest in the long run:
-of the whole recording, or by the popularity that the batch was drawn from. Modes:
+rank along a torus, the cube or a ring, is fed tokens whose router picks what was recorded of DeepSeek-V2-Lite (wrapped
+around), or drawn with log-normal popularity of the experts, or round-robin. Recorded tokens are dealt to the ranks in
+turn, as shuffled data would be. Experts are in logical order, equally many a rank, and the copies are of the heaviest
+in the long run: of the whole recording, or by the popularity that the batch was drawn from. Modes:
 
   even        round-robin, no copies, no balance: as fast as the layer can be
   unbalanced  no copies, no balance
@@ -229,7 +229,7 @@ def measure(
         for mode in ("unbalanced", "balanced") if load.name != "even" else ("even", "balanced")[: 2 - baseline_only]:
             placement = placement_for(load.past, REDUNDANTS if mode == "balanced" else 0)
             smallest = smallest_factor(ids, placement, runner.mesh)
-            factor = next(factor for factor in FACTORS if factor >= smallest)
+            factor = next((factor for factor in FACTORS if factor >= smallest), float(placement.num_ranks))
             for prepared in (False, True):
                 name = {"balanced": "prepared"}.get(mode, f"{mode} prepared") if prepared else mode
                 if name not in modes:
@@ -271,7 +271,7 @@ def main() -> None:
     parser.add_argument("--d-expert", type=int, default=1408)
     parser.add_argument("--dispatch", choices=["all_to_all", "ring"], default="all_to_all")
     parser.add_argument("--grouped-matmul", choices=["tokamax", "ragged_dot"], help="by default: by platform")
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="with even, to compare with")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="those beside even")
     parser.add_argument("--baseline-only", action="store_true", help="no balancing of the even load")
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES))
     parser.add_argument("--repeats", type=int, default=30)
@@ -289,7 +289,7 @@ def main() -> None:
             loads = [round_robin(total)] + [lognormal(total, sigma) for sigma in args.sigmas]
             if args.traces is not None:
                 loads += [deepseek(total, args.traces, layer) for layer in args.layers]
-            rows += measure(runner, loads, tokens, args.repeats, args.modes, args.passes, args.baseline_only)
+            rows += measure(runner, loads, tokens, args.repeats, ["even", *args.modes], args.passes, args.baseline_only)
             flags = os.environ.get("XLA_FLAGS", "")
             common.write(args.out, [{**row, "xla_flags": flags} if flags else row for row in rows])
 

@@ -1,8 +1,8 @@
 """All that is measured on several devices, one after the other: `python benchmarks/suite.py --out FOLDER`.
 
-On all GPUs, whatever their number: the GPU tests, `balance` beside no-op kernels, the Flax layer, and 200 steps of the
-pretraining example, balanced and not, compared. What fails does not keep the rest from running; exit code 1 says that
-something did. `--small` takes sizes for the 8 virtual devices of a CPU, and leaves out the tests.
+On all GPUs, two, four, eight or more: the GPU tests, `balance` beside no-op kernels, the Flax layer, and 200 steps of
+the pretraining example, balanced and not, compared. What fails does not keep the rest from running; exit code 1 says
+that something did. `--small` takes sizes for the 8 virtual devices of a CPU, and leaves out the tests.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from rich.table import Table
 
 ROOT = pathlib.Path(__file__).parents[1]
 EIGHT = "--xla_force_host_platform_device_count=8"
+RUNS: dict[str, list[str]] = {"balanced": [], "home": ["--no-balance"]}
 
 
 def commands(args: argparse.Namespace) -> dict[str, list[str]]:
@@ -31,17 +32,16 @@ def commands(args: argparse.Namespace) -> dict[str, list[str]]:
         tokens, sizes, preset, steps = ["64"], ["64"], "tiny", 20
         smaller = ["--d-model", "64", "--d-expert", "64", "--repeats", "3", "--sigmas", "0.6"]
     train = [python, "examples/pretrain/train.py", preset, "--steps", str(steps), "--checkpoint-every", "1000000"]
-    runs = {"balanced": [], "home": ["--no-balance"]}
     tests = [python, "-P", "-m", "pytest", "tests", "-m", "gpu", "-n", "8", "-q", *traces]
     return {
         **({} if args.small else {"tests": tests}),
         "balance": [python, "benchmarks/balance.py", "--tokens", *tokens, *noop, "--out", f"{out}/balance.json"],
         "layer": [python, "benchmarks/layer.py", "--tokens", *sizes, *traces, *smaller, "--out", f"{out}/layer.json"],
-        **{f"pretrain {name}": [*train, *options, "--out", f"{out}/{name}"] for name, options in runs.items()},
+        **{f"pretrain {name}": [*train, *options, "--out", f"{out}/{name}"] for name, options in RUNS.items()},
         "compare": [
             python,
             "examples/pretrain/compare.py",
-            *(f"{out}/{name}" for name in runs),
+            *(f"{out}/{name}" for name in RUNS),
             "--out",
             f"{out}/compare.png",
         ],
@@ -56,12 +56,17 @@ def main() -> None:
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--only", nargs="+", help="names of commands")
     args = parser.parse_args()
+    every = commands(args)
+    if unknown := set(args.only or ()) - set(every):
+        parser.error(f"--only: no such command: {', '.join(sorted(unknown))}; there are {', '.join(every)}")
+    if any((args.out / name).exists() for name in RUNS) and not args.only:
+        parser.error(f"--out: {args.out} has runs that would only be gone on with; name another folder")
     args.out.mkdir(parents=True, exist_ok=True)
     environment = dict(os.environ)
     if args.small:
         environment["XLA_FLAGS"] = f"{EIGHT} {environment.get('XLA_FLAGS', '')}".strip()
     console, table, failed = Console(), Table("command", "seconds", "exit code"), False
-    for name, command in commands(args).items():
+    for name, command in every.items():
         if args.only and name not in args.only:
             continue
         log, begin = args.out / f"{name.replace(' ', '_')}.txt", time.perf_counter()

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from jax_lplb import _ffi
 from jax_lplb._balance import balance
 from jax_lplb._expert_parallel import Dispatch, expert_parallel
 from jax_lplb._grouped_matmul import GroupedMatmul, grouped_matmul, has_tokamax
@@ -125,7 +126,9 @@ class MoE(nnx.Module):
         if not buffer_factor > 0:
             raise ValueError(f"buffer_factor must be positive, got {buffer_factor}")
         if grouped_matmul == "tokamax" and not has_tokamax():
-            raise ValueError("grouped_matmul = 'tokamax' needs tokamax: pip install 'jax_lplb[moe]'")
+            raise ValueError(
+                "grouped_matmul = 'tokamax' needs tokamax: pip install 'jax_lplb[moe]' (Python 3.12 or newer)"
+            )
         expert_axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
         token_axes = expert_axes if token_axes is None else tuple(token_axes)
         if not set(expert_axes) <= set(token_axes) <= set(mesh.axis_names):
@@ -136,6 +139,7 @@ class MoE(nnx.Module):
         self.top_k, self.scores, self.dtype = top_k, router, dtype
         self.mesh, self.axis_name, self.token_axes = mesh, axis_name, token_axes
         self.other_axes = tuple(axis for axis in token_axes if axis not in expert_axes)
+        self.slot_axes = (*self.other_axes, *expert_axes)
         self.dispatch, self.buffer_factor, self.grouped_matmul = dispatch, buffer_factor, grouped_matmul
         self.balance_options = tuple(sorted((balance_options or {}).items()))  # hashable, as static attributes must be
         self.placement = PlacementState(placement)
@@ -157,13 +161,14 @@ class MoE(nnx.Module):
     def prepare(self) -> dict[str, jax.Array]:
         """The weights of all slots in `dtype`, copies included, for several calls: `layer(x, slots)`.
 
-        For micro-batches between two updates of the parameters: copies then travel once. Differentiable.
+        For micro-batches between two updates of the parameters: copies then travel once. Differentiable. Each device
+        has its slots; the first axis of the arrays counts those of all, [devices * slots_per_rank, ...].
         """
         run = jax.shard_map(
-            partial(_slots, axis_name=self.axis_name, dtype=self.dtype),
+            self._slots,
             mesh=self.mesh,
             in_specs=(jax.P(self.axis_name), jax.P()),
-            out_specs=jax.P(self.axis_name),
+            out_specs=jax.P(self.slot_axes),
             axis_names=set(self.token_axes),
         )
         return run(self._home_weights(), self.placement.get_value())
@@ -178,14 +183,18 @@ class MoE(nnx.Module):
         Returns:
           The result, of the shape and dtype of `x`, and `Metrics`.
         """
+        weights, where = (
+            ({"home": self._home_weights()}, {"home": jax.P(self.axis_name)})
+            if slots is None
+            else ({"slots": slots}, {"slots": jax.P(self.slot_axes)})
+        )
         run = jax.shard_map(
             self._on_rank,
             mesh=self.mesh,
-            in_specs=(jax.P(self.token_axes), jax.P(self.axis_name), jax.P(), jax.P(), jax.P()),
+            in_specs=(jax.P(self.token_axes), where, jax.P(), jax.P(), jax.P()),
             out_specs=(jax.P(self.token_axes), jax.P()),
             axis_names=set(self.token_axes),
         )
-        weights = {"home": self._home_weights()} if slots is None else {"slots": slots}
         bias = None if self.bias is None else self.bias[...]
         return run(x, weights, self.router[...], bias, self.placement.get_value())
 
@@ -199,6 +208,13 @@ class MoE(nnx.Module):
     def _home_weights(self) -> dict[str, jax.Array]:
         return {"w_in": self.w_in[...], "w_out": self.w_out[...]}
 
+    def _slots(self, home: dict[str, jax.Array], placement: Placement) -> dict[str, jax.Array]:
+        def cast(leaf: jax.Array) -> jax.Array:
+            # Before copies travel, in half the bytes; but gradients are added up over other axes in the leaf's dtype.
+            return _ffi.vary(leaf, frozenset(self.other_axes)).astype(self.dtype)
+
+        return replicate(jax.tree.map(cast, home), placement, self.axis_name)
+
     def _on_rank(
         self, x: jax.Array, weights: dict[str, Any], router: jax.Array, bias: jax.Array | None, placement: Placement
     ) -> tuple[jax.Array, Metrics]:
@@ -210,11 +226,7 @@ class MoE(nnx.Module):
         gates = gates / jnp.sum(gates, axis=1, keepdims=True)
 
         out = balance(expert_ids, placement, axis_name=self.axis_name, **dict(self.balance_options))
-        slots = (
-            weights["slots"]
-            if "slots" in weights
-            else _slots(weights["home"], placement, axis_name=self.axis_name, dtype=self.dtype)
-        )
+        slots = weights["slots"] if "slots" in weights else self._slots(weights["home"], placement)
         result, rounds = expert_parallel(
             tokens.astype(self.dtype),
             out.physical_ids,
@@ -264,11 +276,6 @@ class MoE(nnx.Module):
             load=total,
             aux_loss=len(chosen) * jnp.sum(lax.stop_gradient(chosen) * probability),
         )
-
-
-def _slots(home: dict[str, jax.Array], placement: Placement, *, axis_name: Any, dtype: Any) -> dict[str, jax.Array]:
-    # Cast first: copies travel in half the bytes.
-    return replicate(jax.tree.map(lambda leaf: leaf.astype(dtype), home), placement, axis_name)
 
 
 def _swiglu(

@@ -192,15 +192,17 @@ def test_no_tokens(dispatch):
     assert all(np.all(np.isfinite(leaf)) for leaf in metrics)
 
 
-@pytest.mark.parametrize(("dispatch", "buffer_factor"), [("all_to_all", 0.2), ("ring", 4.0)])
-def test_data_and_expert_axes(rng, dispatch, buffer_factor):
+@pytest.mark.parametrize(
+    ("dispatch", "buffer_factor", "prepared"), [("all_to_all", 0.2, False), ("ring", 4.0, False), ("ring", 0.4, True)]
+)
+def test_data_and_expert_axes(rng, dispatch, buffer_factor, prepared):
     """Each row of the mesh balances its own tokens; rows may need different numbers of rounds."""
     place = lplb.Placement.from_topology(topology.ring(4), num_experts=EXPERTS, num_ranks=4, redundants_per_rank=2)
     mesh = mesh_of((2, "data"), (4, "ep"))
     layer = make(place, mesh, token_axes=("data", "ep"), dispatch=dispatch, buffer_factor=buffer_factor)
     x, weight = inputs(rng)
     x = x.at[: len(x) // 2].set(x[0])  # all tokens of one row pick the same experts
-    metrics = check_against_dense(layer, x, weight)
+    metrics = check_against_dense(layer, x, weight, prepared)
     assert int(metrics.load.sum()) == len(x) * TOP_K
 
 

@@ -190,6 +190,9 @@ def test_other_model_in_the_folder(whole):
         (["--batch", "12"], "--batch 12 cannot be divided over 8 devices evenly"),
         (["--heads", "5"], "--d-model 64 must be an even multiple of --heads 5"),
         (["--top-k", "33"], "--top-k 33 is more than --experts 32"),
+        (["--buffer-factor", "0"], "--buffer-factor cannot be 0"),
+        (["--load-decay", "1"], "--load-decay cannot be 1"),
+        (["--processes", "2"], "--coordinator, --processes and --process go with --distributed"),
         (["--steps", "0"], "--steps must be at least 1, got 0"),
         (["--redundants", "3"], "--redundants 3 on 8 expert ranks: redundants_per_rank must be a multiple of"),
         (["--data", "/nowhere"], "--data: no such file or folder: /nowhere"),
@@ -235,10 +238,13 @@ def test_no_space_for_a_checkpoint(config, monkeypatch, tmp_path):
         checkpoints.save(1, trainer.abstract, None)
 
 
-def test_a_loss_that_is_no_number_ends_the_run(config, tmp_path):
+@pytest.mark.parametrize(
+    ("loss", "norm", "message"), [(np.nan, 1, "loss of step 3 is nan"), (1, np.inf, "norm of the gradients .* is inf")]
+)
+def test_what_is_no_number_ends_the_run(config, tmp_path, loss, norm, message):
     with report.Recorder(dataclasses.replace(config, out=tmp_path), 0) as recorder:
-        recorder.push(3, {"loss": jax.numpy.float32(np.nan)}, 0.0)
-        with pytest.raises(SystemExit, match="train: the loss of step 3 is nan; run again, from the last checkpoint"):
+        recorder.push(3, {"loss": jax.numpy.float32(loss), "grad_norm": jax.numpy.float32(norm)}, 0.0)
+        with pytest.raises(SystemExit, match=f"train: the {message}; run again, from the last checkpoint"):
             recorder.flush()
 
 

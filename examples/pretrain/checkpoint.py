@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 import jax_lplb as lplb
 from config import Config
@@ -41,7 +42,7 @@ class Checkpoints:
             return
         # Found out while writing, a full disk would be reported in hundreds of lines.
         needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-        free = shutil.disk_usage(self._config.out).free
+        free = int(multihost_utils.broadcast_one_to_all(np.float64(shutil.disk_usage(self._config.out).free)))
         if free < needed:
             raise SystemExit(
                 f"train: {self._config.out}: no space left: a checkpoint takes {needed / 1e9:.3f} GB, and there are "

@@ -180,6 +180,14 @@ def check(config: Config, devices: int) -> int:
             least = 0 if name in ("seed", "placement_every", "redundants", "warmup_steps", "process") else 1
             if isinstance(value, int) and not isinstance(value, bool) and value < least:
                 raise SystemExit(f"train: --{name.replace('_', '-')} must be at least {least}, got {value}")
+    for name, value, fits in (
+        ("buffer-factor", config.compute.buffer_factor, config.compute.buffer_factor > 0),
+        ("load-decay", config.placing.load_decay, 0 <= config.placing.load_decay < 1),
+        ("learning-rate", config.optimiser.learning_rate, config.optimiser.learning_rate > 0),
+        ("clip-norm", config.optimiser.clip_norm, config.optimiser.clip_norm > 0),
+    ):
+        if not fits:
+            raise SystemExit(f"train: --{name} cannot be {value}")
     if devices % ranks:
         raise SystemExit(f"train: --expert-ranks {ranks} does not divide the {devices} devices")
     if model.experts % ranks:

@@ -32,8 +32,9 @@ class Attention(nnx.Module):
         self.heads = model.heads
         self.qkv = linear(model.d_model, 3 * model.d_model)
         self.out = linear(model.d_model, model.d_model)
-        # cuDNN's takes half-precision only.
-        cudnn = jax.default_backend() == "gpu" and compute.dtype == "bfloat16"
+        # cuDNN's takes half-precision only, and these widths of a head.
+        width = model.d_model // model.heads
+        cudnn = jax.default_backend() == "gpu" and compute.dtype == "bfloat16" and width % 8 == 0 and width <= 128
         self.implementation = compute.attention or ("cudnn" if cudnn else None)
 
     def __call__(self, x: jax.Array) -> jax.Array:

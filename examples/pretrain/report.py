@@ -36,6 +36,8 @@ class Recorder:
         self._loads = _earlier_loads(config.out / "loads.npz", start)
         self._metrics = _reopen(config.out / "metrics.jsonl", start)
         self._validation = _reopen(config.out / "validation.jsonl", start)
+        for line in read_lines(config.out / "validation.jsonl"):
+            self.validation_loss = line["validation_loss"]
         self._board = SummaryWriter(str(config.out / "tensorboard"), purge_step=start + 1)
         self._console = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
         self._progress = Progress(
@@ -91,11 +93,12 @@ class Recorder:
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
         loss = float(values["loss"])
-        if not math.isfinite(loss):
-            raise SystemExit(
-                f"train: the loss of step {step} is {loss}; run again, from the last checkpoint, with a lower "
-                "--learning-rate or --clip-norm"
-            )
+        for name, value in (("loss", loss), ("norm of the gradients", float(values["grad_norm"]))):
+            if not math.isfinite(value):
+                raise SystemExit(
+                    f"train: the {name} of step {step} is {value}; run again, from the last checkpoint, with a lower "
+                    "--learning-rate or --clip-norm"
+                )
         if not self._writes:
             return
         data = self._config.data

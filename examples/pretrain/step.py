@@ -120,7 +120,7 @@ class Trainer:
         """Parameters and both of Adam's moments of experts through a function of jax_lplb, layer by layer."""
 
         def run(state: State, *given: lplb.Placement) -> State:
-            # Within shard_map no device holds more than its own experts and a few of others.
+            # Within shard_map: otherwise each device would hold all experts for a while.
             moved = jax.shard_map(
                 jax.vmap(partial(function, axis_name="expert")),
                 mesh=self.mesh,

@@ -30,9 +30,11 @@ FLAGS = {
 class Stop:
     """Ctrl-C or SIGTERM asks for the end after the current step; a second Ctrl-C ends at once."""
 
-    def __init__(self) -> None:
-        """Signals are handled from `with` on."""
+    def __init__(self, step: int) -> None:
+        """Signals are handled from `with` on; `step` is what the run starts from."""
         self._asked, self._processes = False, jax.process_count()
+        # Asked once before the first step: JAX counts from the last step it was asked for, and else from 0.
+        self._agreed = self._processes > 1 and multihost_utils.reached_preemption_sync_point(step)
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Stop":
@@ -53,7 +55,10 @@ class Stop:
 
     def at(self, step: int) -> bool:
         """Whether to end after this step; every process has to ask after each."""
-        return multihost_utils.reached_preemption_sync_point(step) if self._processes > 1 else self._asked
+        if self._processes == 1:
+            return self._asked
+        self._agreed |= multihost_utils.reached_preemption_sync_point(step)
+        return self._agreed
 
 
 def train(config: Config) -> None:
@@ -66,13 +71,12 @@ def train(config: Config) -> None:
     mesh = mesh_of(ranks)
     placement = place(config, ranks, np.zeros((config.model.layers, config.model.experts)))
     trainer = Trainer(config, mesh, placement)
-    with Checkpoints(config, ranks, trainer) as checkpoints:
-        start = checkpoints.latest or 0
+    with Checkpoints(config, ranks, trainer) as checkpoints, Stop(start := checkpoints.latest or 0) as stop:
         if start:
             state, placement = checkpoints.restore()
         else:
             state, placement = trainer.create(), trainer.put(placement)
-        with Recorder(config, start) as recorder, Stop() as stop:
+        with Recorder(config, start) as recorder:
             recorder.say(
                 f"{jax.device_count()} x {jax.devices()[0].device_kind}, experts over {ranks}; "
                 f"{trainer.num_parameters:,} parameters; {len(text):,} bytes of text, unigram entropy {entropy:.4f} "
@@ -90,10 +94,6 @@ def train(config: Config) -> None:
                     recorder.flush()
                     new = trainer.put(place(config, ranks, past_load(state)))
                     state, placement = trainer.move(state, placement, new), new
-                if _due(step, config.checkpoint_every) or stopped or last:
-                    recorder.flush()  # which also ends a run whose loss is no number, before it is kept
-                    recorder.save_loads()
-                    checkpoints.save(step, state, placement)
                 if _due(step, config.validate_every) or last:
                     recorder.flush()
                     losses = [
@@ -101,6 +101,10 @@ def train(config: Config) -> None:
                         for batch in corpus.validation(processes, process)
                     ]
                     recorder.validated(step, float(np.mean(jax.device_get(losses))))
+                if _due(step, config.checkpoint_every) or stopped or last:
+                    recorder.flush()  # ends a run whose loss or gradients are no numbers, before it is kept
+                    recorder.save_loads()
+                    checkpoints.save(step, state, placement)
             recorder.finish(step, trainer.num_parameters, entropy)
             if stopped and step < config.steps:
                 recorder.say(f"stopped after step {step}; the same command goes on from there")
@@ -116,6 +120,8 @@ def main(arguments: list[str] | None = None) -> None:
     compute, given = config.compute, os.environ.get("XLA_FLAGS", "")
     # Read when JAX first looks for its devices, not when it is imported.
     os.environ["XLA_FLAGS"] = " ".join([given, *(f"--{key}={FLAGS[key]}" for key in FLAGS if key not in given)])
+    if not compute.distributed and (compute.coordinator, compute.processes, compute.process) != (None, None, None):
+        raise SystemExit("train: --coordinator, --processes and --process go with --distributed")
     if compute.distributed:
         try:
             jax.distributed.initialize(compute.coordinator, compute.processes, compute.process)
