@@ -32,19 +32,15 @@ def commands(args: argparse.Namespace) -> dict[str, list[str]]:
         tokens, sizes, preset, steps = ["64"], ["64"], "tiny", 20
         smaller = ["--d-model", "64", "--d-expert", "64", "--repeats", "3", "--sigmas", "0.6"]
     train = [python, "examples/pretrain/train.py", preset, "--steps", str(steps), "--checkpoint-every", "1000000"]
-    tests = [python, "-P", "-m", "pytest", "tests", "-m", "gpu", "-n", "8", "-q", *traces]
+    tests = [python, "-P", "-m", "pytest", "tests", "-m", "gpu", "-n", "auto", "--maxprocesses", "16", "-q", *traces]
+    runs = [f"{out}/{name}" for name in RUNS]
     return {
         **({} if args.small else {"tests": tests}),
         "balance": [python, "benchmarks/balance.py", "--tokens", *tokens, *noop, "--out", f"{out}/balance.json"],
         "layer": [python, "benchmarks/layer.py", "--tokens", *sizes, *traces, *smaller, "--out", f"{out}/layer.json"],
         **{f"pretrain {name}": [*train, *options, "--out", f"{out}/{name}"] for name, options in RUNS.items()},
-        "compare": [
-            python,
-            "examples/pretrain/compare.py",
-            *(f"{out}/{name}" for name in RUNS),
-            "--out",
-            f"{out}/compare.png",
-        ],
+        "compare": [python, "examples/pretrain/compare.py", *runs, "--out", f"{out}/compare.png"],
+        "rows": [python, "benchmarks/pretrain.py", *runs, "--out", f"{out}/pretrain.json"],
     }
 
 

@@ -230,10 +230,14 @@ def _choose_slots(
         taken, remainder = _mul_div(number, quota, jnp.maximum(left, 1))
         here = (remainder + quota >= left) | (replicas[ids] == replica + 1) | unknown
         slot = jnp.where((slot < 0) & here & (replicas[ids] > replica), slots[ids], slot)
-        return (number - taken, left - quota, slot), None
+        return vary((number - taken, left - quota, slot)), None
 
     axes = _ffi.varying(number, left, quotas, log2phy)
-    state = tuple(_ffi.vary(v, axes) for v in (number, left, jnp.full_like(ids, -1)))
+
+    def vary(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        return tuple(_ffi.vary(one, axes) for one in state)  # what is looked up for no tokens at all does not
+
+    state = vary((number, left, jnp.full_like(ids, -1)))
     (_, _, slot), _ = lax.scan(try_replica, state, (jnp.arange(max_replicas, dtype=jnp.int32), quotas.T, log2phy.T))
     return jnp.where(valid, slot, -1)
 

@@ -111,7 +111,9 @@ def balance(
         raise ValueError(
             f"expert_ids: {expert_ids.size} ids on {num_shards} shards are more than {_MOST_TOKENS}, the largest count"
         )
-    shape, expert_ids = expert_ids.shape, jnp.asarray(expert_ids).reshape(-1)
+    shape, size, expert_ids = expert_ids.shape, expert_ids.size, jnp.asarray(expert_ids).reshape(-1)
+    if size == 0:  # as if it had one of padding: XLA does not compile programs of empty arrays everywhere
+        expert_ids = _ffi.vary(jnp.full((1,), -1, jnp.int32), _ffi.varying(expert_ids))
 
     with jax.named_scope("lplb_count"):
         local_load, starts = count(expert_ids, placement.num_experts, num_sms, implementation)
@@ -119,7 +121,7 @@ def balance(
     with jax.named_scope("lplb_sync"):
         if load is not None:
             # As if every shard had as many tokens as this one, and they came shard after shard.
-            shards = min(num_shards, _MOST_TOKENS // max(expert_ids.size, 1))
+            shards = min(num_shards, _MOST_TOKENS // expert_ids.size)
             index = 0 if axis_name is None else lax.axis_index(axis_name) % shards
             total, offset, predicted = local_load * shards, local_load * index, load
         elif axis_name is None:
@@ -146,7 +148,7 @@ def balance(
             predicted = jnp.where(load > 0, load, 0)
             if load.dtype == jnp.float32:
                 predicted = jnp.rint(predicted).astype(jnp.int32)
-    return Balanced(physical_ids.reshape(shape), predicted, rank_load, gap, status)
+    return Balanced(physical_ids[:size].reshape(shape), predicted, rank_load, gap, status)
 
 
 def _solve_assign(

@@ -20,10 +20,13 @@ from jax import lax
 
 from jax_lplb import _ffi
 from jax_lplb._balance import AxisName
+from jax_lplb._placement import Placement
 
 Dispatch = Literal["all_to_all", "ring"]
-# (weights, rows [n, d_model] sorted by slot, group_sizes int32 [slots]) -> [n, d_model]; rows beyond the groups' are
-# padding, for which anything may be returned.
+# (weights, placement) -> the weights of this rank's slots.
+Bring = Callable[[Any, Placement], Any]
+# (weights of slots, rows [n, d_model] sorted by slot, group_sizes int32 [slots]) -> [n, d_model]; rows beyond those of
+# the groups are padding, for which anything may be returned.
 Experts = Callable[[Any, jax.Array, jax.Array], jax.Array]
 
 
@@ -32,9 +35,10 @@ def expert_parallel(
     physical_ids: jax.Array,
     gates: jax.Array,
     weights: Any,
+    placement: Placement,
+    bring: Bring,
     experts: Experts,
     *,
-    slots_per_rank: int,
     axis_name: AxisName,
     dispatch: Dispatch,
     buffer_factor: float,
@@ -45,9 +49,10 @@ def expert_parallel(
       tokens: [num_tokens, d_model], of this rank.
       physical_ids: int32 [num_tokens, k]; negative ids are padding.
       gates: float32 [num_tokens, k].
-      weights: of this rank's slots, as `experts` takes them.
+      weights: a pytree, differentiable, from which `bring` makes those of this rank's slots.
+      placement: the ranks' slots.
+      bring: brings copies here; runs once, whatever the rounds.
       experts: what runs on sorted rows.
-      slots_per_rank: physical experts of each rank.
       axis_name: mesh axis, or axes, of the ranks.
       dispatch: "all_to_all": each rank sends its tokens to those that have their experts, a buffer of equal size to
         each. "ring": all ranks get all tokens, and add up their parts of the results.
@@ -56,7 +61,7 @@ def expert_parallel(
     Returns:
       float32 [num_tokens, d_model], and the number of rounds, int32 [].
     """
-    ranks = lax.axis_size(axis_name)
+    ranks, slots_per_rank = placement.num_ranks, placement.slots_per_rank
     num_ids = physical_ids.size
     if num_ids == 0:
         return tokens.astype(jnp.float32), jnp.int32(1)
@@ -71,13 +76,13 @@ def expert_parallel(
         plan = _plan(everyones, jnp.where((everyones >= 0) & here, 0, -1), 1)
         run = partial(_ring_round, _Layout(experts, axis_name, slots_per_rank, capacity))
     if capacity >= most_ids:
-        return run(jnp.int32(0), plan, weights, tokens, gates), jnp.int32(1)
+        return _at_once(run, bring, plan, placement, weights, tokens, gates), jnp.int32(1)
     axes = _ffi.varying(tokens, plan.length, *jax.tree.leaves(weights))
     axes |= {axis_name} if isinstance(axis_name, str) else set(axis_name)
     # As many for all devices that take part in any collective of the loop.
     most = lax.pmax(_ffi.vary(jnp.max(plan.length), axes), tuple(sorted(axes)))
     rounds = jnp.maximum(-(-most // capacity), 1)
-    return _all_rounds(run, rounds, plan, weights, tokens, gates), rounds
+    return _all_rounds(run, bring, rounds, plan, placement, weights, tokens, gates), rounds
 
 
 def _capacity(wanted: float, most: int, peers: int) -> int:
@@ -128,7 +133,7 @@ def _window(plan: _Plan, round_: jax.Array, capacity: int) -> tuple[jax.Array, j
 
 
 def _all_to_all_round(
-    layout: _Layout, round_: jax.Array, plan: _Plan, weights: Any, tokens: jax.Array, gates: jax.Array
+    layout: _Layout, round_: jax.Array, plan: _Plan, slots: Any, tokens: jax.Array, gates: jax.Array
 ) -> jax.Array:
     experts, axis_name, slots_per_rank, capacity = layout
     ranks = len(plan.length)
@@ -137,19 +142,21 @@ def _all_to_all_round(
     slot = plan.slot.at[pair_of_cell].get(mode="fill", fill_value=ranks * slots_per_rank)
     owner = jnp.repeat(jnp.arange(ranks, dtype=jnp.int32), capacity)
     local_slot = exchange(jnp.where(pair_of_cell < len(plan.slot), slot - owner * slots_per_rank, slots_per_rank))
-    received = exchange(_tokens_to_cells(tokens, pair_of_cell, cell_of_pair))
+    cells, slots = _first_back(_tokens_to_cells(tokens, pair_of_cell, cell_of_pair), slots)
+    received = exchange(cells)
 
     order = jnp.argsort(local_slot, stable=True).astype(jnp.int32)
     back = _inverse(order)
-    done = experts(weights, _permute(received, order, back), _group_sizes(local_slot, slots_per_rank))
+    done = experts(slots, _permute(received, order, back), _group_sizes(local_slot, slots_per_rank))
     returned = exchange(_permute(done, back, order))
     return _weighted_sum(gates, returned, cell_of_pair, pair_of_cell)
 
 
 def _ring_round(
-    layout: _Layout, round_: jax.Array, plan: _Plan, weights: Any, tokens: jax.Array, gates: jax.Array
+    layout: _Layout, round_: jax.Array, plan: _Plan, slots: Any, tokens: jax.Array, gates: jax.Array
 ) -> jax.Array:
     experts, axis_name, slots_per_rank, capacity = layout
+    tokens, slots = _first_back(tokens, slots)
     tokens = lax.all_gather(tokens, axis_name, tiled=True)
     gates = lax.all_gather(gates, axis_name, tiled=True)
     pair_of_cell, cell_of_pair = _window(plan, round_, capacity)
@@ -157,9 +164,21 @@ def _ring_round(
     slot = plan.slot.at[pair_of_cell].get(mode="fill", fill_value=0) - first
     slot = jnp.where(pair_of_cell < len(plan.slot), slot, slots_per_rank)
     rows = _tokens_to_cells(tokens, pair_of_cell, cell_of_pair)
-    done = experts(weights, rows, _group_sizes(slot, slots_per_rank))
+    done = experts(slots, rows, _group_sizes(slot, slots_per_rank))
     parts = _weighted_sum(gates, done, cell_of_pair, pair_of_cell)
     return lax.psum_scatter(parts, axis_name, tiled=True)
+
+
+@jax.custom_vjp
+def _first_back(tokens: jax.Array, slots: Any) -> tuple[jax.Array, Any]:
+    """As they are; but in the backward pass the gradients of tokens travel before those of copies.
+
+    Matmuls for the weights' gradients can then be done meanwhile; XLA would have them first, and tokens wait.
+    """
+    return tokens, slots
+
+
+_first_back.defvjp(lambda *operands: (operands, None), lambda _, gradients: lax.optimization_barrier(gradients))
 
 
 def _group_sizes(slot: jax.Array, slots: int) -> jax.Array:
@@ -210,49 +229,83 @@ _tokens_to_cells.defvjp(_tokens_to_cells_forward, _tokens_to_cells_backward)
 
 
 # GPUs wait for the host to learn of a condition: so there is one, right after the plan and before all that takes long,
-# and then either the usual single round or a loop.
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+# and then either the usual single round or a loop. Copies travel after it, where they can do so beside other work.
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _all_rounds(
-    run: Any, rounds: jax.Array, plan: _Plan, weights: Any, tokens: jax.Array, gates: jax.Array
+    run: Any,
+    bring: Bring,
+    rounds: jax.Array,
+    plan: _Plan,
+    placement: Placement,
+    weights: Any,
+    tokens: jax.Array,
+    gates: jax.Array,
 ) -> jax.Array:
     """The sum of `run`'s results in all rounds."""
     operands = (weights, tokens, gates)
     return lax.cond(
         rounds > 1,
-        lambda: _sum_of(rounds, lambda round_: run(round_, plan, *operands)),
-        lambda: run(jnp.int32(0), plan, *operands),
+        lambda: _in_turn(run, bring, rounds, plan, placement, *operands),
+        lambda: _at_once(run, bring, plan, placement, *operands),
     )
 
 
-def _all_rounds_forward(run: Any, rounds: jax.Array, plan: _Plan, *operands: Any) -> Any:
-    given = jax.tree.leaves((plan, operands))
+def _at_once(
+    run: Any, bring: Bring, plan: _Plan, placement: Placement, weights: Any, tokens: jax.Array, gates: jax.Array
+) -> jax.Array:
+    return run(jnp.int32(0), plan, bring(weights, placement), tokens, gates)
+
+
+def _in_turn(
+    run: Any,
+    bring: Bring,
+    rounds: jax.Array,
+    plan: _Plan,
+    placement: Placement,
+    weights: Any,
+    tokens: jax.Array,
+    gates: jax.Array,
+) -> jax.Array:
+    slots = bring(weights, placement)
+    return _sum_of(rounds, lambda round_: run(round_, plan, slots, tokens, gates))
+
+
+def _all_rounds_forward(
+    run: Any, bring: Bring, rounds: jax.Array, plan: _Plan, placement: Placement, *operands: Any
+) -> Any:
+    given = jax.tree.leaves((plan, placement, operands))
     structure, known = None, []  # of what the backward pass needs; by place among `given`, which need not be copied
 
     def once() -> tuple[jax.Array, list[jax.Array]]:
         nonlocal structure, known
-        result, pull = jax.vjp(partial(run, jnp.int32(0), plan), *operands)
+        result, pull = jax.vjp(partial(_at_once, run, bring, plan, placement), *operands)
         kept, structure = jax.tree.flatten(pull)
         known = [next((i for i, leaf in enumerate(given) if leaf is one), None) for one in kept]
         return result, [one for one, i in zip(kept, known, strict=True) if i is None]
 
     def several() -> tuple[jax.Array, list[jax.Array]]:
         kept = [_zeros_like(leaf) for leaf in jax.eval_shape(once)[1]]  # rounds are run again in the backward pass
-        return _sum_of(rounds, lambda round_: run(round_, plan, *operands)), kept
+        return _in_turn(run, bring, rounds, plan, placement, *operands), kept
 
     result, kept = lax.cond(rounds > 1, several, once)
     rest = iter(kept)
     pull = jax.tree.unflatten(structure, [next(rest) if i is None else given[i] for i in known])
-    return result, (rounds, plan, operands, pull)
+    return result, (rounds, plan, placement, operands, pull)
 
 
-def _all_rounds_backward(run: Any, residuals: Any, gradient: jax.Array) -> Any:
-    rounds, plan, operands, pull = residuals
+def _all_rounds_backward(run: Any, bring: Bring, residuals: Any, gradient: jax.Array) -> Any:
+    rounds, plan, placement, (weights, *operands), pull = residuals
 
-    def of_round(round_: jax.Array) -> Any:
-        _, pull = jax.vjp(partial(run, round_, plan), *operands)
-        return pull(gradient)
+    def several() -> Any:
+        slots, pull_slots = jax.vjp(lambda weights: bring(weights, placement), weights)
 
-    return None, None, *lax.cond(rounds > 1, lambda: _sum_of(rounds, of_round), lambda: pull(gradient))
+        def of_round(round_: jax.Array) -> Any:
+            return jax.vjp(partial(run, round_, plan), slots, *operands)[1](gradient)
+
+        of_slots, *rest = _sum_of(rounds, of_round)
+        return *pull_slots(of_slots), *rest
+
+    return None, None, None, *lax.cond(rounds > 1, several, lambda: pull(gradient))
 
 
 _all_rounds.defvjp(_all_rounds_forward, _all_rounds_backward)

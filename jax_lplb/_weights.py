@@ -1,7 +1,7 @@
 """Experts' weights: copies for the redundant slots, and rows carried from one order to another."""
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,8 @@ from jax_lplb import _ffi
 from jax_lplb._balance import AxisName, axis_size
 from jax_lplb._placement import Placement, copied
 
-_Routes = tuple[tuple[tuple[int, int], ...], ...]  # of each column of a topology, (sender, receiver)
 
-
-def replicate(home_weights: Any, placement: Placement, axis_name: AxisName) -> Any:
+def replicate(home_weights: Any, placement: Placement, axis_name: AxisName, dtype: Any = None) -> Any:
     """Brings the weights of this rank's slots to it, copies included; within `shard_map`.
 
     Along a topology a rank keeps its home rows and sends those that have copies, by one `ppermute` for each column of
@@ -27,6 +25,8 @@ def replicate(home_weights: Any, placement: Placement, axis_name: AxisName) -> A
       home_weights: a pytree of this rank's rows [num_experts / num_ranks, ...], in the order of `placement.home_order`.
       placement: where the copies are; may be traced.
       axis_name: mesh axis, or axes, of the ranks.
+      dtype: of the slots, by default that of each leaf. Copies and their gradients travel in it; along a topology
+        gradients are added up in that of the leaf.
 
     Returns:
       The tree, with leaves [slots_per_rank, ...]: the rank's slots.
@@ -45,18 +45,27 @@ def replicate(home_weights: Any, placement: Placement, axis_name: AxisName) -> A
 
     def of_leaf(path: Any, leaf: Any) -> jax.Array:
         leaf = _with_rows(leaf, home, f"home_weights{jax.tree_util.keystr(path)}")
-        return fetch(leaf, placement, axis_name)
+        return fetch(leaf, placement, axis_name, leaf.dtype if dtype is None else jnp.dtype(dtype))
 
     with jax.named_scope("lplb_replicate"):
         return jax.tree_util.tree_map_with_path(of_leaf, home_weights)
 
 
-def _copies_along_topology(leaf: jax.Array, placement: Placement, axis_name: AxisName) -> jax.Array:
+class _Sending(NamedTuple):
+    """What is static of sending copies along a topology."""
+
+    axes: AxisName
+    routes: tuple[tuple[tuple[int, int], ...], ...]  # of each column, (sender, receiver)
+    home_dtype: Any
+    dtype: Any
+
+
+def _copies_along_topology(leaf: jax.Array, placement: Placement, axis_name: AxisName, dtype: Any) -> jax.Array:
     assert placement.topology is not None
     ranks, slots, columns = placement.num_ranks, placement.slots_per_rank, placement.topology.num_columns
     redundants = slots - leaf.shape[0]
     if redundants == 0:
-        return leaf
+        return leaf.astype(dtype)
     owner, number = copied(placement.topology, ranks, redundants)
     copier = np.empty_like(owner)  # of each rank's k-th copied expert
     copier[owner, number] = np.arange(ranks)[:, None]
@@ -64,41 +73,39 @@ def _copies_along_topology(leaf: jax.Array, placement: Placement, axis_name: Axi
     row = jnp.asarray(placement.log2phy)[experts, 0] % slots  # [ranks, redundants], what each rank sends
     axes, number_of = _in_mesh_order(axis_name, ranks)
     routes = tuple(tuple(zip(number_of, number_of[copier[:, column]], strict=True)) for column in range(columns))
-    return _send_copies(axes, routes, leaf, row[lax.axis_index(axis_name)])
+    return _send_copies(_Sending(axes, routes, leaf.dtype, dtype), leaf, row[lax.axis_index(axis_name)])
 
 
 # Differentiated by hand, so that the gradients of copies are added to the rows' own in place; JAX would scatter them
-# into zeros and add up whole leaves.
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _send_copies(axes: AxisName, routes: _Routes, leaf: jax.Array, rows: jax.Array) -> jax.Array:
+# into zeros and add up whole leaves. Both ways what takes long, the cast of all rows, need not wait for the copies.
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _send_copies(sending: _Sending, leaf: jax.Array, rows: jax.Array) -> jax.Array:
     """The leaf with, below, the rows that others send; this rank sends its `rows`, in turns along the routes."""
-    sent = leaf.at[rows].get(mode="clip")
-    received = _along(axes, routes, sent)
-    return jnp.concatenate([leaf, received])
+    received = _along(sending, sending.routes, leaf.at[rows].get(mode="clip").astype(sending.dtype))
+    home = leaf.shape[0]
+    slots = jnp.pad(leaf.astype(sending.dtype), [(0, len(rows)), *[(0, 0)] * (leaf.ndim - 1)])
+    return lax.dynamic_update_slice_in_dim(lax.optimization_barrier(slots), received, home, axis=0)
 
 
-def _send_copies_forward(axes: AxisName, routes: _Routes, leaf: jax.Array, rows: jax.Array) -> Any:
-    return _send_copies(axes, routes, leaf, rows), rows
+def _send_copies_forward(sending: _Sending, leaf: jax.Array, rows: jax.Array) -> Any:
+    return _send_copies(sending, leaf, rows), rows
 
 
-def _send_copies_backward(axes: AxisName, routes: _Routes, rows: jax.Array, gradient: jax.Array) -> Any:
+def _send_copies_backward(sending: _Sending, rows: jax.Array, gradient: jax.Array) -> Any:
     home = gradient.shape[0] - len(rows)
-    back = tuple(tuple((receiver, sender) for sender, receiver in route) for route in routes)
-    received = _along(axes, back, gradient[home:])
-    for k in range(len(rows)):
-        row = jnp.clip(rows[k], 0, home - 1)
-        own = lax.dynamic_slice_in_dim(gradient, row, 1, axis=0)
-        gradient = lax.dynamic_update_slice_in_dim(gradient, own + received[k : k + 1], row, axis=0)
-    return gradient[:home], None
+    back = tuple(tuple((receiver, sender) for sender, receiver in route) for route in sending.routes)
+    received = _along(sending, back, gradient[home:]).astype(sending.home_dtype)
+    sums = lax.optimization_barrier(gradient[:home].astype(sending.home_dtype))
+    return sums.at[rows].add(received, mode="clip", unique_indices=True), None
 
 
 _send_copies.defvjp(_send_copies_forward, _send_copies_backward)
 
 
-def _along(axes: AxisName, routes: _Routes, sent: jax.Array) -> jax.Array:
+def _along(sending: _Sending, routes: Any, sent: jax.Array) -> jax.Array:
     """Row i goes along route i % len(routes)."""
     by_route = sent.reshape(-1, len(routes), *sent.shape[1:])
-    received = [lax.ppermute(by_route[:, column], axes, route) for column, route in enumerate(routes)]
+    received = [lax.ppermute(by_route[:, column], sending.axes, route) for column, route in enumerate(routes)]
     return jnp.stack(received, axis=1).reshape(sent.shape)
 
 
@@ -112,10 +119,10 @@ def _in_mesh_order(axis_name: AxisName, num_ranks: int) -> tuple[AxisName, np.nd
     return axes, np.argsort(by_place.transpose([axis_name.index(axis) for axis in axes]).ravel())
 
 
-def _rows_of_slots(leaf: jax.Array, placement: Placement, axis_name: AxisName) -> jax.Array:
+def _rows_of_slots(leaf: jax.Array, placement: Placement, axis_name: AxisName, dtype: Any) -> jax.Array:
     by_rank = jnp.asarray(placement.phy2log).reshape(placement.num_ranks, placement.slots_per_rank)
     experts = jnp.clip(by_rank[lax.axis_index(axis_name)], 0, placement.num_experts - 1)
-    return _exchange(leaf, experts, axis_name)
+    return _exchange(leaf.astype(dtype), experts, axis_name)
 
 
 def permute_experts(tree: Any, old: Placement, new: Placement, *, axis_name: AxisName | None = None) -> Any:

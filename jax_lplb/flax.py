@@ -12,7 +12,7 @@ from jax import lax
 
 from jax_lplb import _ffi
 from jax_lplb._balance import balance
-from jax_lplb._expert_parallel import Dispatch, expert_parallel
+from jax_lplb._expert_parallel import Bring, Dispatch, expert_parallel
 from jax_lplb._grouped_matmul import GroupedMatmul, grouped_matmul, has_tokamax
 from jax_lplb._placement import Placement
 from jax_lplb._weights import from_logical, replicate
@@ -165,7 +165,7 @@ class MoE(nnx.Module):
         has its slots; the first axis of the arrays counts those of all, [devices * slots_per_rank, ...].
         """
         run = jax.shard_map(
-            self._slots,
+            lambda home, placement: self._bring(self._varying(home), placement),
             mesh=self.mesh,
             in_specs=(jax.P(self.axis_name), jax.P()),
             out_specs=jax.P(self.slot_axes),
@@ -183,15 +183,15 @@ class MoE(nnx.Module):
         Returns:
           The result, of the shape and dtype of `x`, and `Metrics`.
         """
-        weights, where = (
-            ({"home": self._home_weights()}, {"home": jax.P(self.axis_name)})
-            if slots is None
-            else ({"slots": slots}, {"slots": jax.P(self.slot_axes)})
-        )
+        if slots is None:
+            weights, axes = self._home_weights(), self.axis_name
+        else:
+            weights, axes = slots, self.slot_axes
+        bring: Bring = self._bring if slots is None else _as_they_are
         run = jax.shard_map(
-            self._on_rank,
+            partial(self._on_rank, bring),
             mesh=self.mesh,
-            in_specs=(jax.P(self.token_axes), where, jax.P(), jax.P(), jax.P()),
+            in_specs=(jax.P(self.token_axes), jax.P(axes), jax.P(), jax.P(), jax.P()),
             out_specs=(jax.P(self.token_axes), jax.P()),
             axis_names=set(self.token_axes),
         )
@@ -208,15 +208,21 @@ class MoE(nnx.Module):
     def _home_weights(self) -> dict[str, jax.Array]:
         return {"w_in": self.w_in[...], "w_out": self.w_out[...]}
 
-    def _slots(self, home: dict[str, jax.Array], placement: Placement) -> dict[str, jax.Array]:
-        def cast(leaf: jax.Array) -> jax.Array:
-            # Before copies travel, in half the bytes; but gradients are added up over other axes in the leaf's dtype.
-            return _ffi.vary(leaf, frozenset(self.other_axes)).astype(self.dtype)
+    def _bring(self, home: dict[str, jax.Array], placement: Placement) -> dict[str, jax.Array]:
+        return replicate(home, placement, self.axis_name, self.dtype)
 
-        return replicate(jax.tree.map(cast, home), placement, self.axis_name)
+    def _varying(self, weights: Any) -> Any:
+        """Over the other axes too, so that gradients are added up over those in the parameters' dtype."""
+        return jax.tree.map(lambda leaf: _ffi.vary(leaf, frozenset(self.other_axes)), weights)
 
     def _on_rank(
-        self, x: jax.Array, weights: dict[str, Any], router: jax.Array, bias: jax.Array | None, placement: Placement
+        self,
+        bring: Bring,
+        x: jax.Array,
+        weights: dict[str, jax.Array],
+        router: jax.Array,
+        bias: jax.Array | None,
+        placement: Placement,
     ) -> tuple[jax.Array, Metrics]:
         tokens = x.reshape(-1, x.shape[-1])
         logits = jnp.dot(tokens.astype(jnp.float32), router.astype(jnp.float32), precision=lax.Precision.HIGHEST)
@@ -226,14 +232,14 @@ class MoE(nnx.Module):
         gates = gates / jnp.sum(gates, axis=1, keepdims=True)
 
         out = balance(expert_ids, placement, axis_name=self.axis_name, **dict(self.balance_options))
-        slots = weights["slots"] if "slots" in weights else self._slots(weights["home"], placement)
         result, rounds = expert_parallel(
             tokens.astype(self.dtype),
             out.physical_ids,
             gates,
-            slots,
+            self._varying(weights),
+            placement,
+            bring,
             partial(_swiglu, implementation=self.grouped_matmul),
-            slots_per_rank=placement.slots_per_rank,
             axis_name=self.axis_name,
             dispatch=self.dispatch,
             buffer_factor=self.buffer_factor,
@@ -276,6 +282,10 @@ class MoE(nnx.Module):
             load=total,
             aux_loss=len(chosen) * jnp.sum(lax.stop_gradient(chosen) * probability),
         )
+
+
+def _as_they_are(slots: Any, placement: Placement) -> Any:
+    return slots
 
 
 def _swiglu(

@@ -181,6 +181,20 @@ def test_experts_over_two_axes(rng, dispatch):
     check_against_dense(layer, *inputs(rng))
 
 
+def test_grouped_matmul_of_the_callers_own(rng):
+    asked = []
+
+    def own(rows, other, group_sizes, numbers):
+        asked.append(rows.shape)
+        return jax.lax.ragged_dot_general(rows, other, group_sizes, numbers)
+
+    mesh, (x, _) = mesh_of((RANKS, "ep")), inputs(rng)
+    layers = [make(placements()["cube"], mesh, grouped_matmul=choice) for choice in (own, "ragged_dot")]
+    np.testing.assert_array_equal(*(run(layer, x)[0] for layer in layers))
+    assert asked
+    assert all(hash(nnx.graphdef(layer)) for layer in layers)  # nnx.cached_partial and static arguments need it
+
+
 @pytest.mark.parametrize("dispatch", ["all_to_all", "ring"])
 def test_no_tokens(dispatch):
     layer = make(placements()["cube"], mesh_of((RANKS, "ep")), dispatch=dispatch)

@@ -73,6 +73,7 @@ def check(
 
 
 @pytest.mark.parametrize("sync", ["all_gather", "psum"])
+@pytest.mark.smoke
 def test_no_tokens(devices, sync):
     place = ring_placement(len(devices))
     step = jax.shard_map(

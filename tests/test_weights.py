@@ -165,6 +165,31 @@ def test_copies_and_their_gradients(rng, name, axes):
     np.testing.assert_array_equal(lplb.to_logical(gradient, place), expected)
 
 
+@pytest.mark.parametrize("name", ["cube", "selected", "no copies"])
+def test_copies_in_another_dtype(rng, name):
+    """Slots are rounded, and gradients added up at home unrounded: 256 + 1 is no bfloat16."""
+    place = placements(rng)[name]
+    mesh = jax.make_mesh((RANKS,), ("ep",), axis_types=(jax.sharding.AxisType.Auto,))
+    home = rng.normal(size=(EXPERTS, 3)).astype(np.float32)
+    gradient = np.ones((place.num_physical, 3), jnp.bfloat16)
+    gradient[np.asarray(place.log2phy)[:, 0]] = 256
+
+    @jax.jit
+    @jax.shard_map(mesh=mesh, in_specs=(P("ep"), P(), P("ep")), out_specs=(P("ep"), P("ep")))
+    def step(home, place, gradient):
+        slots, pull = jax.vjp(lambda home: lplb.replicate(home, place, "ep", jnp.bfloat16), home)
+        return slots, *pull(gradient)
+
+    slots, of_home = step(home, place, gradient)
+    by_expert = np.empty_like(home)
+    by_expert[place.home_order] = home
+    assert slots.dtype == jnp.bfloat16
+    assert of_home.dtype == jnp.float32
+    np.testing.assert_array_equal(slots, by_expert.astype(jnp.bfloat16)[np.asarray(place.phy2log)])
+    copies = np.bincount(place.phy2log, minlength=EXPERTS)[place.home_order] - 1
+    np.testing.assert_array_equal(of_home, np.broadcast_to(256 + copies[:, None], home.shape))
+
+
 def test_copies_under_remat_and_scan_over_layers(rng):
     """Stacked layers with placements of their own: gradients of a loss through all of them."""
     loads = rng.lognormal(0, 1, (3, EXPERTS))

@@ -1,0 +1,51 @@
+"""Rows of finished pretraining runs, on the machine that they ran on: `python benchmarks/pretrain.py RUN...`.
+
+The first run is the baseline: `of_first` is throughput over its, `loss_difference` the largest relative difference
+between the losses of the steps that both did, each a mean over the last 20. Medians are over the steps after the 20th.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+from typing import Any
+
+import common
+import numpy as np
+
+sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples" / "pretrain"))
+from compare import column, read_lines, smooth
+
+
+def row_of(run: pathlib.Path, first: pathlib.Path) -> dict[str, Any]:
+    summary, of_first = (json.loads((folder / "summary.json").read_text()) for folder in (run, first))
+    loss, reference = (smooth(column(read_lines(folder / "metrics.jsonl"), "loss")) for folder in (run, first))
+    both = min(len(loss), len(reference))
+    median, data, placing = summary["median"], summary["config"]["data"], summary["config"]["placing"]
+    return {
+        "bench": "pretrain",
+        "run": run.name,
+        "balance": placing["balance"],
+        "gpus": int(summary["device"].split()[0]),
+        "parameters": summary["parameters"],
+        "tokens_per_step": data["batch"] * data["seq_len"],
+        "steps": summary["steps"],
+        "tokens_per_s": round(median["tokens_per_s"]),
+        "of_first": round(median["tokens_per_s"] / of_first["median"]["tokens_per_s"], 4),
+        **{key: round(median[key], 4) for key in ("home_mean", "home_max", "optimum_mean", "balanced_mean", "rounds")},
+        "loss": round(summary["loss"], 5),
+        "validation_loss": summary["validation_loss"],
+        "loss_difference": round(float(np.max(np.abs(loss[:both] / reference[:both] - 1))), 6),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=pathlib.Path, help="folders that train.py wrote")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results/pretrain.json"))
+    args = parser.parse_args()
+    common.write(args.out, [row_of(run, args.runs[0]) for run in args.runs])
+
+
+if __name__ == "__main__":
+    main()
