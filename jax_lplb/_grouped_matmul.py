@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +90,7 @@ def _ragged_dot(
 
 def _tokamax(rows: jax.Array, other: jax.Array, group_sizes: jax.Array, numbers: Any) -> jax.Array:
     """Tokamax's `ragged_dot_general`, but on Hopper with choices of our own, for what training takes: bfloat16."""
-    tokamax = importlib.import_module("tokamax")
+    tokamax = _import("tokamax")
     if not getattr(jax.devices()[0], "compute_capability", "").startswith("9."):
         return tokamax.ragged_dot_general(rows, other, group_sizes, numbers)
     tileable = rows.dtype == jnp.bfloat16 and all(size % 128 == 0 for size in (rows.shape[1], *other.shape[1:]))
@@ -97,7 +98,7 @@ def _tokamax(rows: jax.Array, other: jax.Array, group_sizes: jax.Array, numbers:
         # tokamax 0.0.17's kernel for sums over groups' rows is wrong on Hopper with jax 0.11: it overtakes its loads.
         if not tileable:
             return lax.ragged_dot_general(rows, other, group_sizes, numbers)
-        kernels = importlib.import_module("jax.experimental.pallas.ops.gpu.transposed_ragged_dot_mgpu")
+        kernels = _import("jax.experimental.pallas.ops.gpu.transposed_ragged_dot_mgpu")
         return kernels.transposed_ragged_dot(
             rows,
             other,
@@ -111,7 +112,7 @@ def _tokamax(rows: jax.Array, other: jax.Array, group_sizes: jax.Array, numbers:
     choice: Any = None
     if tileable and rows.shape[0] >= 128 * len(group_sizes):
         try:
-            gpu = importlib.import_module("tokamax.ops.gpu")
+            gpu = _import("tokamax.ops.gpu")
         except ImportError:
             _log.info("MoE: without jax-triton, tokamax does not offer a choice of tiles: matmuls take twice as long")
         else:  # twice as fast as the tiles that it takes where it was not tuned
@@ -120,6 +121,12 @@ def _tokamax(rows: jax.Array, other: jax.Array, group_sizes: jax.Array, numbers:
             )
             choice = (gpu.PallasMosaicRaggedDot(config=tiles), "mosaic", "xla")
     return tokamax.ragged_dot_general(rows, other, group_sizes, numbers, implementation=choice)
+
+
+def _import(name: str) -> Any:
+    # JAX's kernels import its test utilities, and those a handler that takes SIGTERM from the program and aborts it.
+    with mock.patch("jax._src.util.install_failure_signal_handler", create=True):
+        return importlib.import_module(name)
 
 
 def has_tokamax() -> bool:

@@ -1,5 +1,7 @@
 """The Flax layer against a dense one on a single device: results and gradients, whatever happens on the way."""
 
+import subprocess
+import sys
 from functools import partial
 
 import jax
@@ -107,6 +109,22 @@ def check_against_dense(layer: MoE, x, weight, prepared: bool = False, **options
     for name, value in expected_grads.items():
         assert_close(got[name], value)
     return metrics
+
+
+SIGTERM = """
+import os, signal
+from jax_lplb import _grouped_matmul
+signal.signal(signal.SIGTERM, lambda *_: print("the program's own handler"))
+_grouped_matmul._import("jax.experimental.pallas.ops.gpu.transposed_ragged_dot_mgpu")
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+def test_kernels_leave_sigterm_to_the_program():
+    """JAX's handler, which the import would install, prints a stack and aborts the program seconds later."""
+    ended = subprocess.run([sys.executable, "-c", SIGTERM], capture_output=True, text=True, check=True)
+    assert ended.stdout == "the program's own handler\n"
+    assert "SIGTERM received" not in ended.stderr
 
 
 @pytest.mark.parametrize("dispatch", ["all_to_all", "ring"])

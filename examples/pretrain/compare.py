@@ -50,22 +50,26 @@ def smooth(values: np.ndarray) -> np.ndarray:
 def draw(runs: Sequence[Path], path: Path) -> None:
     """The figure; of a single run with what its imbalance would be at home and could be at best."""
     figure, (loss, speed, imbalance) = plt.subplots(3, 1, figsize=(9, 9), sharex=True, layout="constrained")
-    for number, run in enumerate(runs):
+    summaries = [json.loads((run / "summary.json").read_text()) for run in runs]
+    for number, (run, summary) in enumerate(zip(runs, summaries, strict=True)):
         rows, colour, label = read_lines(run / "metrics.jsonl"), COLOURS[number % len(COLOURS)], run.name
         step, held_out = column(rows, "step"), read_lines(run / "validation.jsonl")
         loss.plot(step, column(rows, "loss"), color=colour, lw=0.5, alpha=0.4)
         dash = "-" if number == 0 else "--"  # losses of balanced and unbalanced runs lie on each other
         loss.plot(step, smooth(column(rows, "loss")), color=colour, ls=dash, label=label)
         loss.plot(column(held_out, "step"), column(held_out, "validation_loss"), "o", color=colour, ms=4)
-        speed.plot(step, column(rows, "tokens_per_s"), color=colour, lw=0.8, label=label)
-        imbalance.plot(step, column(rows, "home_mean"), color=colour, ls=":", label=f"{label}: at home")
-        if len(runs) == 1:
-            imbalance.plot(step, column(rows, "optimum_mean"), color="#b2abd2", lw=6, label="optimum")
-        imbalance.plot(step, column(rows, "balanced_mean"), color=colour, label=f"{label}: balanced")
-    entropy = json.loads((runs[0] / "summary.json").read_text())["unigram_entropy"]
-    loss.axhline(entropy, color="#999999", lw=1, ls=":", zorder=0, label="unigram entropy")
+        # The first step compiles. What the host does between steps shortens one and lengthens the next.
+        speed.plot(step[1:], 1 / smooth(1 / column(rows[1:], "tokens_per_s")), color=colour, label=label)
+        if summary["config"]["placing"]["balance"]:
+            imbalance.plot(step, column(rows, "home_mean"), color=colour, ls=":", label=f"{label}: at home")
+            if len(runs) == 1:
+                imbalance.plot(step, column(rows, "optimum_mean"), color="#b2abd2", lw=6, label="optimum")
+        imbalance.plot(step, column(rows, "balanced_mean"), color=colour, label=label)
+    versions = ", ".join(f"{name} {version}" for name, version in summaries[0]["versions"].items())
+    figure.suptitle(f"{summaries[0]['parameters']:,} parameters, {summaries[0]['device']}, {versions}", fontsize=10)
+    loss.axhline(summaries[0]["unigram_entropy"], color="#999999", lw=1, ls=":", zorder=0, label="unigram entropy")
     loss.set(ylabel="loss (nats a byte)", title="Loss; dots: validation")
-    speed.set(ylabel="tokens / s", title="Throughput", ylim=(0, None))
+    speed.set(ylabel="tokens / s", title=f"Throughput, mean of {SMOOTHED} steps", ylim=(0, None))
     imbalance.set(ylabel="max / mean rank load", xlabel="step", title="Imbalance, mean over layers")
     for each in (loss, speed, imbalance):
         each.spines[["top", "right"]].set_visible(False)
