@@ -65,22 +65,29 @@ def expert_parallel(
     num_ids = physical_ids.size
     if num_ids == 0:
         return tokens.astype(jnp.float32), jnp.int32(1)
+    axes = {axis_name} if isinstance(axis_name, str) else set(axis_name)
+    others = tuple(sorted(_ffi.varying(tokens, physical_ids, *jax.tree.leaves(weights)) - axes))
+    ids = physical_ids.reshape(-1)
     if dispatch == "all_to_all":
         most_ids, capacity = num_ids, _capacity(buffer_factor * num_ids / ranks, num_ids, ranks)
-        plan = _plan(physical_ids.reshape(-1), physical_ids.reshape(-1) // slots_per_rank, ranks)
+        # What everyone sends to each slot: all that a rank has to know of the rows that come.
+        sent = lax.all_gather(_count(ids, placement.num_physical), axis_name, to="invarying")
+        sent = sent.reshape(ranks, ranks, slots_per_rank)
+        most = jnp.max(jnp.sum(sent, axis=2))
+        coming = lax.dynamic_index_in_dim(sent, lax.axis_index(axis_name), axis=1, keepdims=False)
+        plan = _plan(ids, ids // slots_per_rank, ranks, coming)
         run = partial(_all_to_all_round, _Layout(experts, axis_name, slots_per_rank, capacity))
     else:
         most_ids, capacity = num_ids * ranks, _capacity(buffer_factor * num_ids, num_ids * ranks, 1)
-        everyones = lax.all_gather(physical_ids.reshape(-1), axis_name, tiled=True)
+        everyones = lax.all_gather(ids, axis_name, tiled=True)
         here = everyones // slots_per_rank == lax.axis_index(axis_name)
-        plan = _plan(everyones, jnp.where((everyones >= 0) & here, 0, -1), 1)
+        plan = _plan(everyones, jnp.where((everyones >= 0) & here, 0, -1), 1, None)
+        most = lax.pmax(plan.length[0], axis_name)
         run = partial(_ring_round, _Layout(experts, axis_name, slots_per_rank, capacity))
     if capacity >= most_ids:
         return _at_once(run, bring, plan, placement, weights, tokens, gates), jnp.int32(1)
-    axes = _ffi.varying(tokens, plan.length, *jax.tree.leaves(weights))
-    axes |= {axis_name} if isinstance(axis_name, str) else set(axis_name)
-    # As many for all devices that take part in any collective of the loop.
-    most = lax.pmax(_ffi.vary(jnp.max(plan.length), axes), tuple(sorted(axes)))
+    if others:  # as many rounds for all devices that have copies of anything
+        most = lax.pmax(_ffi.vary(most, frozenset(others)), others)
     rounds = jnp.maximum(-(-most // capacity), 1)
     return _all_rounds(run, bring, rounds, plan, placement, weights, tokens, gates), rounds
 
@@ -109,16 +116,17 @@ class _Plan(NamedTuple):
     order: jax.Array  # int32 [pairs], pairs by slot: the queues, one after the other
     start: jax.Array  # int32 [peers], first of each queue
     length: jax.Array  # int32 [peers], of each queue
+    coming: jax.Array | None  # int32 [peers, slots], pairs that each of the peers has for each slot of this rank
 
 
-def _plan(slot: jax.Array, peer: jax.Array, peers: int) -> _Plan:
+def _plan(slot: jax.Array, peer: jax.Array, peers: int, coming: jax.Array | None) -> _Plan:
     peer = jnp.where((slot >= 0) & (peer >= 0) & (peer < peers), peer, peers)
     last = jnp.int32(np.iinfo(np.int32).max)
     order = jnp.argsort(jnp.where(peer < peers, slot, last), stable=True).astype(jnp.int32)
-    length = jnp.sum(peer[None, :] == jnp.arange(peers, dtype=jnp.int32)[:, None], axis=1, dtype=jnp.int32)
+    length = _count(peer, peers)
     start = jnp.cumsum(length, dtype=jnp.int32) - length
     number = _inverse(order) - start.at[peer].get(mode="fill", fill_value=0)
-    return _Plan(slot, peer, number, order, start, length)
+    return _Plan(slot, peer, number, order, start, length, coming)
 
 
 def _window(plan: _Plan, round_: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array]:
@@ -135,21 +143,36 @@ def _window(plan: _Plan, round_: jax.Array, capacity: int) -> tuple[jax.Array, j
 def _all_to_all_round(
     layout: _Layout, round_: jax.Array, plan: _Plan, slots: Any, tokens: jax.Array, gates: jax.Array
 ) -> jax.Array:
-    experts, axis_name, slots_per_rank, capacity = layout
-    ranks = len(plan.length)
+    experts, axis_name, _, capacity = layout
+    assert plan.coming is not None
     exchange = partial(lax.all_to_all, axis_name=axis_name, split_axis=0, concat_axis=0, tiled=True)
     pair_of_cell, cell_of_pair = _window(plan, round_, capacity)
-    slot = plan.slot.at[pair_of_cell].get(mode="fill", fill_value=ranks * slots_per_rank)
-    owner = jnp.repeat(jnp.arange(ranks, dtype=jnp.int32), capacity)
-    local_slot = exchange(jnp.where(pair_of_cell < len(plan.slot), slot - owner * slots_per_rank, slots_per_rank))
     cells, slots = _first_back(_tokens_to_cells(tokens, pair_of_cell, cell_of_pair), slots)
     received = exchange(cells)
 
-    order = jnp.argsort(local_slot, stable=True).astype(jnp.int32)
-    back = _inverse(order)
-    done = experts(slots, _permute(received, order, back), _group_sizes(local_slot, slots_per_rank))
+    back, group_sizes = _by_slot(plan.coming, round_ * capacity, capacity)
+    order = _inverse(back)
+    done = experts(slots, _permute(received, order, back), group_sizes)
     returned = exchange(_permute(done, back, order))
     return _weighted_sum(gates, returned, cell_of_pair, pair_of_cell)
+
+
+def _by_slot(coming: jax.Array, first: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array]:
+    """Where each of the cells that come belongs among rows sorted by slot, and the number of rows of each slot.
+
+    The cells of each peer, [peers * capacity] in all, are the places `first` and following of its queue, which is
+    sorted by slot; those beyond its end are empty and come last.
+    """
+    peers, slots = coming.shape
+    end = jnp.clip(jnp.cumsum(coming, axis=1, dtype=jnp.int32) - first, 0, capacity)  # of each slot, among the cells
+    end = jnp.concatenate([end, jnp.full_like(end[:, :1], capacity)], axis=1)  # empty cells, like one more slot
+    begin = jnp.concatenate([jnp.zeros_like(end[:, :1]), end[:, :-1]], axis=1)
+    number = end - begin
+    upto = jnp.cumsum(number.T.reshape(-1), dtype=jnp.int32).reshape(slots + 1, peers).T  # slot by slot, peer by peer
+    cell = jnp.arange(capacity, dtype=jnp.int32)
+    slot = jnp.sum(cell[None, :, None] >= end[:, None, :-1], axis=2, dtype=jnp.int32)  # of each cell
+    back = jnp.take_along_axis(upto - number - begin, slot, axis=1) + cell[None, :]
+    return back.reshape(-1), jnp.sum(number[:, :-1], axis=0, dtype=jnp.int32)
 
 
 def _ring_round(
@@ -164,7 +187,7 @@ def _ring_round(
     slot = plan.slot.at[pair_of_cell].get(mode="fill", fill_value=0) - first
     slot = jnp.where(pair_of_cell < len(plan.slot), slot, slots_per_rank)
     rows = _tokens_to_cells(tokens, pair_of_cell, cell_of_pair)
-    done = experts(slots, rows, _group_sizes(slot, slots_per_rank))
+    done = experts(slots, rows, _count(slot, slots_per_rank))
     parts = _weighted_sum(gates, done, cell_of_pair, pair_of_cell)
     return lax.psum_scatter(parts, axis_name, tiled=True)
 
@@ -181,8 +204,9 @@ def _first_back(tokens: jax.Array, slots: Any) -> tuple[jax.Array, Any]:
 _first_back.defvjp(lambda *operands: (operands, None), lambda _, gradients: lax.optimization_barrier(gradients))
 
 
-def _group_sizes(slot: jax.Array, slots: int) -> jax.Array:
-    return jnp.sum(slot[None, :] == jnp.arange(slots, dtype=jnp.int32)[:, None], axis=1, dtype=jnp.int32)
+def _count(values: jax.Array, number: int) -> jax.Array:
+    """How often each of the values 0 to number - 1 occurs."""
+    return jnp.sum(values[None, :] == jnp.arange(number, dtype=jnp.int32)[:, None], axis=1, dtype=jnp.int32)
 
 
 def _inverse(order: jax.Array) -> jax.Array:

@@ -4,14 +4,18 @@ import subprocess
 import sys
 from functools import partial
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from helpers import topology
+from hypothesis.extra.numpy import arrays
 
 import jax_lplb as lplb
+from jax_lplb import _expert_parallel
 from jax_lplb.flax import MoE
 
 P = jax.sharding.PartitionSpec
@@ -109,6 +113,25 @@ def check_against_dense(layer: MoE, x, weight, prepared: bool = False, **options
     for name, value in expected_grads.items():
         assert_close(got[name], value)
     return metrics
+
+
+by_slot = jax.jit(_expert_parallel._by_slot, static_argnums=2)
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(
+    coming=arrays(np.int32, st.sampled_from([(1, 1), (3, 4)]), elements=st.integers(0, 9)),
+    first=st.integers(0, 30),
+    capacity=st.sampled_from([1, 7, 40]),
+)
+def test_cells_by_slot(coming, first, capacity):
+    """As a stable sort of the cells' slots has it."""
+    slots = coming.shape[1]
+    queues = [np.repeat(np.arange(slots), numbers)[first : first + capacity] for numbers in coming]
+    slot = np.concatenate([np.pad(queue, (0, capacity - len(queue)), constant_values=slots) for queue in queues])
+    back, group_sizes = by_slot(coming, jnp.int32(first), capacity)
+    np.testing.assert_array_equal(back, np.argsort(np.argsort(slot, kind="stable")))
+    np.testing.assert_array_equal(group_sizes, np.bincount(slot, minlength=slots + 1)[:slots])
 
 
 SIGTERM = """
