@@ -1,7 +1,8 @@
 """Rows of finished pretraining runs, on the machine that they ran on: `python benchmarks/pretrain.py RUN...`.
 
-The first run is the baseline: `of_first` is throughput over its, `loss_difference` the largest relative difference
-between the losses of the steps that both did, each a mean over the last 20. Medians are over the steps after the 20th.
+The first run is the baseline: `of_first` is throughput over its, `loss_difference` the largest relative difference of
+the losses, means of 20 steps, and `mean_loss_difference` its mean. Other numbers are medians over the steps after the
+20th, and `mean_tokens_per_s` is the throughput of all of these together.
 """
 
 import argparse
@@ -11,31 +12,32 @@ import sys
 from typing import Any
 
 import common
-import numpy as np
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples" / "pretrain"))
-from compare import column, read_lines, smooth
+from compare import column, differences, read_lines
 
 
 def row_of(run: pathlib.Path, first: pathlib.Path) -> dict[str, Any]:
     summary, of_first = (json.loads((folder / "summary.json").read_text()) for folder in (run, first))
-    loss, reference = (smooth(column(read_lines(folder / "metrics.jsonl"), "loss")) for folder in (run, first))
-    both = min(len(loss), len(reference))
-    median, data, placing = summary["median"], summary["config"]["data"], summary["config"]["placing"]
+    difference, seconds = differences(run, first), column(read_lines(run / "metrics.jsonl")[20:], "seconds")
+    tokens = summary["config"]["data"]["batch"] * summary["config"]["data"]["seq_len"]
+    median, placing = summary["median"], summary["config"]["placing"]
     return {
         "bench": "pretrain",
         "run": run.name,
         "balance": placing["balance"],
         "gpus": int(summary["device"].split()[0]),
         "parameters": summary["parameters"],
-        "tokens_per_step": data["batch"] * data["seq_len"],
+        "tokens_per_step": tokens,
         "steps": summary["steps"],
         "tokens_per_s": round(median["tokens_per_s"]),
+        "mean_tokens_per_s": round(tokens / seconds.mean()),
         "of_first": round(median["tokens_per_s"] / of_first["median"]["tokens_per_s"], 4),
         **{key: round(median[key], 4) for key in ("home_mean", "home_max", "optimum_mean", "balanced_mean", "rounds")},
         "loss": round(summary["loss"], 5),
         "validation_loss": summary["validation_loss"],
-        "loss_difference": round(float(np.max(np.abs(loss[:both] / reference[:both] - 1))), 6),
+        "loss_difference": round(float(difference.max()), 6),
+        "mean_loss_difference": round(float(difference.mean()), 6),
     }
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 
 from jax_lplb import _ffi
-from jax_lplb._count import check_expert_ids, check_num_sms, chunking, count
+from jax_lplb._count import check_expert_ids, check_num_sms, chunking, count, flat_ids
 from jax_lplb._placement import Placement
 from jax_lplb._solve import check_load, check_placement
 
@@ -76,12 +76,12 @@ def assign(
         raise ValueError(f"offset must have shape [num_experts] = [{placement.num_experts}], got {offset.shape}")
     offset = jnp.broadcast_to(offset, (placement.num_experts,))
     with jax.named_scope("lplb_assign"):
-        flat = expert_ids.reshape(-1)
+        flat = flat_ids(expert_ids)
         _, starts = count(flat, placement.num_experts, num_sms, implementation)
         physical_ids, _ = assign_with_starts(
             flat, starts, lax.stop_gradient(split), placement, load, offset, num_sms, implementation
         )
-        return physical_ids.reshape(expert_ids.shape)
+        return physical_ids[: expert_ids.size].reshape(expert_ids.shape)
 
 
 def assign_with_starts(
@@ -230,14 +230,10 @@ def _choose_slots(
         taken, remainder = _mul_div(number, quota, jnp.maximum(left, 1))
         here = (remainder + quota >= left) | (replicas[ids] == replica + 1) | unknown
         slot = jnp.where((slot < 0) & here & (replicas[ids] > replica), slots[ids], slot)
-        return vary((number - taken, left - quota, slot)), None
+        return (number - taken, left - quota, slot), None
 
     axes = _ffi.varying(number, left, quotas, log2phy)
-
-    def vary(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        return tuple(_ffi.vary(one, axes) for one in state)  # what is looked up for no tokens at all does not
-
-    state = vary((number, left, jnp.full_like(ids, -1)))
+    state = tuple(_ffi.vary(v, axes) for v in (number, left, jnp.full_like(ids, -1)))
     (_, _, slot), _ = lax.scan(try_replica, state, (jnp.arange(max_replicas, dtype=jnp.int32), quotas.T, log2phy.T))
     return jnp.where(valid, slot, -1)
 

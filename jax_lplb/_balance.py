@@ -10,7 +10,7 @@ from jax_lplb import _ffi
 from jax_lplb._assign import assign_tokens, assign_with_starts
 from jax_lplb._assign import ffi_attributes as assign_attributes
 from jax_lplb._assign import ffi_results as assign_results
-from jax_lplb._count import check_expert_ids, check_num_sms, count
+from jax_lplb._count import check_expert_ids, check_num_sms, count, flat_ids
 from jax_lplb._placement import Placement
 from jax_lplb._solve import (
     Options,
@@ -111,9 +111,7 @@ def balance(
         raise ValueError(
             f"expert_ids: {expert_ids.size} ids on {num_shards} shards are more than {_MOST_TOKENS}, the largest count"
         )
-    shape, size, expert_ids = expert_ids.shape, expert_ids.size, jnp.asarray(expert_ids).reshape(-1)
-    if size == 0:  # as if it had one of padding: XLA does not compile programs of empty arrays everywhere
-        expert_ids = _ffi.vary(jnp.full((1,), -1, jnp.int32), _ffi.varying(expert_ids))
+    shape, size, expert_ids = expert_ids.shape, expert_ids.size, flat_ids(expert_ids)
 
     with jax.named_scope("lplb_count"):
         local_load, starts = count(expert_ids, placement.num_experts, num_sms, implementation)

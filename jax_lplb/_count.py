@@ -38,7 +38,16 @@ def count_load(
     check_num_experts(num_experts, implementation)
     check_num_sms(num_sms)
     with jax.named_scope("lplb_count"):
-        return count(expert_ids.reshape(-1), num_experts, num_sms, implementation)[0]
+        return count(flat_ids(expert_ids), num_experts, num_sms, implementation)[0]
+
+
+def flat_ids(expert_ids: jax.Array) -> jax.Array:
+    """The ids in a row; for a batch without any, one of padding, which counts as none.
+
+    For GPUs, jax 0.11.2 crashes as it compiles a shard_map over empty ids.
+    """
+    flat = jnp.asarray(expert_ids).reshape(-1)
+    return flat if flat.size else _ffi.vary(jnp.full((1,), -1, jnp.int32), _ffi.varying(flat))
 
 
 def count(

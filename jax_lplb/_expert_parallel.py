@@ -4,8 +4,8 @@ Buffers have a static size, a factor over what an even load needs. A batch that 
 rounds, as many on all ranks: no token is dropped, and memory does not grow. The single round that balanced batches need
 is differentiated as any other code; the backward pass of several runs each of them once more.
 
-Rows are only ever gathered, by index arrays that are each other's inverses, in the backward pass too: no scatter, whose
-order of additions would show on GPUs.
+Rows of tokens are only ever gathered, by index arrays that are each other's inverses, in the backward pass too: no
+scatter, whose order of additions would show on GPUs.
 """
 
 import math
@@ -20,6 +20,7 @@ from jax import lax
 
 from jax_lplb import _ffi
 from jax_lplb._balance import AxisName
+from jax_lplb._count import count
 from jax_lplb._placement import Placement
 
 Dispatch = Literal["all_to_all", "ring"]
@@ -51,7 +52,7 @@ def expert_parallel(
       gates: float32 [num_tokens, k].
       weights: a pytree, differentiable, from which `bring` makes those of this rank's slots.
       placement: the ranks' slots.
-      bring: brings copies here; runs once, whatever the rounds.
+      bring: brings copies here; runs once, and once more in the backward pass of several rounds.
       experts: what runs on sorted rows.
       axis_name: mesh axis, or axes, of the ranks.
       dispatch: "all_to_all": each rank sends its tokens to those that have their experts, a buffer of equal size to
@@ -71,21 +72,21 @@ def expert_parallel(
     if dispatch == "all_to_all":
         most_ids, capacity = num_ids, _capacity(buffer_factor * num_ids / ranks, num_ids, ranks)
         # What everyone sends to each slot: all that a rank has to know of the rows that come.
-        sent = lax.all_gather(_count(ids, placement.num_physical), axis_name, to="invarying")
-        sent = sent.reshape(ranks, ranks, slots_per_rank)
+        own = _count(ids, placement.num_physical).reshape(ranks, slots_per_rank)
+        sent = lax.all_gather(own, axis_name, to="invarying")
         most = jnp.max(jnp.sum(sent, axis=2))
         coming = lax.dynamic_index_in_dim(sent, lax.axis_index(axis_name), axis=1, keepdims=False)
-        plan = _plan(ids, ids // slots_per_rank, ranks, coming)
+        plan = _plan(ids, ids // slots_per_rank, jnp.sum(own, axis=1))._replace(coming=coming)
         run = partial(_all_to_all_round, _Layout(experts, axis_name, slots_per_rank, capacity))
     else:
         most_ids, capacity = num_ids * ranks, _capacity(buffer_factor * num_ids, num_ids * ranks, 1)
         everyones = lax.all_gather(ids, axis_name, tiled=True)
         here = everyones // slots_per_rank == lax.axis_index(axis_name)
-        plan = _plan(everyones, jnp.where((everyones >= 0) & here, 0, -1), 1, None)
+        plan = _plan(everyones, jnp.where(here, 0, -1), jnp.sum(here, keepdims=True, dtype=jnp.int32))
         most = lax.pmax(plan.length[0], axis_name)
         run = partial(_ring_round, _Layout(experts, axis_name, slots_per_rank, capacity))
     if capacity >= most_ids:
-        return _at_once(run, bring, plan, placement, weights, tokens, gates), jnp.int32(1)
+        return _single_round(run, bring, plan, placement, weights, tokens, gates), jnp.int32(1)
     if others:  # as many rounds for all devices that have copies of anything
         most = lax.pmax(_ffi.vary(most, frozenset(others)), others)
     rounds = jnp.maximum(-(-most // capacity), 1)
@@ -116,17 +117,17 @@ class _Plan(NamedTuple):
     order: jax.Array  # int32 [pairs], pairs by slot: the queues, one after the other
     start: jax.Array  # int32 [peers], first of each queue
     length: jax.Array  # int32 [peers], of each queue
-    coming: jax.Array | None  # int32 [peers, slots], pairs that each of the peers has for each slot of this rank
+    coming: Any = None  # int32 [peers, slots], pairs that each peer has for each slot of this rank; of all_to_all
 
 
-def _plan(slot: jax.Array, peer: jax.Array, peers: int, coming: jax.Array | None) -> _Plan:
+def _plan(slot: jax.Array, peer: jax.Array, length: jax.Array) -> _Plan:
+    peers = len(length)
     peer = jnp.where((slot >= 0) & (peer >= 0) & (peer < peers), peer, peers)
     last = jnp.int32(np.iinfo(np.int32).max)
     order = jnp.argsort(jnp.where(peer < peers, slot, last), stable=True).astype(jnp.int32)
-    length = _count(peer, peers)
     start = jnp.cumsum(length, dtype=jnp.int32) - length
     number = _inverse(order) - start.at[peer].get(mode="fill", fill_value=0)
-    return _Plan(slot, peer, number, order, start, length, coming)
+    return _Plan(slot, peer, number, order, start, length)
 
 
 def _window(plan: _Plan, round_: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array]:
@@ -144,7 +145,6 @@ def _all_to_all_round(
     layout: _Layout, round_: jax.Array, plan: _Plan, slots: Any, tokens: jax.Array, gates: jax.Array
 ) -> jax.Array:
     experts, axis_name, _, capacity = layout
-    assert plan.coming is not None
     exchange = partial(lax.all_to_all, axis_name=axis_name, split_axis=0, concat_axis=0, tiled=True)
     pair_of_cell, cell_of_pair = _window(plan, round_, capacity)
     cells, slots = _first_back(_tokens_to_cells(tokens, pair_of_cell, cell_of_pair), slots)
@@ -194,9 +194,10 @@ def _ring_round(
 
 @jax.custom_vjp
 def _first_back(tokens: jax.Array, slots: Any) -> tuple[jax.Array, Any]:
-    """As they are; but in the backward pass the gradients of tokens travel before those of copies.
+    """As they are; but in the backward pass the gradients of copies travel after those of tokens have arrived.
 
-    Matmuls for the weights' gradients can then be done meanwhile; XLA would have them first, and tokens wait.
+    The barrier makes the sends of copies, which come after it, wait for the exchange before it; the matmuls for the
+    weights' gradients are then done beside that. XLA would do them first, and let the tokens wait.
     """
     return tokens, slots
 
@@ -204,9 +205,9 @@ def _first_back(tokens: jax.Array, slots: Any) -> tuple[jax.Array, Any]:
 _first_back.defvjp(lambda *operands: (operands, None), lambda _, gradients: lax.optimization_barrier(gradients))
 
 
-def _count(values: jax.Array, number: int) -> jax.Array:
-    """How often each of the values 0 to number - 1 occurs."""
-    return jnp.sum(values[None, :] == jnp.arange(number, dtype=jnp.int32)[:, None], axis=1, dtype=jnp.int32)
+def _count(slots: jax.Array, number: int) -> jax.Array:
+    """How often each of the slots 0 to number - 1 occurs."""
+    return count(slots, number, None, "xla" if number > _ffi.MAX_EXPERTS else None)[0]
 
 
 def _inverse(order: jax.Array) -> jax.Array:
@@ -269,18 +270,18 @@ def _all_rounds(
     operands = (weights, tokens, gates)
     return lax.cond(
         rounds > 1,
-        lambda: _in_turn(run, bring, rounds, plan, placement, *operands),
-        lambda: _at_once(run, bring, plan, placement, *operands),
+        lambda: _several_rounds(run, bring, rounds, plan, placement, *operands),
+        lambda: _single_round(run, bring, plan, placement, *operands),
     )
 
 
-def _at_once(
+def _single_round(
     run: Any, bring: Bring, plan: _Plan, placement: Placement, weights: Any, tokens: jax.Array, gates: jax.Array
 ) -> jax.Array:
     return run(jnp.int32(0), plan, bring(weights, placement), tokens, gates)
 
 
-def _in_turn(
+def _several_rounds(
     run: Any,
     bring: Bring,
     rounds: jax.Array,
@@ -302,14 +303,14 @@ def _all_rounds_forward(
 
     def once() -> tuple[jax.Array, list[jax.Array]]:
         nonlocal structure, known
-        result, pull = jax.vjp(partial(_at_once, run, bring, plan, placement), *operands)
+        result, pull = jax.vjp(partial(_single_round, run, bring, plan, placement), *operands)
         kept, structure = jax.tree.flatten(pull)
         known = [next((i for i, leaf in enumerate(given) if leaf is one), None) for one in kept]
         return result, [one for one, i in zip(kept, known, strict=True) if i is None]
 
     def several() -> tuple[jax.Array, list[jax.Array]]:
         kept = [_zeros_like(leaf) for leaf in jax.eval_shape(once)[1]]  # rounds are run again in the backward pass
-        return _in_turn(run, bring, rounds, plan, placement, *operands), kept
+        return _several_rounds(run, bring, rounds, plan, placement, *operands), kept
 
     result, kept = lax.cond(rounds > 1, several, once)
     rest = iter(kept)

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import logging
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from jax_lplb import _ffi
 
 GroupedMatmul = Literal["tokamax", "ragged_dot"] | Callable[..., jax.Array]
 _log = logging.getLogger(__name__)
+_importing = threading.Lock()
 
 
 def grouped_matmul(
@@ -90,7 +92,7 @@ def _ragged_dot(
 
 def _tokamax(rows: jax.Array, other: jax.Array, group_sizes: jax.Array, numbers: Any) -> jax.Array:
     """Tokamax's `ragged_dot_general`, but on Hopper with choices of our own, for what training takes: bfloat16."""
-    tokamax = _import("tokamax")
+    tokamax = importlib.import_module("tokamax")
     if not getattr(jax.devices()[0], "compute_capability", "").startswith("9."):
         return tokamax.ragged_dot_general(rows, other, group_sizes, numbers)
     tileable = rows.dtype == jnp.bfloat16 and all(size % 128 == 0 for size in (rows.shape[1], *other.shape[1:]))
@@ -98,8 +100,7 @@ def _tokamax(rows: jax.Array, other: jax.Array, group_sizes: jax.Array, numbers:
         # tokamax 0.0.17's kernel for sums over groups' rows is wrong on Hopper with jax 0.11: it overtakes its loads.
         if not tileable:
             return lax.ragged_dot_general(rows, other, group_sizes, numbers)
-        kernels = _import("jax.experimental.pallas.ops.gpu.transposed_ragged_dot_mgpu")
-        return kernels.transposed_ragged_dot(
+        return _kernels().transposed_ragged_dot(
             rows,
             other,
             group_sizes=group_sizes,
@@ -112,7 +113,7 @@ def _tokamax(rows: jax.Array, other: jax.Array, group_sizes: jax.Array, numbers:
     choice: Any = None
     if tileable and rows.shape[0] >= 128 * len(group_sizes):
         try:
-            gpu = _import("tokamax.ops.gpu")
+            gpu = importlib.import_module("tokamax.ops.gpu")
         except ImportError:
             _log.info("MoE: without jax-triton, tokamax does not offer a choice of tiles: matmuls take twice as long")
         else:  # twice as fast as the tiles that it takes where it was not tuned
@@ -123,10 +124,10 @@ def _tokamax(rows: jax.Array, other: jax.Array, group_sizes: jax.Array, numbers:
     return tokamax.ragged_dot_general(rows, other, group_sizes, numbers, implementation=choice)
 
 
-def _import(name: str) -> Any:
-    # JAX's kernels import its test utilities, and those a handler that takes SIGTERM from the program and aborts it.
-    with mock.patch("jax._src.util.install_failure_signal_handler", create=True):
-        return importlib.import_module(name)
+def _kernels() -> Any:
+    # The module imports JAX's test utilities, which would take SIGTERM from the program, and abort it 3 s after one.
+    with _importing, mock.patch("jax._src.util.install_failure_signal_handler", create=True):
+        return importlib.import_module("jax.experimental.pallas.ops.gpu.transposed_ragged_dot_mgpu")
 
 
 def has_tokamax() -> bool:

@@ -96,7 +96,7 @@ def _send_copies_backward(sending: _Sending, rows: jax.Array, gradient: jax.Arra
     back = tuple(tuple((receiver, sender) for sender, receiver in route) for route in sending.routes)
     received = _along(sending, back, gradient[home:]).astype(sending.home_dtype)
     sums = lax.optimization_barrier(gradient[:home].astype(sending.home_dtype))
-    return sums.at[rows].add(received, mode="clip", unique_indices=True), None
+    return sums.at[rows].add(received, mode="clip", unique_indices=True), None  # a topology copies an expert once
 
 
 _send_copies.defvjp(_send_copies_forward, _send_copies_backward)

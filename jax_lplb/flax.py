@@ -183,11 +183,11 @@ class MoE(nnx.Module):
         Returns:
           The result, of the shape and dtype of `x`, and `Metrics`.
         """
+        bring: Bring
         if slots is None:
-            weights, axes = self._home_weights(), self.axis_name
+            weights, axes, bring = self._home_weights(), self.axis_name, self._bring
         else:
-            weights, axes = slots, self.slot_axes
-        bring: Bring = self._bring if slots is None else _as_they_are
+            weights, axes, bring = slots, self.slot_axes, _as_they_are
         run = jax.shard_map(
             partial(self._on_rank, bring),
             mesh=self.mesh,

@@ -115,6 +115,38 @@ def check_against_dense(layer: MoE, x, weight, prepared: bool = False, **options
     return metrics
 
 
+@pytest.mark.parametrize("buffer_factor", [0.2, 8.0])
+@pytest.mark.parametrize("dispatch", ["all_to_all", "ring"])
+def test_padding(rng, dispatch, buffer_factor):
+    """Negative ids are nobody's: anywhere, and all that a rank has."""
+    place, mesh = placements()["cube"], mesh_of((RANKS, "ep"))
+    tokens = rng.normal(size=(RANKS * TOKENS, D_MODEL)).astype(np.float32)
+    gates = rng.uniform(size=(RANKS * TOKENS, TOP_K)).astype(np.float32)
+    ids = rng.integers(-place.num_physical // 4, place.num_physical, (RANKS * TOKENS, TOP_K)).astype(np.int32)
+    ids[:TOKENS] = -1
+    weights = rng.normal(size=(place.num_physical, D_MODEL, D_MODEL)).astype(np.float32)
+
+    def on_rank(tokens, ids, gates, weights):
+        return _expert_parallel.expert_parallel(
+            tokens,
+            ids,
+            gates,
+            weights,
+            place,
+            lambda weights, _: weights,
+            lambda slots, rows, sizes: jax.lax.ragged_dot(rows, slots, sizes),
+            axis_name="ep",
+            dispatch=dispatch,
+            buffer_factor=buffer_factor,
+        )
+
+    run = jax.jit(jax.shard_map(on_rank, mesh=mesh, in_specs=P("ep"), out_specs=(P("ep"), P())))
+    result, rounds = run(tokens, ids, gates, weights)
+    assert (rounds > 1) == (buffer_factor < 1)
+    shares = np.einsum("td,tkde->tke", tokens, weights[ids]) * (gates * (ids >= 0))[:, :, None]
+    np.testing.assert_allclose(result, shares.sum(axis=1), rtol=1e-5, atol=1e-5)
+
+
 by_slot = jax.jit(_expert_parallel._by_slot, static_argnums=2)
 
 
@@ -138,7 +170,7 @@ SIGTERM = """
 import os, signal
 from jax_lplb import _grouped_matmul
 signal.signal(signal.SIGTERM, lambda *_: print("the program's own handler"))
-_grouped_matmul._import("jax.experimental.pallas.ops.gpu.transposed_ragged_dot_mgpu")
+_grouped_matmul._kernels()
 os.kill(os.getpid(), signal.SIGTERM)
 """
 

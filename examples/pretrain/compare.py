@@ -47,6 +47,13 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return (total[1:] - total[first]) / (np.arange(len(values)) + 1 - first)
 
 
+def differences(run: Path, other: Path) -> np.ndarray:
+    """Of the smoothed losses of two runs, relative to the latter's, at the steps that both did."""
+    one, two = (smooth(column(read_lines(folder / "metrics.jsonl"), "loss")) for folder in (run, other))
+    both = min(len(one), len(two))
+    return np.abs(one[:both] / two[:both] - 1)
+
+
 def draw(runs: Sequence[Path], path: Path) -> None:
     """The figure; of a single run with what its imbalance would be at home and could be at best."""
     figure, (loss, speed, imbalance) = plt.subplots(3, 1, figsize=(9, 9), sharex=True, layout="constrained")
@@ -81,12 +88,9 @@ def draw(runs: Sequence[Path], path: Path) -> None:
 def table(runs: Sequence[Path]) -> Table:
     """Final numbers, and how far the smoothed loss of each run strays from that of the first."""
     result = Table("run", "loss", "validation", "tokens/s", "at home", "balanced", "largest loss difference")
-    reference = smooth(column(read_lines(runs[0] / "metrics.jsonl"), "loss"))
     for run in runs:
         summary = json.loads((run / "summary.json").read_text())
-        loss, median = smooth(column(read_lines(run / "metrics.jsonl"), "loss")), summary["median"]
-        common = min(len(loss), len(reference))
-        stray = np.max(np.abs(loss[:common] / reference[:common] - 1))
+        median = summary["median"]
         validation = summary["validation_loss"]
         result.add_row(
             run.name,
@@ -95,7 +99,7 @@ def table(runs: Sequence[Path]) -> Table:
             f"{median['tokens_per_s']:,.0f}",
             f"{median['home_mean']:.3f}",
             f"{median['balanced_mean']:.3f}",
-            "-" if run == runs[0] else f"{stray:.2%}",
+            "-" if run == runs[0] else f"{differences(run, runs[0]).max():.2%}",
         )
     return result
 

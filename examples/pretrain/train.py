@@ -91,7 +91,6 @@ def train(config: Config) -> None:
                 recorder.push(step, metrics, begun)
                 stopped, last = stop.at(step), step == config.steps
                 if config.placing.balance and _due(step, config.placing.placement_every) and not last:
-                    recorder.flush()
                     new = trainer.put(place(config, ranks, past_load(state)))
                     state, placement = trainer.move(state, placement, new), new
                 if _due(step, config.validate_every) or last:
