@@ -7,7 +7,9 @@ import json
 import pathlib
 import re
 import signal
+import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import jax
@@ -158,6 +160,29 @@ def test_goes_on_as_if_never_interrupted(whole, monkeypatch, tmp_path, capsys):
     compare.main()
     assert re.search(r"resumed.* 0\.00%", capsys.readouterr().out)
     assert (tmp_path / "compare.png").stat().st_size > 10_000
+
+
+@pytest.mark.gpu
+def test_stops_and_goes_on_as_a_program(text, tmp_path):
+    """On GPUs, with sizes for which the layer imports kernels of other libraries while the run goes on."""
+    steps, log = 60, tmp_path / "metrics.jsonl"
+    options = {"data": text, "out": tmp_path, "steps": steps, "d-model": 128, "d-expert": 128, "dtype": "bfloat16"}
+    command = [sys.executable, train.__file__, "tiny", "--heads", "4", "--placement-every", "20"]
+    command += [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and len(compare.read_lines(log)) < steps // 3:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate()
+    assert process.returncode == 0, said
+    stopped = int(re.search(r"stopped after step (\d+); the same command goes on from there", said)[1])
+    assert steps // 3 <= stopped < steps
+
+    said = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=True).stderr
+    assert f"going on after step {stopped}" in said
+    rows = compare.read_lines(log)
+    assert [row["step"] for row in rows] == list(range(1, steps + 1))
+    assert rows[stopped]["loss"] < (rows[0]["loss"] + rows[stopped - 1]["loss"]) / 2  # not from the start again
 
 
 def test_loads_on_other_ranks(whole):
