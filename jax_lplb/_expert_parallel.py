@@ -64,8 +64,6 @@ def expert_parallel(
     """
     ranks, slots_per_rank = placement.num_ranks, placement.slots_per_rank
     num_ids = physical_ids.size
-    if num_ids == 0:
-        return tokens.astype(jnp.float32), jnp.int32(1)
     axes = {axis_name} if isinstance(axis_name, str) else set(axis_name)
     others = tuple(sorted(_ffi.varying(tokens, physical_ids, *jax.tree.leaves(weights)) - axes))
     ids = physical_ids.reshape(-1)

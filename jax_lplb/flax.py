@@ -15,6 +15,7 @@ from jax_lplb._balance import balance
 from jax_lplb._expert_parallel import Bring, Dispatch, expert_parallel
 from jax_lplb._grouped_matmul import GroupedMatmul, grouped_matmul, has_tokamax
 from jax_lplb._placement import Placement
+from jax_lplb._status import Status
 from jax_lplb._weights import from_logical, replicate
 
 _log = logging.getLogger(__name__)
@@ -183,6 +184,8 @@ class MoE(nnx.Module):
         Returns:
           The result, of the shape and dtype of `x`, and `Metrics`.
         """
+        if x.size == 0:  # for GPUs, jax 0.11.2 crashes as it compiles a shard_map over empty arrays
+            return x, self._metrics_of_nothing()
         bring: Bring
         if slots is None:
             weights, axes, bring = self._home_weights(), self.axis_name, self._bring
@@ -247,6 +250,11 @@ class MoE(nnx.Module):
         metrics = self._metrics(out, expert_ids, scores, rounds, placement)
         return result.astype(x.dtype).reshape(x.shape), metrics
 
+    def _metrics_of_nothing(self) -> Metrics:
+        load = jnp.zeros(self.router.shape[1], jnp.int32)
+        kinds = {"status": jnp.int32(Status.SKIPPED), "rounds": jnp.int32(1), "load": load}
+        return Metrics(**{name: kinds.get(name, jnp.float32(0)) for name in Metrics._fields})
+
     def _metrics(
         self, out: Any, expert_ids: jax.Array, scores: jax.Array, rounds: jax.Array, placement: Placement
     ) -> Metrics:
@@ -258,12 +266,9 @@ class MoE(nnx.Module):
         mean = jnp.maximum(jnp.sum(load) / ranks, 1e-9)
         at_home = jnp.zeros_like(load, shape=(ranks,)).at[home_slot // placement.slots_per_rank].add(load)
         by_group = out.rank_load.reshape(groups, -1).max(axis=1).astype(jnp.float32)
-        num_tokens, num_ids = max(len(expert_ids), 1), max(expert_ids.size, 1)
-        moved = jnp.sum(out.physical_ids != home_slot[expert_ids], dtype=jnp.float32) / num_ids
+        moved = jnp.mean(out.physical_ids != home_slot[expert_ids], dtype=jnp.float32)
         chosen = load / jnp.maximum(jnp.sum(load), 1)
-        probability = lax.pmean(
-            jnp.sum(scores / jnp.sum(scores, axis=1, keepdims=True), axis=0) / num_tokens, self.token_axes
-        )
+        probability = lax.pmean(jnp.mean(scores / jnp.sum(scores, axis=1, keepdims=True), axis=0), self.token_axes)
         total = out.load
         if others:
             chosen, total = lax.pmean(chosen, others), lax.psum(total, others)
