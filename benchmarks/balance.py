@@ -177,11 +177,8 @@ def several_gpus(
 ) -> tuple[list[dict[str, Any]], list[Callable[[], int]]]:
     """Rows, and for each what counts the launches of its run on one GPU (later: profiling slows what comes after)."""
     ranks = jax.device_count()
-    topology = {8: lplb.topology.cube, 4: partial(lplb.topology.torus, 2, 2)}.get(
-        ranks, partial(lplb.topology.ring, ranks)
-    )()
     placement = lplb.Placement.from_topology(
-        topology, num_experts=common.NUM_EXPERTS, num_ranks=ranks, redundants_per_rank=2
+        common.topology_of(ranks), num_experts=common.NUM_EXPERTS, num_ranks=ranks, redundants_per_rank=2
     )
     _, ids = common.instances(tokens * ranks, ranks, number=3)
     mesh = jax.make_mesh((ranks,), ("ep",), axis_types=(AxisType.Auto,))

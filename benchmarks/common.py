@@ -8,6 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from functools import partial
 from typing import Any
 
 import jax
@@ -34,6 +35,18 @@ CASES = {
 }
 
 
+def topology_of(num_ranks: int) -> lplb.topology.Topology:
+    """Of all GPUs of one host."""
+    special = {8: lplb.topology.cube, 4: partial(lplb.topology.torus, 2, 2)}
+    return special.get(num_ranks, partial(lplb.topology.ring, num_ranks))()
+
+
+def picks(rng: np.random.Generator, logits: np.ndarray, num_tokens: int, k: int) -> np.ndarray:
+    """int32 [num_tokens, k]: different experts for each token, by their popularity exp(logits)."""
+    noisy = logits + rng.gumbel(size=(num_tokens, len(logits)))
+    return np.argpartition(-noisy, k, axis=1)[:, :k].astype(np.int32)
+
+
 def _placement(topology: lplb.topology.Topology, redundants: int) -> lplb.Placement:
     return lplb.Placement.from_topology(
         topology, num_experts=NUM_EXPERTS, num_ranks=topology.group_size, redundants_per_rank=redundants
@@ -54,8 +67,7 @@ def instances(
         popularity = np.exp(logits)
         total = num_tokens * TOP_K * num_ranks
         loads.append(np.rint(popularity / popularity.sum() * total))
-        picks = logits + rng.gumbel(size=(num_tokens, num_experts))
-        ids.append(np.argpartition(-picks, TOP_K, axis=1)[:, :TOP_K])
+        ids.append(picks(rng, logits, num_tokens, TOP_K))
     return np.asarray(loads, np.int32), np.asarray(ids, np.int32)
 
 

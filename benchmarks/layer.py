@@ -59,8 +59,7 @@ def round_robin(tokens: int) -> Load:
 def lognormal(tokens: int, sigma: float) -> Load:
     rng = np.random.default_rng(0)
     logits = rng.normal(0, sigma, EXPERTS)
-    picks = logits + rng.gumbel(size=(tokens, EXPERTS))
-    ids = np.argpartition(-picks, TOP_K, axis=1)[:, :TOP_K].astype(np.int32)
+    ids = common.picks(rng, logits, tokens, TOP_K)
     return Load(f"sigma {sigma}", ids, np.exp(logits).astype(np.float32))
 
 
@@ -80,10 +79,8 @@ def deepseek(tokens: int, folder: pathlib.Path, layer: int) -> Load:
 
 def placement_for(past: np.ndarray, redundants: int) -> lplb.Placement:
     ranks = jax.device_count()
-    special = {8: lplb.topology.cube, 4: partial(lplb.topology.torus, 2, 2)}
-    topology = special.get(ranks, partial(lplb.topology.ring, ranks))()
     placement = lplb.Placement.from_topology(
-        topology, num_experts=EXPERTS, num_ranks=ranks, redundants_per_rank=redundants
+        common.topology_of(ranks), num_experts=EXPERTS, num_ranks=ranks, redundants_per_rank=redundants
     )
     return placement.select(past)
 

@@ -72,7 +72,7 @@ def count(
     def xla(ids: jax.Array) -> list[jax.Array]:
         valid = (ids >= 0) & (ids < num_experts)
         chunk = jnp.arange(num_ids, dtype=jnp.int32) // chunk_size
-        histograms = _ffi.vary(jnp.zeros((num_chunks, num_experts), jnp.int32), _ffi.varying(ids))
+        histograms = jnp.zeros((num_chunks, num_experts), jnp.int32)
         histograms = histograms.at[chunk, jnp.where(valid, ids, num_experts)].add(1, mode="drop")
         load = jnp.sum(histograms, axis=0, dtype=jnp.int32)
         return [load, jnp.cumsum(histograms, axis=0, dtype=jnp.int32) - histograms]

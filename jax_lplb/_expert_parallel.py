@@ -255,17 +255,9 @@ _tokens_to_cells.defvjp(_tokens_to_cells_forward, _tokens_to_cells_backward)
 # and then either the usual single round or a loop. Copies travel after it, where they can do so beside other work.
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _all_rounds(
-    run: Any,
-    bring: Bring,
-    rounds: jax.Array,
-    plan: _Plan,
-    placement: Placement,
-    weights: Any,
-    tokens: jax.Array,
-    gates: jax.Array,
+    run: Any, bring: Bring, rounds: jax.Array, plan: _Plan, placement: Placement, *operands: Any
 ) -> jax.Array:
-    """The sum of `run`'s results in all rounds."""
-    operands = (weights, tokens, gates)
+    """The sum of `run`'s results in all rounds; operands: weights, tokens and gates, by which it is differentiated."""
     return lax.cond(
         rounds > 1,
         lambda: _several_rounds(run, bring, rounds, plan, placement, *operands),
@@ -273,24 +265,15 @@ def _all_rounds(
     )
 
 
-def _single_round(
-    run: Any, bring: Bring, plan: _Plan, placement: Placement, weights: Any, tokens: jax.Array, gates: jax.Array
-) -> jax.Array:
-    return run(jnp.int32(0), plan, bring(weights, placement), tokens, gates)
+def _single_round(run: Any, bring: Bring, plan: _Plan, placement: Placement, weights: Any, *rest: Any) -> jax.Array:
+    return run(jnp.int32(0), plan, bring(weights, placement), *rest)
 
 
 def _several_rounds(
-    run: Any,
-    bring: Bring,
-    rounds: jax.Array,
-    plan: _Plan,
-    placement: Placement,
-    weights: Any,
-    tokens: jax.Array,
-    gates: jax.Array,
+    run: Any, bring: Bring, rounds: jax.Array, plan: _Plan, placement: Placement, weights: Any, *rest: Any
 ) -> jax.Array:
     slots = bring(weights, placement)
-    return _sum_of(rounds, lambda round_: run(round_, plan, slots, tokens, gates))
+    return _sum_of(rounds, lambda round_: run(round_, plan, slots, *rest))
 
 
 def _all_rounds_forward(
@@ -317,16 +300,16 @@ def _all_rounds_forward(
 
 
 def _all_rounds_backward(run: Any, bring: Bring, residuals: Any, gradient: jax.Array) -> Any:
-    rounds, plan, placement, (weights, *operands), pull = residuals
+    rounds, plan, placement, (weights, *rest), pull = residuals
 
     def several() -> Any:
         slots, pull_slots = jax.vjp(lambda weights: bring(weights, placement), weights)
 
         def of_round(round_: jax.Array) -> Any:
-            return jax.vjp(partial(run, round_, plan), slots, *operands)[1](gradient)
+            return jax.vjp(partial(run, round_, plan), slots, *rest)[1](gradient)
 
-        of_slots, *rest = _sum_of(rounds, of_round)
-        return *pull_slots(of_slots), *rest
+        of_slots, *of_rest = _sum_of(rounds, of_round)
+        return *pull_slots(of_slots), *of_rest
 
     return None, None, None, *lax.cond(rounds > 1, several, lambda: pull(gradient))
 

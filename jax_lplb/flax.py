@@ -202,11 +202,14 @@ class MoE(nnx.Module):
         return run(x, weights, self.router[...], bias, self.placement.get_value())
 
     def update_bias(self, load: jax.Array, rate: float = 1e-3) -> None:
-        """Moves the bias of each expert by `rate`, up where it had fewer tokens than the mean, down where more."""
+        """Moves the bias of each expert by `rate`, up where it had fewer tokens than the mean, down where more.
+
+        `load` is [num_experts], or [layers, num_experts] for layers that `nnx.scan` or `nnx.vmap` stacked.
+        """
         if self.bias is None:
             raise ValueError("update_bias needs a layer made with router_bias=True")
         load = load.astype(jnp.float32)
-        self.bias[...] = self.bias[...] + rate * jnp.sign(jnp.mean(load) - load)
+        self.bias[...] = self.bias[...] + rate * jnp.sign(jnp.mean(load, axis=-1, keepdims=True) - load)
 
     def _home_weights(self) -> dict[str, jax.Array]:
         return {"w_in": self.w_in[...], "w_out": self.w_out[...]}

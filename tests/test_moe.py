@@ -19,7 +19,7 @@ from jax_lplb import _expert_parallel
 from jax_lplb.flax import MoE
 
 P = jax.sharding.PartitionSpec
-RANKS, EXPERTS, D_MODEL, D_EXPERT, TOP_K, TOKENS = 8, 16, 12, 20, 3, 64  # tokens of each rank
+RANKS, EXPERTS, D_MODEL, D_EXPERT, TOP_K, TOKENS = 8, 16, 12, 20, 3, 88  # tokens of each rank
 
 
 def placements() -> dict[str, lplb.Placement]:
@@ -193,7 +193,7 @@ def test_equals_dense(rng, name, dispatch, buffer_factor):
     x, weight = inputs(rng)
     metrics = check_against_dense(layer, x, weight)
     rounds = int(metrics.rounds)
-    assert rounds == 1 if buffer_factor == 8 else rounds >= 4
+    assert rounds == 1 if buffer_factor == 8 else rounds >= 5
     assert int(metrics.load.sum()) == x.shape[0] * TOP_K
     assert metrics.optimum <= metrics.balanced + 1e-6
     if name == "none":

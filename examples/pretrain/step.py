@@ -81,25 +81,23 @@ class Trainer:
         return jax.device_put(placement, self.everywhere)
 
     def _loss(self, params: Any, state: State, placement: lplb.Placement, batch: jax.Array) -> tuple[jax.Array, Any]:
-        bias = jax.tree.map(lambda leaf: leaf, state.bias)  # variables of this trace, as nnx.scan asks for
-        model = nnx.merge(self.graph, params, bias, self._placed(placement))
+        model = self._model(params, state, placement)
         batch = batch.astype(jnp.int32)
         logits, metrics = model(batch[:, :-1])
         loss = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:]))
         return loss + self.config.optimiser.aux_loss_weight * jnp.mean(metrics.aux_loss), (loss, metrics)
 
-    def _placed(self, placement: lplb.Placement) -> Any:
-        return jax.tree.unflatten(jax.tree.structure(self._placement_state), jax.tree.leaves(placement))
+    def _model(self, params: Any, state: State, placement: lplb.Placement) -> Transformer:
+        bias = jax.tree.map(lambda leaf: leaf, state.bias)  # variables of this trace, as nnx.scan asks for
+        placed = jax.tree.unflatten(jax.tree.structure(self._placement_state), jax.tree.leaves(placement))
+        return nnx.merge(self.graph, params, bias, placed)
 
     def _step(self, state: State, placement: lplb.Placement, batch: jax.Array) -> tuple[State, dict[str, jax.Array]]:
         grads, (loss, metrics) = jax.grad(self._loss, has_aux=True)(state.params, state, placement, batch)
         updates, opt_state = self.optimiser.update(grads, state.opt_state, state.params)
-        settings = self.config.optimiser
-
-        def moved_bias(bias: jax.Array) -> jax.Array:
-            load = metrics.load.astype(jnp.float32)
-            return bias + settings.router_bias_rate * jnp.sign(jnp.mean(load, axis=1, keepdims=True) - load)
-
+        model = self._model(state.params, state, placement)
+        if self.config.model.router_bias:
+            model.blocks.moe.update_bias(metrics.load, self.config.optimiser.router_bias_rate)
         decay = self.config.placing.load_decay
         recorded = {
             "loss": loss,
@@ -110,7 +108,7 @@ class Trainer:
         new = State(
             state.step + 1,
             optax.apply_updates(state.params, updates),
-            jax.tree.map(moved_bias, state.bias),
+            nnx.state(model, RouterBias),
             opt_state,
             decay * state.load + (1 - decay) * metrics.load.astype(jnp.float32),
         )
