@@ -24,8 +24,9 @@ from jax_lplb._count import count
 from jax_lplb._placement import Placement
 
 Dispatch = Literal["all_to_all", "ring"]
-# (weights, placement) -> the weights of this rank's slots.
-Bring = Callable[[Any, Placement], Any]
+# (weights, placement, exchange, tokens) -> the weights of this rank's slots, and exchange(tokens), which may be done
+# meanwhile; without the latter two: slots, and None.
+Bring = Callable[..., tuple[Any, Any]]
 # (weights of slots, rows [n, d_model] sorted by slot, group_sizes int32 [slots]) -> [n, d_model]; rows beyond those of
 # the groups are padding, for which anything may be returned.
 Experts = Callable[[Any, jax.Array, jax.Array], jax.Array]
@@ -52,7 +53,8 @@ def expert_parallel(
       gates: float32 [num_tokens, k].
       weights: a pytree, differentiable, from which `bring` makes those of this rank's slots.
       placement: the ranks' slots.
-      bring: brings copies here; runs once, and once more in the backward pass of several rounds.
+      bring: brings copies here, where there is a single round with the tokens; runs once, and once more in the backward
+        pass of several rounds.
       experts: what runs on sorted rows.
       axis_name: mesh axis, or axes, of the ranks.
       dispatch: "all_to_all": each rank sends its tokens to those that have their experts, a buffer of equal size to
@@ -84,7 +86,7 @@ def expert_parallel(
         most = lax.pmax(plan.length[0], axis_name)
         run = partial(_ring_round, _Layout(experts, axis_name, slots_per_rank, capacity))
     if capacity >= most_ids:
-        return _single_round(run, bring, plan, placement, weights, tokens, gates), jnp.int32(1)
+        return _round(run, jnp.int32(0), bring, plan, placement, weights, tokens, gates), jnp.int32(1)
     if others:  # as many rounds for all devices that have copies of anything
         most = lax.pmax(_ffi.vary(most, frozenset(others)), others)
     rounds = jnp.maximum(-(-most // capacity), 1)
@@ -140,14 +142,12 @@ def _window(plan: _Plan, round_: jax.Array, capacity: int) -> tuple[jax.Array, j
 
 
 def _all_to_all_round(
-    layout: _Layout, round_: jax.Array, plan: _Plan, slots: Any, tokens: jax.Array, gates: jax.Array
+    layout: _Layout, round_: jax.Array, plan: _Plan, bring: Bring, tokens: jax.Array, gates: jax.Array
 ) -> jax.Array:
     experts, axis_name, _, capacity = layout
     exchange = partial(lax.all_to_all, axis_name=axis_name, split_axis=0, concat_axis=0, tiled=True)
     pair_of_cell, cell_of_pair = _window(plan, round_, capacity)
-    cells, slots = _first_back(_tokens_to_cells(tokens, pair_of_cell, cell_of_pair), slots)
-    received = exchange(cells)
-
+    slots, received = bring(exchange, _tokens_to_cells(tokens, pair_of_cell, cell_of_pair))
     back, group_sizes = _by_slot(plan.coming, round_ * capacity, capacity)
     order = _inverse(back)
     done = experts(slots, _permute(received, order, back), group_sizes)
@@ -174,11 +174,10 @@ def _by_slot(coming: jax.Array, first: jax.Array, capacity: int) -> tuple[jax.Ar
 
 
 def _ring_round(
-    layout: _Layout, round_: jax.Array, plan: _Plan, slots: Any, tokens: jax.Array, gates: jax.Array
+    layout: _Layout, round_: jax.Array, plan: _Plan, bring: Bring, tokens: jax.Array, gates: jax.Array
 ) -> jax.Array:
     experts, axis_name, slots_per_rank, capacity = layout
-    tokens, slots = _first_back(tokens, slots)
-    tokens = lax.all_gather(tokens, axis_name, tiled=True)
+    slots, tokens = bring(partial(lax.all_gather, axis_name=axis_name, tiled=True), tokens)
     gates = lax.all_gather(gates, axis_name, tiled=True)
     pair_of_cell, cell_of_pair = _window(plan, round_, capacity)
     first = lax.axis_index(axis_name) * slots_per_rank
@@ -188,19 +187,6 @@ def _ring_round(
     done = experts(slots, rows, _count(slot, slots_per_rank))
     parts = _weighted_sum(gates, done, cell_of_pair, pair_of_cell)
     return lax.psum_scatter(parts, axis_name, tiled=True)
-
-
-@jax.custom_vjp
-def _first_back(tokens: jax.Array, slots: Any) -> tuple[jax.Array, Any]:
-    """As they are; but in the backward pass the gradients of copies travel after those of tokens have arrived.
-
-    The barrier makes the sends of copies, which come after it, wait for the exchange before it; the matmuls for the
-    weights' gradients are then done beside that. XLA would do them first, and let the tokens wait.
-    """
-    return tokens, slots
-
-
-_first_back.defvjp(lambda *operands: (operands, None), lambda _, gradients: lax.optimization_barrier(gradients))
 
 
 def _count(slots: jax.Array, number: int) -> jax.Array:
@@ -261,19 +247,28 @@ def _all_rounds(
     return lax.cond(
         rounds > 1,
         lambda: _several_rounds(run, bring, rounds, plan, placement, *operands),
-        lambda: _single_round(run, bring, plan, placement, *operands),
+        lambda: _round(run, jnp.int32(0), bring, plan, placement, *operands),
     )
 
 
-def _single_round(run: Any, bring: Bring, plan: _Plan, placement: Placement, weights: Any, *rest: Any) -> jax.Array:
-    return run(jnp.int32(0), plan, bring(weights, placement), *rest)
+def _round(
+    run: Any, round_: jax.Array, bring: Bring, plan: _Plan, placement: Placement, weights: Any, *rest: Any
+) -> jax.Array:
+    return run(round_, plan, partial(bring, weights, placement), *rest)
 
 
 def _several_rounds(
     run: Any, bring: Bring, rounds: jax.Array, plan: _Plan, placement: Placement, weights: Any, *rest: Any
 ) -> jax.Array:
-    slots = bring(weights, placement)
-    return _sum_of(rounds, lambda round_: run(round_, plan, slots, *rest))
+    slots, _ = bring(weights, placement)
+    return _sum_of(rounds, lambda round_: _round(run, round_, as_they_are, plan, placement, slots, *rest))
+
+
+def as_they_are(
+    slots: Any, placement: Placement, exchange: Callable[[Any], Any] = lambda tokens: tokens, tokens: Any = None
+) -> tuple[Any, Any]:
+    """Brings slots that are here."""
+    return slots, exchange(tokens)
 
 
 def _all_rounds_forward(
@@ -284,7 +279,7 @@ def _all_rounds_forward(
 
     def once() -> tuple[jax.Array, list[jax.Array]]:
         nonlocal structure, known
-        result, pull = jax.vjp(partial(_single_round, run, bring, plan, placement), *operands)
+        result, pull = jax.vjp(partial(_round, run, jnp.int32(0), bring, plan, placement), *operands)
         kept, structure = jax.tree.flatten(pull)
         known = [next((i for i, leaf in enumerate(given) if leaf is one), None) for one in kept]
         return result, [one for one, i in zip(kept, known, strict=True) if i is None]
@@ -303,10 +298,10 @@ def _all_rounds_backward(run: Any, bring: Bring, residuals: Any, gradient: jax.A
     rounds, plan, placement, (weights, *rest), pull = residuals
 
     def several() -> Any:
-        slots, pull_slots = jax.vjp(lambda weights: bring(weights, placement), weights)
+        slots, pull_slots = jax.vjp(lambda weights: bring(weights, placement)[0], weights)
 
         def of_round(round_: jax.Array) -> Any:
-            return jax.vjp(partial(run, round_, plan), slots, *rest)[1](gradient)
+            return jax.vjp(partial(_round, run, round_, as_they_are, plan, placement), slots, *rest)[1](gradient)
 
         of_slots, *of_rest = _sum_of(rounds, of_round)
         return *pull_slots(of_slots), *of_rest

@@ -50,8 +50,11 @@ def _grouped_matmul_forward(
 
 def _grouped_matmul_backward(implementation: GroupedMatmul | None, residuals: Any, gradient: jax.Array) -> Any:
     rows, weights, group_sizes = residuals
-    of_rows = _ragged_dot(gradient, weights, group_sizes, ((1,), (2,)), [0], implementation)
     of_weights = _ragged_dot(rows, gradient, group_sizes, ((0,), (0,)), [], implementation)
+    # Weights first: copies' gradients may then travel beside the other product. The kernel of this one takes all
+    # multiprocessors for good, and twice as long where a collective holds some of them.
+    gradient, of_weights = lax.optimization_barrier((gradient, of_weights))
+    of_rows = _ragged_dot(gradient, weights, group_sizes, ((1,), (2,)), [0], implementation)
     return of_rows, of_weights, None
 
 

@@ -1,5 +1,6 @@
 """Experts' weights: copies for the redundant slots, and rows carried from one order to another."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -36,19 +37,45 @@ def replicate(home_weights: Any, placement: Placement, axis_name: AxisName, dtyp
       ValueError: `axis_name` is not bound or has another size than `num_ranks`, num_ranks does not divide the experts,
         or a leaf has another number of rows.
     """
+    return replicate_beside(home_weights, placement, axis_name, dtype)[0]
+
+
+def replicate_beside(
+    home_weights: Any,
+    placement: Placement,
+    axis_name: AxisName,
+    dtype: Any = None,
+    exchange: Callable[[Any], Any] = lambda tokens: tokens,
+    tokens: Any = None,
+) -> tuple[Any, Any]:
+    """`replicate`, and `exchange(tokens)`: along a topology copies travel first, then tokens, beside the cast.
+
+    So too in the backward pass: gradients of copies travel first, then those of tokens, beside the cast of the rows'
+    own. That cast takes about as long as tokens travel, and needs no links; where the order is left to XLA, it does it
+    while the few copies travel, and nothing while tokens do.
+    """
     _check("placement", placement)
     ranks = axis_size(axis_name, placement.num_ranks)
     home, rest = divmod(placement.num_experts, ranks)
     if rest:
         raise ValueError(f"placement: its {ranks} ranks do not divide the {placement.num_experts} experts evenly")
-    fetch = _copies_along_topology if placement.topology is not None else _rows_of_slots
-
-    def of_leaf(path: Any, leaf: Any) -> jax.Array:
-        leaf = _with_rows(leaf, home, f"home_weights{jax.tree_util.keystr(path)}")
-        return fetch(leaf, placement, axis_name, leaf.dtype if dtype is None else jnp.dtype(dtype))
-
+    leaves, tree = jax.tree_util.tree_flatten_with_path(home_weights)
+    rows = [_with_rows(leaf, home, f"home_weights{jax.tree_util.keystr(path)}") for path, leaf in leaves]
+    dtypes = tuple(leaf.dtype if dtype is None else jnp.dtype(dtype) for leaf in rows)
     with jax.named_scope("lplb_replicate"):
-        return jax.tree_util.tree_map_with_path(of_leaf, home_weights)
+        if placement.topology is not None:
+            slots, tokens = _copies_along_topology(rows, dtypes, placement, axis_name, exchange, tokens)
+        else:
+            experts = jnp.clip(_slots_here(placement, axis_name), 0, placement.num_experts - 1)
+            slots = [
+                _exchange(leaf.astype(dtype), experts, axis_name) for leaf, dtype in zip(rows, dtypes, strict=True)
+            ]
+            tokens = exchange(tokens)
+    return jax.tree.unflatten(tree, slots), tokens
+
+
+def _slots_here(placement: Placement, axis_name: AxisName) -> jax.Array:
+    return jnp.asarray(placement.phy2log).reshape(placement.num_ranks, -1)[lax.axis_index(axis_name)]
 
 
 class _Sending(NamedTuple):
@@ -56,57 +83,94 @@ class _Sending(NamedTuple):
 
     axes: AxisName
     routes: tuple[tuple[tuple[int, int], ...], ...]  # of each column, (sender, receiver)
-    home_dtype: Any
-    dtype: Any
+    dtypes: tuple[Any, ...]  # of each leaf's slots
+    home_dtypes: tuple[Any, ...]
+    exchange: Callable[[Any], Any]
 
 
-def _copies_along_topology(leaf: jax.Array, placement: Placement, axis_name: AxisName, dtype: Any) -> jax.Array:
+def _copies_along_topology(
+    leaves: list[jax.Array],
+    dtypes: tuple[Any, ...],
+    placement: Placement,
+    axis_name: AxisName,
+    exchange: Callable[[Any], Any],
+    tokens: Any,
+) -> tuple[list[jax.Array], Any]:
     assert placement.topology is not None
     ranks, slots, columns = placement.num_ranks, placement.slots_per_rank, placement.topology.num_columns
-    redundants = slots - leaf.shape[0]
-    if redundants == 0:
-        return leaf.astype(dtype)
+    home = placement.num_experts // ranks
+    redundants = slots - home
     owner, number = copied(placement.topology, ranks, redundants)
     copier = np.empty_like(owner)  # of each rank's k-th copied expert
     copier[owner, number] = np.arange(ranks)[:, None]
-    experts = jnp.asarray(placement.phy2log).reshape(ranks, slots)[copier, leaf.shape[0] + number]
+    experts = jnp.asarray(placement.phy2log).reshape(ranks, slots)[copier, home + number]
     row = jnp.asarray(placement.log2phy)[experts, 0] % slots  # [ranks, redundants], what each rank sends
     axes, number_of = _in_mesh_order(axis_name, ranks)
-    routes = tuple(tuple(zip(number_of, number_of[copier[:, column]], strict=True)) for column in range(columns))
-    return _send_copies(_Sending(axes, routes, leaf.dtype, dtype), leaf, row[lax.axis_index(axis_name)])
+    routes = tuple(
+        tuple(zip(number_of, number_of[copier[:, column]], strict=True))
+        for column in range(columns if redundants else 0)
+    )
+    sending = _Sending(axes, routes, dtypes, tuple(leaf.dtype for leaf in leaves), exchange)
+    return _send_copies(sending, leaves, row[lax.axis_index(axis_name)], tokens)
 
 
 # Differentiated by hand, so that the gradients of copies are added to the rows' own in place; JAX would scatter them
-# into zeros and add up whole leaves. Both ways what takes long, the cast of all rows, need not wait for the copies.
+# into zeros and add up whole leaves. The barriers make the order: what comes out of them waits for all that goes in.
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _send_copies(sending: _Sending, leaf: jax.Array, rows: jax.Array) -> jax.Array:
-    """The leaf with, below, the rows that others send; this rank sends its `rows`, in turns along the routes."""
-    received = _along(sending, sending.routes, leaf.at[rows].get(mode="clip").astype(sending.dtype))
-    home = leaf.shape[0]
-    slots = jnp.pad(leaf.astype(sending.dtype), [(0, len(rows)), *[(0, 0)] * (leaf.ndim - 1)])
-    return lax.dynamic_update_slice_in_dim(lax.optimization_barrier(slots), received, home, axis=0)
+def _send_copies(
+    sending: _Sending, leaves: list[jax.Array], rows: jax.Array, tokens: Any
+) -> tuple[list[jax.Array], Any]:
+    """The leaves with, below, the rows that others send; this rank sends its `rows`, in turns along the routes."""
+    return _send_copies_forward(sending, leaves, rows, tokens)[0]
 
 
-def _send_copies_forward(sending: _Sending, leaf: jax.Array, rows: jax.Array) -> Any:
-    return _send_copies(sending, leaf, rows), rows
+def _send_copies_forward(sending: _Sending, leaves: list[jax.Array], rows: jax.Array, tokens: Any) -> Any:
+    columns = len(sending.routes)
+    sent = [leaf.at[rows].get(mode="clip").astype(dtype) for leaf, dtype in zip(leaves, sending.dtypes, strict=True)]
+    copies = [_along(sending.axes, sending.routes, of_leaf) for of_leaf in sent]
+    copies, tokens = lax.optimization_barrier((copies, tokens))
+    leaves, tokens = lax.optimization_barrier((leaves, tokens))
+    tokens, pull = jax.vjp(sending.exchange, tokens)
+    slots = [
+        jnp.concatenate([leaf.astype(dtype), *(received[k % columns][k // columns, None] for k in range(len(rows)))])
+        for leaf, received, dtype in zip(leaves, copies, sending.dtypes, strict=True)
+    ]
+    return lax.optimization_barrier((slots, tokens)), (rows, pull)
 
 
-def _send_copies_backward(sending: _Sending, rows: jax.Array, gradient: jax.Array) -> Any:
-    home = gradient.shape[0] - len(rows)
+def _send_copies_backward(sending: _Sending, residuals: Any, gradients: Any) -> Any:
+    (rows, pull), (of_slots, of_tokens) = residuals, gradients
     back = tuple(tuple((receiver, sender) for sender, receiver in route) for route in sending.routes)
-    received = _along(sending, back, gradient[home:]).astype(sending.home_dtype)
-    sums = lax.optimization_barrier(gradient[:home].astype(sending.home_dtype))
-    return sums.at[rows].add(received, mode="clip", unique_indices=True), None  # a topology copies an expert once
+    home = of_slots[0].shape[0] - len(rows)
+    copies = [_along(sending.axes, back, of_leaf[home:]) for of_leaf in of_slots]
+    copies, of_tokens = lax.optimization_barrier((copies, of_tokens))
+    of_slots, of_tokens = lax.optimization_barrier((of_slots, of_tokens))
+    (of_tokens,) = pull(of_tokens)
+    rows = jnp.concatenate([rows[:0], *_by_route(rows, back)])
+    of_leaves = [
+        of_leaf[:home]
+        .astype(dtype)
+        .at[rows]
+        .add(  # unique: a topology copies an expert once
+            jnp.concatenate([of_leaf[:0], *received]).astype(dtype), mode="clip", unique_indices=True
+        )
+        for of_leaf, received, dtype in zip(of_slots, copies, sending.home_dtypes, strict=True)
+    ]
+    of_leaves, of_tokens = lax.optimization_barrier((of_leaves, of_tokens))
+    return of_leaves, None, of_tokens
 
 
 _send_copies.defvjp(_send_copies_forward, _send_copies_backward)
 
 
-def _along(sending: _Sending, routes: Any, sent: jax.Array) -> jax.Array:
-    """Row i goes along route i % len(routes)."""
-    by_route = sent.reshape(-1, len(routes), *sent.shape[1:])
-    received = [lax.ppermute(by_route[:, column], sending.axes, route) for column, route in enumerate(routes)]
-    return jnp.stack(received, axis=1).reshape(sent.shape)
+def _along(axes: AxisName, routes: Any, sent: jax.Array) -> list[jax.Array]:
+    """What comes along each of the routes."""
+    return [lax.ppermute(rows, axes, route) for rows, route in zip(_by_route(sent, routes), routes, strict=True)]
+
+
+def _by_route(rows: jax.Array, routes: Any) -> list[jax.Array]:
+    """Row i takes route i % len(routes)."""
+    return [rows[column :: len(routes)] for column in range(len(routes))]
 
 
 def _in_mesh_order(axis_name: AxisName, num_ranks: int) -> tuple[AxisName, np.ndarray]:
@@ -117,12 +181,6 @@ def _in_mesh_order(axis_name: AxisName, num_ranks: int) -> tuple[AxisName, np.nd
     axes = tuple(axis for axis in jax.sharding.get_abstract_mesh().axis_names if axis in axis_name)
     by_place = number.reshape([lax.axis_size(axis) for axis in axis_name])
     return axes, np.argsort(by_place.transpose([axis_name.index(axis) for axis in axes]).ravel())
-
-
-def _rows_of_slots(leaf: jax.Array, placement: Placement, axis_name: AxisName, dtype: Any) -> jax.Array:
-    by_rank = jnp.asarray(placement.phy2log).reshape(placement.num_ranks, placement.slots_per_rank)
-    experts = jnp.clip(by_rank[lax.axis_index(axis_name)], 0, placement.num_experts - 1)
-    return _exchange(leaf.astype(dtype), experts, axis_name)
 
 
 def permute_experts(tree: Any, old: Placement, new: Placement, *, axis_name: AxisName | None = None) -> Any:

@@ -12,11 +12,11 @@ from jax import lax
 
 from jax_lplb import _ffi
 from jax_lplb._balance import balance
-from jax_lplb._expert_parallel import Bring, Dispatch, expert_parallel
+from jax_lplb._expert_parallel import Bring, Dispatch, as_they_are, expert_parallel
 from jax_lplb._grouped_matmul import GroupedMatmul, grouped_matmul, has_tokamax
 from jax_lplb._placement import Placement
 from jax_lplb._status import Status
-from jax_lplb._weights import from_logical, replicate
+from jax_lplb._weights import from_logical, replicate_beside
 
 _log = logging.getLogger(__name__)
 
@@ -166,7 +166,7 @@ class MoE(nnx.Module):
         has its slots; the first axis of the arrays counts those of all, [devices * slots_per_rank, ...].
         """
         run = jax.shard_map(
-            lambda home, placement: self._bring(self._varying(home), placement),
+            lambda home, placement: self._bring(self._varying(home), placement)[0],
             mesh=self.mesh,
             in_specs=(jax.P(self.axis_name), jax.P()),
             out_specs=jax.P(self.slot_axes),
@@ -190,7 +190,7 @@ class MoE(nnx.Module):
         if slots is None:
             weights, axes, bring = self._home_weights(), self.axis_name, self._bring
         else:
-            weights, axes, bring = slots, self.slot_axes, _as_they_are
+            weights, axes, bring = slots, self.slot_axes, as_they_are
         run = jax.shard_map(
             partial(self._on_rank, bring),
             mesh=self.mesh,
@@ -214,8 +214,10 @@ class MoE(nnx.Module):
     def _home_weights(self) -> dict[str, jax.Array]:
         return {"w_in": self.w_in[...], "w_out": self.w_out[...]}
 
-    def _bring(self, home: dict[str, jax.Array], placement: Placement) -> dict[str, jax.Array]:
-        return replicate(home, placement, self.axis_name, self.dtype)
+    def _bring(
+        self, home: dict[str, jax.Array], placement: Placement, *beside: Any
+    ) -> tuple[dict[str, jax.Array], Any]:
+        return replicate_beside(home, placement, self.axis_name, self.dtype, *beside)
 
     def _varying(self, weights: Any) -> Any:
         """Over the other axes too, so that gradients are added up over those in the parameters' dtype."""
@@ -290,10 +292,6 @@ class MoE(nnx.Module):
             load=total,
             aux_loss=len(chosen) * jnp.sum(lax.stop_gradient(chosen) * probability),
         )
-
-
-def _as_they_are(slots: Any, placement: Placement) -> Any:
-    return slots
 
 
 def _swiglu(
