@@ -273,7 +273,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="those beside even")
     parser.add_argument("--baseline-only", action="store_true", help="no balancing of the even load")
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES))
-    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results/layer.json"))
     args = parser.parse_args()
     if jax.default_backend() == "gpu" and args.grouped_matmul is None:
