@@ -198,10 +198,28 @@ def _inverse(order: jax.Array) -> jax.Array:
     return jnp.zeros_like(order).at[order].set(jnp.arange(len(order), dtype=jnp.int32), unique_indices=True)
 
 
-@partial(jax.checkpoint, prevent_cse=False)  # keeps rows for the backward pass as they are, not one by one in float32
+@jax.custom_vjp
 def _weighted_sum(gates: jax.Array, cells: jax.Array, cell_of_pair: jax.Array, pair_of_cell: jax.Array) -> jax.Array:
-    of_tokens = _permute(cells, cell_of_pair, pair_of_cell).reshape(*gates.shape, -1).astype(jnp.float32)
-    return jnp.sum(gates[..., None] * of_tokens, axis=1)
+    """float32: for each token the sum of its pairs' cells times its gates; a pair without a cell adds nothing."""
+    of_pairs = cells.at[cell_of_pair].get(mode="fill", fill_value=0).reshape(*gates.shape, -1).astype(jnp.float32)
+    return jnp.sum(gates[..., None] * of_pairs, axis=1)
+
+
+def _weighted_sum_forward(*operands: jax.Array) -> Any:
+    return _weighted_sum(*operands), operands
+
+
+def _weighted_sum_backward(residuals: Any, gradient: jax.Array) -> Any:
+    gates, cells, cell_of_pair, pair_of_cell = residuals
+    # All by cells, so that one kernel can do it: their rows are neither gathered by pairs again nor kept in float32.
+    of_token = gradient.at[pair_of_cell // gates.shape[1]].get(mode="fill", fill_value=0)
+    gate = gates.reshape(-1).at[pair_of_cell].get(mode="fill", fill_value=0)
+    of_gate = jnp.sum(cells.astype(jnp.float32) * of_token, axis=1)
+    of_gates = of_gate.at[cell_of_pair].get(mode="fill", fill_value=0).reshape(gates.shape)
+    return of_gates, (gate[:, None] * of_token).astype(cells.dtype), None, None
+
+
+_weighted_sum.defvjp(_weighted_sum_forward, _weighted_sum_backward)
 
 
 @jax.custom_vjp

@@ -1,4 +1,8 @@
-"""Matrix products of rows with the weights of their groups, by libraries' kernels."""
+"""Matrix products of rows with the weights of their groups, by libraries' kernels.
+
+They are not differentiated: tokamax's results lose the types by which shard_map tells what varies over the mesh, and a
+choice by platform that is differentiated keeps what each of the platforms needs.
+"""
 
 import importlib
 import importlib.util
@@ -27,38 +31,14 @@ def grouped_matmul(
 
     Rows beyond those of the groups (int32 [groups], their sizes) give zeros.
     """
-    axes = _ffi.varying(rows, weights, group_sizes)
-    return _grouped_matmul(*(_ffi.vary(x, axes) for x in (rows, weights, group_sizes)), implementation)
-
-
-# Differentiated here, not by the libraries: tokamax's results lose the types by which shard_map tells what varies over
-# the mesh, and a choice by platform that is differentiated keeps what each of the platforms needs.
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _grouped_matmul(
-    rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, implementation: GroupedMatmul | None
-) -> jax.Array:
     return _ragged_dot(rows, weights, group_sizes, ((1,), (1,)), [0], implementation)
 
 
-def _grouped_matmul_forward(
-    rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, implementation: GroupedMatmul | None
-) -> Any:
-    # Or XLA would do once more, for the backward pass, what made the rows, and slower: gathers within transpositions.
-    rows = lax.optimization_barrier(rows)
-    return _grouped_matmul(rows, weights, group_sizes, implementation), (rows, weights, group_sizes)
-
-
-def _grouped_matmul_backward(implementation: GroupedMatmul | None, residuals: Any, gradient: jax.Array) -> Any:
-    rows, weights, group_sizes = residuals
-    of_weights = _ragged_dot(rows, gradient, group_sizes, ((0,), (0,)), [], implementation)
-    # Weights first: copies' gradients may then travel beside the other product. The kernel of this one takes all
-    # multiprocessors for good, and twice as long where a collective holds some of them.
-    gradient, of_weights = lax.optimization_barrier((gradient, of_weights))
-    of_rows = _ragged_dot(gradient, weights, group_sizes, ((1,), (2,)), [0], implementation)
-    return of_rows, of_weights, None
-
-
-_grouped_matmul.defvjp(_grouped_matmul_forward, _grouped_matmul_backward)
+def grouped_outer(
+    rows: jax.Array, others: jax.Array, group_sizes: jax.Array, implementation: GroupedMatmul | None
+) -> jax.Array:
+    """For each group the sum, over its rows [n, a] and others [n, b], of their outer products: [groups, a, b]."""
+    return _ragged_dot(rows, others, group_sizes, ((0,), (0,)), [], implementation)
 
 
 def _ragged_dot(

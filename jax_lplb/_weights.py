@@ -131,11 +131,18 @@ def _send_copies_forward(sending: _Sending, leaves: list[jax.Array], rows: jax.A
     copies, tokens = lax.optimization_barrier((copies, tokens))
     leaves, tokens = lax.optimization_barrier((leaves, tokens))
     tokens, pull = jax.vjp(sending.exchange, tokens)
+    home = leaves[0].shape[0]
     slots = [
-        jnp.concatenate([leaf.astype(dtype), *(received[k % columns][k // columns, None] for k in range(len(rows)))])
-        for leaf, received, dtype in zip(leaves, copies, sending.dtypes, strict=True)
+        jnp.pad(leaf.astype(dtype), [(0, len(rows)), *[(0, 0)] * (leaf.ndim - 1)])
+        for leaf, dtype in zip(leaves, sending.dtypes, strict=True)
     ]
-    return lax.optimization_barrier((slots, tokens)), (rows, pull)
+    slots, tokens = lax.optimization_barrier((slots, tokens))
+    for k in range(len(rows)):
+        slots = [
+            lax.dynamic_update_index_in_dim(of_slots, received[k % columns][k // columns], home + k, 0)
+            for of_slots, received in zip(slots, copies, strict=True)
+        ]
+    return (slots, tokens), (rows, pull)
 
 
 def _send_copies_backward(sending: _Sending, residuals: Any, gradients: Any) -> Any:
@@ -146,17 +153,17 @@ def _send_copies_backward(sending: _Sending, residuals: Any, gradients: Any) -> 
     copies, of_tokens = lax.optimization_barrier((copies, of_tokens))
     of_slots, of_tokens = lax.optimization_barrier((of_slots, of_tokens))
     (of_tokens,) = pull(of_tokens)
+    of_leaves = [of_leaf[:home].astype(dtype) for of_leaf, dtype in zip(of_slots, sending.home_dtypes, strict=True)]
+    of_leaves, of_tokens = lax.optimization_barrier((of_leaves, of_tokens))
     rows = jnp.concatenate([rows[:0], *_by_route(rows, back)])
     of_leaves = [
-        of_leaf[:home]
-        .astype(dtype)
-        .at[rows]
-        .add(  # unique: a topology copies an expert once
-            jnp.concatenate([of_leaf[:0], *received]).astype(dtype), mode="clip", unique_indices=True
+        of_leaf.at[rows].add(  # unique: a topology copies an expert once
+            jnp.concatenate([of_copy.astype(of_leaf.dtype) for of_copy in received] or [of_leaf[:0]]),
+            mode="clip",
+            unique_indices=True,
         )
-        for of_leaf, received, dtype in zip(of_slots, copies, sending.home_dtypes, strict=True)
+        for of_leaf, received in zip(of_leaves, copies, strict=True)
     ]
-    of_leaves, of_tokens = lax.optimization_barrier((of_leaves, of_tokens))
     return of_leaves, None, of_tokens
 
 

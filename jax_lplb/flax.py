@@ -13,9 +13,10 @@ from jax import lax
 from jax_lplb import _ffi
 from jax_lplb._balance import balance
 from jax_lplb._expert_parallel import Bring, Dispatch, as_they_are, expert_parallel
-from jax_lplb._grouped_matmul import GroupedMatmul, grouped_matmul, has_tokamax
+from jax_lplb._grouped_matmul import GroupedMatmul, has_tokamax
 from jax_lplb._placement import Placement
 from jax_lplb._status import Status
+from jax_lplb._swiglu import swiglu
 from jax_lplb._weights import from_logical, replicate_beside
 
 _log = logging.getLogger(__name__)
@@ -247,7 +248,7 @@ class MoE(nnx.Module):
             self._varying(weights),
             placement,
             bring,
-            partial(_swiglu, implementation=self.grouped_matmul),
+            partial(swiglu, implementation=self.grouped_matmul),
             axis_name=self.axis_name,
             dispatch=self.dispatch,
             buffer_factor=self.buffer_factor,
@@ -292,19 +293,6 @@ class MoE(nnx.Module):
             load=total,
             aux_loss=len(chosen) * jnp.sum(lax.stop_gradient(chosen) * probability),
         )
-
-
-def _swiglu(
-    weights: dict[str, jax.Array], rows: jax.Array, group_sizes: jax.Array, *, implementation: GroupedMatmul | None
-) -> jax.Array:
-    hidden = _gated(grouped_matmul(rows, weights["w_in"], group_sizes, implementation))
-    return grouped_matmul(hidden, weights["w_out"], group_sizes, implementation)
-
-
-@partial(jax.checkpoint, prevent_cse=False)  # or the backward pass would keep each step of it
-def _gated(gate_and_up: jax.Array) -> jax.Array:
-    gate, up = jnp.split(gate_and_up, 2, axis=1)
-    return jax.nn.silu(gate) * up
 
 
 def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:

@@ -1,0 +1,78 @@
+"""SwiGLU experts: two products of rows with the weights of their experts, and a gate between them.
+
+Differentiated by hand, for the order of what takes long. XLA's scheduler takes the kernels of these products for free,
+and would not know what to do beside a collective and what not.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jax_lplb import _ffi
+from jax_lplb._grouped_matmul import GroupedMatmul, grouped_matmul, grouped_outer
+
+
+def swiglu(
+    weights: dict[str, jax.Array], rows: jax.Array, group_sizes: jax.Array, implementation: GroupedMatmul | None
+) -> jax.Array:
+    """Rows [n, d_model], sorted by expert, through their experts: down(silu(gate) * up).
+
+    Args:
+      weights: `w_in` [experts, d_model, 2 * d_expert], gate and up side by side; `w_out` [experts, d_expert, d_model].
+      rows: those beyond the experts' give zeros.
+      group_sizes: int32 [experts], rows of each.
+      implementation: as of `grouped_matmul`.
+
+    Returns:
+      [n, d_model], in the dtype of the rows.
+    """
+    axes = _ffi.varying(rows, group_sizes, *jax.tree.leaves(weights))
+    return _swiglu(*jax.tree.map(lambda x: _ffi.vary(x, axes), (weights, rows, group_sizes)), implementation)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _swiglu(
+    weights: dict[str, jax.Array], rows: jax.Array, group_sizes: jax.Array, implementation: GroupedMatmul | None
+) -> jax.Array:
+    return _swiglu_forward(weights, rows, group_sizes, implementation)[0]
+
+
+def _swiglu_forward(
+    weights: dict[str, jax.Array], rows: jax.Array, group_sizes: jax.Array, implementation: GroupedMatmul | None
+) -> Any:
+    # Or XLA would do once more, for the backward pass, what made the rows, and slower: gathers within transpositions.
+    rows = lax.optimization_barrier(rows)
+    gate_and_up = grouped_matmul(rows, weights["w_in"], group_sizes, implementation)
+    hidden = lax.optimization_barrier(_gated(gate_and_up))
+    result = grouped_matmul(hidden, weights["w_out"], group_sizes, implementation)
+    return result, (weights, rows, group_sizes, gate_and_up, hidden)
+
+
+def _swiglu_backward(implementation: GroupedMatmul | None, residuals: Any, gradient: jax.Array) -> Any:
+    weights, rows, group_sizes, gate_and_up, hidden = residuals
+    # Weights are transposed before the first product, beside the gradients that are still on their way here.
+    transposed = jax.tree.map(lambda leaf: leaf.mT, weights)
+    gradient, transposed = lax.optimization_barrier((gradient, transposed))
+
+    def products(rows: jax.Array, gradient: jax.Array, transposed: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # That for the weights first: gradients of copies may then travel beside the other. Its kernel takes all
+        # multiprocessors for good, and twice as long where a collective holds some of them.
+        of_weights = grouped_outer(rows, gradient, group_sizes, implementation)
+        gradient, of_weights = lax.optimization_barrier((gradient, of_weights))
+        return of_weights, grouped_matmul(gradient, transposed, group_sizes, implementation)
+
+    of_out, of_hidden = products(hidden, gradient, transposed["w_out"])
+    (of_gate_and_up,) = jax.vjp(_gated, gate_and_up)[1](of_hidden)
+    of_in, of_rows = products(rows, of_gate_and_up, transposed["w_in"])
+    return {"w_in": of_in, "w_out": of_out}, of_rows, None
+
+
+_swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+
+
+def _gated(gate_and_up: jax.Array) -> jax.Array:
+    gate, up = jnp.split(gate_and_up, 2, axis=1)
+    return jax.nn.silu(gate) * up
