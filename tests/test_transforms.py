@@ -26,9 +26,10 @@ def equal(a, b) -> None:
 
 
 @pytest.mark.smoke
-def test_jit_equals_eager(platform, implementation, rng):
+def test_jit_equals_eager(platform, rng):
+    """The custom calls; XLA may round pure JAX otherwise in another executable."""
     ids = make_stack(rng)[0]
-    run = partial(lplb.balance, placement=PLACEMENT, implementation=implementation)
+    run = partial(lplb.balance, placement=PLACEMENT, implementation="ffi")
     equal(jax.jit(run)(ids).physical_ids, run(jnp.asarray(ids)).physical_ids)
 
 
