@@ -13,7 +13,7 @@ in the long run: of the whole recording, or by the popularity that the batch was
               `even prepared` and `unbalanced prepared`, likewise without the cast to bfloat16
 
 Each runs with the smallest of a few buffer factors that needs no second round; the smallest of all is in the column
-`smallest_factor`. Times are of calls in a row, as training makes them, as many as take some 80 ms: a call alone takes
+`smallest_factor`. Times are of calls in a row, as training makes them, up to 50 or some 80 ms: a call alone takes
 0.5 to 1 ms more, until the host has launched it. Modes take turns. `share_of_even` is throughput over that of `even`,
 or `even prepared`; `temp_mb` is what XLA allocates beside arguments and results.
 """

@@ -24,9 +24,8 @@ from jax_lplb._count import count
 from jax_lplb._placement import Placement
 
 Dispatch = Literal["all_to_all", "ring"]
-# (weights, placement, exchange, tokens) -> the weights of this rank's slots, and exchange(tokens), which may be done
-# meanwhile; without the latter two: slots, and None.
-Bring = Callable[..., tuple[Any, Any]]
+# (weights, sent, exchange, tokens) -> the weights of this rank's slots, and exchange(tokens), done meanwhile.
+Bring = Callable[[Any, Any, Callable[[Any], Any], Any], tuple[Any, Any]]
 # (weights of slots, rows [n, d_model] sorted by slot, group_sizes int32 [slots]) -> [n, d_model]; rows beyond those of
 # the groups are padding, for which anything may be returned.
 Experts = Callable[[Any, jax.Array, jax.Array], jax.Array]
@@ -37,9 +36,10 @@ def expert_parallel(
     physical_ids: jax.Array,
     gates: jax.Array,
     weights: Any,
-    placement: Placement,
+    sent: Any,
     bring: Bring,
     experts: Experts,
+    placement: Placement,
     *,
     axis_name: AxisName,
     dispatch: Dispatch,
@@ -52,10 +52,10 @@ def expert_parallel(
       physical_ids: int32 [num_tokens, k]; negative ids are padding.
       gates: float32 [num_tokens, k].
       weights: a pytree, differentiable, from which `bring` makes those of this rank's slots.
-      placement: the ranks' slots.
-      bring: brings copies here, where there is a single round with the tokens; runs once, and once more in the backward
-        pass of several rounds.
+      sent: a pytree, not differentiated, that `bring` takes too.
+      bring: runs once, and once more in the backward pass of several rounds; of a single round with the tokens.
       experts: what runs on sorted rows.
+      placement: the ranks' slots.
       axis_name: mesh axis, or axes, of the ranks.
       dispatch: "all_to_all": each rank sends its tokens to those that have their experts, a buffer of equal size to
         each. "ring": all ranks get all tokens, and add up their parts of the results.
@@ -73,9 +73,9 @@ def expert_parallel(
         most_ids, capacity = num_ids, _capacity(buffer_factor * num_ids / ranks, num_ids, ranks)
         # What everyone sends to each slot: all that a rank has to know of the rows that come.
         own = _count(ids, placement.num_physical).reshape(ranks, slots_per_rank)
-        sent = lax.all_gather(own, axis_name, to="invarying")
-        most = jnp.max(jnp.sum(sent, axis=2))
-        coming = lax.dynamic_index_in_dim(sent, lax.axis_index(axis_name), axis=1, keepdims=False)
+        every = lax.all_gather(own, axis_name, to="invarying")
+        most = jnp.max(jnp.sum(every, axis=2))
+        coming = lax.dynamic_index_in_dim(every, lax.axis_index(axis_name), axis=1, keepdims=False)
         plan = _plan(ids, ids // slots_per_rank, jnp.sum(own, axis=1))._replace(coming=coming)
         run = partial(_all_to_all_round, _Layout(experts, axis_name, slots_per_rank, capacity))
     else:
@@ -86,11 +86,11 @@ def expert_parallel(
         most = lax.pmax(plan.length[0], axis_name)
         run = partial(_ring_round, _Layout(experts, axis_name, slots_per_rank, capacity))
     if capacity >= most_ids:
-        return _round(run, jnp.int32(0), bring, plan, placement, weights, tokens, gates), jnp.int32(1)
+        return _round(run, jnp.int32(0), bring, plan, sent, weights, tokens, gates), jnp.int32(1)
     if others:  # as many rounds for all devices that have copies of anything
         most = lax.pmax(_ffi.vary(most, frozenset(others)), others)
     rounds = jnp.maximum(-(-most // capacity), 1)
-    return _all_rounds(run, bring, rounds, plan, placement, weights, tokens, gates), rounds
+    return _all_rounds(run, bring, rounds, plan, sent, weights, tokens, gates), rounds
 
 
 def _capacity(wanted: float, most: int, peers: int) -> int:
@@ -142,7 +142,7 @@ def _window(plan: _Plan, round_: jax.Array, capacity: int) -> tuple[jax.Array, j
 
 
 def _all_to_all_round(
-    layout: _Layout, round_: jax.Array, plan: _Plan, bring: Bring, tokens: jax.Array, gates: jax.Array
+    layout: _Layout, round_: jax.Array, plan: _Plan, bring: Callable[..., Any], tokens: jax.Array, gates: jax.Array
 ) -> jax.Array:
     experts, axis_name, _, capacity = layout
     exchange = partial(lax.all_to_all, axis_name=axis_name, split_axis=0, concat_axis=0, tiled=True)
@@ -174,7 +174,7 @@ def _by_slot(coming: jax.Array, first: jax.Array, capacity: int) -> tuple[jax.Ar
 
 
 def _ring_round(
-    layout: _Layout, round_: jax.Array, plan: _Plan, bring: Bring, tokens: jax.Array, gates: jax.Array
+    layout: _Layout, round_: jax.Array, plan: _Plan, bring: Callable[..., Any], tokens: jax.Array, gates: jax.Array
 ) -> jax.Array:
     experts, axis_name, slots_per_rank, capacity = layout
     slots, tokens = bring(partial(lax.all_gather, axis_name=axis_name, tiled=True), tokens)
@@ -256,70 +256,62 @@ _tokens_to_cells.defvjp(_tokens_to_cells_forward, _tokens_to_cells_backward)
 
 
 # GPUs wait for the host to learn of a condition: so there is one, right after the plan and before all that takes long,
-# and then either the usual single round or a loop. Copies travel after it, where they can do so beside other work.
+# and then either the usual single round or a loop.
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _all_rounds(
-    run: Any, bring: Bring, rounds: jax.Array, plan: _Plan, placement: Placement, *operands: Any
-) -> jax.Array:
+def _all_rounds(run: Any, bring: Bring, rounds: jax.Array, plan: _Plan, sent: Any, *operands: Any) -> jax.Array:
     """The sum of `run`'s results in all rounds; operands: weights, tokens and gates, by which it is differentiated."""
     return lax.cond(
         rounds > 1,
-        lambda: _several_rounds(run, bring, rounds, plan, placement, *operands),
-        lambda: _round(run, jnp.int32(0), bring, plan, placement, *operands),
+        lambda: _several_rounds(run, bring, rounds, plan, sent, *operands),
+        lambda: _round(run, jnp.int32(0), bring, plan, sent, *operands),
     )
 
 
-def _round(
-    run: Any, round_: jax.Array, bring: Bring, plan: _Plan, placement: Placement, weights: Any, *rest: Any
-) -> jax.Array:
-    return run(round_, plan, partial(bring, weights, placement), *rest)
+def _round(run: Any, round_: jax.Array, bring: Bring, plan: _Plan, sent: Any, weights: Any, *rest: Any) -> jax.Array:
+    return run(round_, plan, partial(bring, weights, sent), *rest)
 
 
 def _several_rounds(
-    run: Any, bring: Bring, rounds: jax.Array, plan: _Plan, placement: Placement, weights: Any, *rest: Any
+    run: Any, bring: Bring, rounds: jax.Array, plan: _Plan, sent: Any, weights: Any, *rest: Any
 ) -> jax.Array:
-    slots, _ = bring(weights, placement)
-    return _sum_of(rounds, lambda round_: _round(run, round_, as_they_are, plan, placement, slots, *rest))
+    slots, _ = bring(weights, sent, lambda nothing: nothing, None)
+    return _sum_of(rounds, lambda round_: _round(run, round_, as_they_are, plan, sent, slots, *rest))
 
 
-def as_they_are(
-    slots: Any, placement: Placement, exchange: Callable[[Any], Any] = lambda tokens: tokens, tokens: Any = None
-) -> tuple[Any, Any]:
+def as_they_are(slots: Any, sent: Any, exchange: Callable[[Any], Any], tokens: Any) -> tuple[Any, Any]:
     """Brings slots that are here."""
     return slots, exchange(tokens)
 
 
-def _all_rounds_forward(
-    run: Any, bring: Bring, rounds: jax.Array, plan: _Plan, placement: Placement, *operands: Any
-) -> Any:
-    given = jax.tree.leaves((plan, placement, operands))
+def _all_rounds_forward(run: Any, bring: Bring, rounds: jax.Array, plan: _Plan, sent: Any, *operands: Any) -> Any:
+    given = jax.tree.leaves((plan, sent, operands))
     structure, known = None, []  # of what the backward pass needs; by place among `given`, which need not be copied
 
     def once() -> tuple[jax.Array, list[jax.Array]]:
         nonlocal structure, known
-        result, pull = jax.vjp(partial(_round, run, jnp.int32(0), bring, plan, placement), *operands)
+        result, pull = jax.vjp(partial(_round, run, jnp.int32(0), bring, plan, sent), *operands)
         kept, structure = jax.tree.flatten(pull)
         known = [next((i for i, leaf in enumerate(given) if leaf is one), None) for one in kept]
         return result, [one for one, i in zip(kept, known, strict=True) if i is None]
 
     def several() -> tuple[jax.Array, list[jax.Array]]:
         kept = [_zeros_like(leaf) for leaf in jax.eval_shape(once)[1]]  # rounds are run again in the backward pass
-        return _several_rounds(run, bring, rounds, plan, placement, *operands), kept
+        return _several_rounds(run, bring, rounds, plan, sent, *operands), kept
 
     result, kept = lax.cond(rounds > 1, several, once)
     rest = iter(kept)
     pull = jax.tree.unflatten(structure, [next(rest) if i is None else given[i] for i in known])
-    return result, (rounds, plan, placement, operands, pull)
+    return result, (rounds, plan, sent, operands, pull)
 
 
 def _all_rounds_backward(run: Any, bring: Bring, residuals: Any, gradient: jax.Array) -> Any:
-    rounds, plan, placement, (weights, *rest), pull = residuals
+    rounds, plan, sent, (weights, *rest), pull = residuals
 
     def several() -> Any:
-        slots, pull_slots = jax.vjp(lambda weights: bring(weights, placement)[0], weights)
+        slots, pull_slots = jax.vjp(lambda weights: bring(weights, sent, lambda nothing: nothing, None)[0], weights)
 
         def of_round(round_: jax.Array) -> Any:
-            return jax.vjp(partial(_round, run, round_, as_they_are, plan, placement), slots, *rest)[1](gradient)
+            return jax.vjp(partial(_round, run, round_, as_they_are, plan, sent), slots, *rest)[1](gradient)
 
         of_slots, *of_rest = _sum_of(rounds, of_round)
         return *pull_slots(of_slots), *of_rest

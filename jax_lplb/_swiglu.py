@@ -53,16 +53,16 @@ def _swiglu_forward(
 
 def _swiglu_backward(implementation: GroupedMatmul | None, residuals: Any, gradient: jax.Array) -> Any:
     weights, rows, group_sizes, gate_and_up, hidden = residuals
-    # Weights are transposed before the first product, beside the gradients that are still on their way here.
+    # Both are transposed before the first product, beside the gradients that are still on their way here.
     transposed = jax.tree.map(lambda leaf: leaf.mT, weights)
     gradient, transposed = lax.optimization_barrier((gradient, transposed))
 
-    def products(rows: jax.Array, gradient: jax.Array, transposed: jax.Array) -> tuple[jax.Array, jax.Array]:
-        # That for the weights first: gradients of copies may then travel beside the other. Its kernel takes all
-        # multiprocessors for good, and twice as long where a collective holds some of them.
-        of_weights = grouped_outer(rows, gradient, group_sizes, implementation)
-        gradient, of_weights = lax.optimization_barrier((gradient, of_weights))
-        return of_weights, grouped_matmul(gradient, transposed, group_sizes, implementation)
+    def products(left: jax.Array, of_result: jax.Array, right: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # That for the weights first: gradients of copies may then travel beside the other. On Hopper its kernel keeps
+        # every multiprocessor, and took twice as long beside a collective that held some of them.
+        of_weights = grouped_outer(left, of_result, group_sizes, implementation)
+        of_result, of_weights = lax.optimization_barrier((of_result, of_weights))
+        return of_weights, grouped_matmul(of_result, right, group_sizes, implementation)
 
     of_out, of_hidden = products(hidden, gradient, transposed["w_out"])
     (of_gate_and_up,) = jax.vjp(_gated, gate_and_up)[1](of_hidden)

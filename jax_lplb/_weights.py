@@ -1,8 +1,9 @@
 """Experts' weights: copies for the redundant slots, and rows carried from one order to another."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,137 +38,132 @@ def replicate(home_weights: Any, placement: Placement, axis_name: AxisName, dtyp
       ValueError: `axis_name` is not bound or has another size than `num_ranks`, num_ranks does not divide the experts,
         or a leaf has another number of rows.
     """
-    return replicate_beside(home_weights, placement, axis_name, dtype)[0]
+    return receive(home_weights, send(home_weights, placement, axis_name, dtype), lambda nothing: nothing, None)[0]
 
 
-def replicate_beside(
-    home_weights: Any,
-    placement: Placement,
-    axis_name: AxisName,
-    dtype: Any = None,
-    exchange: Callable[[Any], Any] = lambda tokens: tokens,
-    tokens: Any = None,
-) -> tuple[Any, Any]:
-    """`replicate`, and `exchange(tokens)`: along a topology copies travel first, then tokens, beside the cast.
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["rows", "copies"],
+    meta_fields=["axis_name", "axes", "routes", "dtype"],
+)
+@dataclass(frozen=True)
+class Sent:
+    """Copies on their way to this rank."""
 
-    So too in the backward pass: gradients of copies travel first, then those of tokens, beside the cast of the rows'
-    own. That cast takes about as long as tokens travel, and needs no links; where the order is left to XLA, it does it
-    while the few copies travel, and nothing while tokens do.
-    """
+    rows: jax.Array  # int32: the rows that this rank sends, in turns along the routes; without any, its slots' experts
+    copies: list[list[jax.Array]]  # of each leaf, what comes along each route
+    axis_name: AxisName
+    axes: AxisName  # those of axis_name, in the mesh's order
+    routes: tuple[tuple[tuple[int, int], ...], ...] | None  # of each column of the topology, (sender, receiver)
+    dtype: Any
+
+
+def send(home_weights: Any, placement: Placement, axis_name: AxisName, dtype: Any = None) -> Sent:
+    """The first half of `replicate`: what depends on weights and placement alone, and can be done early."""
     _check("placement", placement)
     ranks = axis_size(axis_name, placement.num_ranks)
     home, rest = divmod(placement.num_experts, ranks)
     if rest:
         raise ValueError(f"placement: its {ranks} ranks do not divide the {placement.num_experts} experts evenly")
-    leaves, tree = jax.tree_util.tree_flatten_with_path(home_weights)
-    rows = [_with_rows(leaf, home, f"home_weights{jax.tree_util.keystr(path)}") for path, leaf in leaves]
-    dtypes = tuple(leaf.dtype if dtype is None else jnp.dtype(dtype) for leaf in rows)
-    with jax.named_scope("lplb_replicate"):
-        if placement.topology is not None:
-            slots, tokens = _copies_along_topology(rows, dtypes, placement, axis_name, exchange, tokens)
-        else:
-            experts = jnp.clip(_slots_here(placement, axis_name), 0, placement.num_experts - 1)
-            slots = [
-                _exchange(leaf.astype(dtype), experts, axis_name) for leaf, dtype in zip(rows, dtypes, strict=True)
-            ]
-            tokens = exchange(tokens)
-    return jax.tree.unflatten(tree, slots), tokens
-
-
-def _slots_here(placement: Placement, axis_name: AxisName) -> jax.Array:
-    return jnp.asarray(placement.phy2log).reshape(placement.num_ranks, -1)[lax.axis_index(axis_name)]
-
-
-class _Sending(NamedTuple):
-    """What is static of sending copies along a topology."""
-
-    axes: AxisName
-    routes: tuple[tuple[tuple[int, int], ...], ...]  # of each column, (sender, receiver)
-    dtypes: tuple[Any, ...]  # of each leaf's slots
-    home_dtypes: tuple[Any, ...]
-    exchange: Callable[[Any], Any]
-
-
-def _copies_along_topology(
-    leaves: list[jax.Array],
-    dtypes: tuple[Any, ...],
-    placement: Placement,
-    axis_name: AxisName,
-    exchange: Callable[[Any], Any],
-    tokens: Any,
-) -> tuple[list[jax.Array], Any]:
-    assert placement.topology is not None
-    ranks, slots, columns = placement.num_ranks, placement.slots_per_rank, placement.topology.num_columns
-    home = placement.num_experts // ranks
-    redundants = slots - home
-    owner, number = copied(placement.topology, ranks, redundants)
+    leaves = [
+        _with_rows(leaf, home, f"home_weights{jax.tree_util.keystr(path)}")
+        for path, leaf in jax.tree_util.tree_leaves_with_path(home_weights)
+    ]
+    slots, topology, rank = placement.slots_per_rank, placement.topology, lax.axis_index(axis_name)
+    of_slots = jnp.asarray(placement.phy2log).reshape(ranks, slots)
+    if topology is None:
+        rows = jnp.clip(of_slots[rank], 0, placement.num_experts - 1)
+        return Sent(rows, [], axis_name, axis_name, None, dtype)
+    owner, number = copied(topology, ranks, slots - home)
     copier = np.empty_like(owner)  # of each rank's k-th copied expert
     copier[owner, number] = np.arange(ranks)[:, None]
-    experts = jnp.asarray(placement.phy2log).reshape(ranks, slots)[copier, home + number]
-    row = jnp.asarray(placement.log2phy)[experts, 0] % slots  # [ranks, redundants], what each rank sends
+    experts = of_slots[copier, home + number]
+    rows = (jnp.asarray(placement.log2phy)[experts, 0] % slots)[rank]
     axes, number_of = _in_mesh_order(axis_name, ranks)
-    routes = tuple(
-        tuple(zip(number_of, number_of[copier[:, column]], strict=True))
-        for column in range(columns if redundants else 0)
-    )
-    sending = _Sending(axes, routes, dtypes, tuple(leaf.dtype for leaf in leaves), exchange)
-    return _send_copies(sending, leaves, row[lax.axis_index(axis_name)], tokens)
+    columns = range(topology.num_columns if len(rows) else 0)
+    routes = tuple(tuple(zip(number_of, number_of[copier[:, column]], strict=True)) for column in columns)
+    with jax.named_scope("lplb_send"):
+        sent = [lax.stop_gradient(leaf).at[rows].get(mode="clip").astype(dtype or leaf.dtype) for leaf in leaves]
+        copies = [_along(axes, routes, of_leaf) for of_leaf in sent]
+    return Sent(rows, copies, axis_name, axes, routes, dtype)
+
+
+def await_first(sent: Sent, value: Any) -> tuple[Sent, Any]:
+    """The value, as what follows from it shall wait for the copies along the first route."""
+    first, value = lax.optimization_barrier(([of_leaf[:1] for of_leaf in sent.copies], value))
+    rest = [of_leaf[1:] for of_leaf in sent.copies]
+    return replace(sent, copies=[one + others for one, others in zip(first, rest, strict=True)]), value
+
+
+def receive(home_weights: Any, sent: Sent, exchange: Callable[[Any], Any], tokens: Any) -> tuple[Any, Any]:
+    """The second half of `replicate`, and `exchange(tokens)`: along a topology tokens travel beside the cast.
+
+    In the backward pass gradients of copies travel first, then those of tokens, beside the cast of the rows' own. That
+    cast takes about as long as tokens travel, and needs no links; where the order is left to XLA, it does it while the
+    few copies travel, and nothing while tokens do.
+    """
+    leaves, tree = jax.tree.flatten(home_weights)
+    dtypes = [jnp.dtype(sent.dtype or leaf.dtype) for leaf in leaves]
+    if sent.routes == () and all(leaf.dtype == dtype for leaf, dtype in zip(leaves, dtypes, strict=True)):
+        return home_weights, exchange(tokens)
+    with jax.named_scope("lplb_receive"):
+        if sent.routes is None:
+            casted = [leaf.astype(dtype) for leaf, dtype in zip(leaves, dtypes, strict=True)]
+            slots, tokens = [_rows_of_all(leaf, sent.rows, sent.axis_name) for leaf in casted], exchange(tokens)
+        else:
+            slots, tokens = _receive(exchange, leaves, sent, tokens)
+    return jax.tree.unflatten(tree, slots), tokens
 
 
 # Differentiated by hand, so that the gradients of copies are added to the rows' own in place; JAX would scatter them
 # into zeros and add up whole leaves. The barriers make the order: what comes out of them waits for all that goes in.
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _send_copies(
-    sending: _Sending, leaves: list[jax.Array], rows: jax.Array, tokens: Any
+def _receive(
+    exchange: Callable[[Any], Any], leaves: list[jax.Array], sent: Sent, tokens: Any
 ) -> tuple[list[jax.Array], Any]:
-    """The leaves with, below, the rows that others send; this rank sends its `rows`, in turns along the routes."""
-    return _send_copies_forward(sending, leaves, rows, tokens)[0]
+    """The leaves with the copies below, and exchange(tokens)."""
+    return _receive_forward(exchange, leaves, sent, tokens)[0]
 
 
-def _send_copies_forward(sending: _Sending, leaves: list[jax.Array], rows: jax.Array, tokens: Any) -> Any:
-    columns = len(sending.routes)
-    sent = [leaf.at[rows].get(mode="clip").astype(dtype) for leaf, dtype in zip(leaves, sending.dtypes, strict=True)]
-    copies = [_along(sending.axes, sending.routes, of_leaf) for of_leaf in sent]
-    copies, tokens = lax.optimization_barrier((copies, tokens))
+def _receive_forward(exchange: Callable[[Any], Any], leaves: list[jax.Array], sent: Sent, tokens: Any) -> Any:
+    number, columns = len(sent.rows), len(sent.routes or ())
+    copies, tokens = lax.optimization_barrier((sent.copies, tokens))
     leaves, tokens = lax.optimization_barrier((leaves, tokens))
-    tokens, pull = jax.vjp(sending.exchange, tokens)
-    home = leaves[0].shape[0]
+    tokens, pull = jax.vjp(exchange, tokens)
     slots = [
-        jnp.pad(leaf.astype(dtype), [(0, len(rows)), *[(0, 0)] * (leaf.ndim - 1)])
-        for leaf, dtype in zip(leaves, sending.dtypes, strict=True)
+        jnp.pad(leaf.astype(sent.dtype or leaf.dtype), [(0, number), *[(0, 0)] * (leaf.ndim - 1)]) for leaf in leaves
     ]
     slots, tokens = lax.optimization_barrier((slots, tokens))
-    for k in range(len(rows)):
+    for k in range(number):
         slots = [
-            lax.dynamic_update_index_in_dim(of_slots, received[k % columns][k // columns], home + k, 0)
-            for of_slots, received in zip(slots, copies, strict=True)
+            lax.dynamic_update_index_in_dim(of_leaf, received[k % columns][k // columns], leaf.shape[0] + k, 0)
+            for of_leaf, received, leaf in zip(slots, copies, leaves, strict=True)
         ]
-    return (slots, tokens), (rows, pull)
+    return (slots, tokens), (sent, pull, [jnp.zeros(0, leaf.dtype) for leaf in leaves])
 
 
-def _send_copies_backward(sending: _Sending, residuals: Any, gradients: Any) -> Any:
-    (rows, pull), (of_slots, of_tokens) = residuals, gradients
-    back = tuple(tuple((receiver, sender) for sender, receiver in route) for route in sending.routes)
-    home = of_slots[0].shape[0] - len(rows)
-    copies = [_along(sending.axes, back, of_leaf[home:]) for of_leaf in of_slots]
-    copies, of_tokens = lax.optimization_barrier((copies, of_tokens))
+def _receive_backward(exchange: Callable[[Any], Any], residuals: Any, gradients: Any) -> Any:
+    (sent, pull, like), (of_slots, of_tokens) = residuals, gradients
+    number, routes = len(sent.rows), sent.routes or ()
+    back = tuple(tuple((receiver, sender) for sender, receiver in route) for route in routes)
+    real = [i for i, leaf in enumerate(like) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    of_slots, home = [of_slots[i] for i in real], [len(of_slots[i]) - number for i in real]
+    of_copies = [_along(sent.axes, back, of_leaf[n:]) for of_leaf, n in zip(of_slots, home, strict=True)]
+    of_copies, of_tokens = lax.optimization_barrier((of_copies, of_tokens))
     of_slots, of_tokens = lax.optimization_barrier((of_slots, of_tokens))
     (of_tokens,) = pull(of_tokens)
-    of_leaves = [of_leaf[:home].astype(dtype) for of_leaf, dtype in zip(of_slots, sending.home_dtypes, strict=True)]
-    of_leaves, of_tokens = lax.optimization_barrier((of_leaves, of_tokens))
-    rows = jnp.concatenate([rows[:0], *_by_route(rows, back)])
-    of_leaves = [
-        of_leaf.at[rows].add(  # unique: a topology copies an expert once
-            jnp.concatenate([of_copy.astype(of_leaf.dtype) for of_copy in received] or [of_leaf[:0]]),
-            mode="clip",
-            unique_indices=True,
-        )
-        for of_leaf, received in zip(of_leaves, copies, strict=True)
-    ]
+    sums = [of_leaf[:n].astype(like[i].dtype) for of_leaf, n, i in zip(of_slots, home, real, strict=True)]
+    sums, of_tokens = lax.optimization_barrier((sums, of_tokens))
+    for column, rows in enumerate(_by_route(sent.rows, routes)):  # distinct: a topology copies an expert to one rank
+        sums = [
+            of_leaf.at[rows].add(received[column].astype(of_leaf.dtype), mode="clip", unique_indices=True)
+            for of_leaf, received in zip(sums, of_copies, strict=True)
+        ]
+    of_leaves = [sums[real.index(i)] if i in real else None for i in range(len(like))]
     return of_leaves, None, of_tokens
 
 
-_send_copies.defvjp(_send_copies_forward, _send_copies_backward)
+_receive.defvjp(_receive_forward, _receive_backward)
 
 
 def _along(axes: AxisName, routes: Any, sent: jax.Array) -> list[jax.Array]:
@@ -251,7 +247,9 @@ def _take_rows(tree: Any, source: Any, axis_name: AxisName | None, num_ranks: in
         width = jnp.finfo(leaf.dtype).bits if jnp.issubdtype(leaf.dtype, jnp.floating) else 0
         bits = lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{width}")) if width >= 8 else leaf
         if axis_name is not None:
-            bits = _exchange(bits, lax.dynamic_slice_in_dim(source, lax.axis_index(axis_name) * rows, rows), axis_name)
+            bits = _rows_of_all(
+                bits, lax.dynamic_slice_in_dim(source, lax.axis_index(axis_name) * rows, rows), axis_name
+            )
         else:
             sharding = jax.typeof(leaf).sharding
             explicit = any(kind == jax.sharding.AxisType.Explicit for kind in sharding.mesh.axis_types)
@@ -264,7 +262,7 @@ def _take_rows(tree: Any, source: Any, axis_name: AxisName | None, num_ranks: in
         return jax.tree_util.tree_map_with_path(take, tree)
 
 
-def _exchange(leaf: jax.Array, source: jax.Array, axis_name: AxisName) -> jax.Array:
+def _rows_of_all(leaf: jax.Array, source: jax.Array, axis_name: AxisName) -> jax.Array:
     """The rows `source` of all ranks' rows: all ranks show one of theirs at a time, and each takes what it needs."""
     rows = leaf.shape[0]
     result = jnp.zeros((len(source), *leaf.shape[1:]), leaf.dtype)

@@ -12,12 +12,12 @@ from jax import lax
 
 from jax_lplb import _ffi
 from jax_lplb._balance import balance
-from jax_lplb._expert_parallel import Bring, Dispatch, as_they_are, expert_parallel
+from jax_lplb._expert_parallel import Dispatch, as_they_are, expert_parallel
 from jax_lplb._grouped_matmul import GroupedMatmul, has_tokamax
 from jax_lplb._placement import Placement
 from jax_lplb._status import Status
 from jax_lplb._swiglu import swiglu
-from jax_lplb._weights import from_logical, replicate_beside
+from jax_lplb._weights import await_first, from_logical, receive, replicate, send
 
 _log = logging.getLogger(__name__)
 
@@ -167,7 +167,7 @@ class MoE(nnx.Module):
         has its slots; the first axis of the arrays counts those of all, [devices * slots_per_rank, ...].
         """
         run = jax.shard_map(
-            lambda home, placement: self._bring(self._varying(home), placement)[0],
+            lambda home, placement: replicate(self._varying(home), placement, self.axis_name, self.dtype),
             mesh=self.mesh,
             in_specs=(jax.P(self.axis_name), jax.P()),
             out_specs=jax.P(self.slot_axes),
@@ -187,13 +187,12 @@ class MoE(nnx.Module):
         """
         if x.size == 0:  # for GPUs, jax 0.11.2 crashes as it compiles a shard_map over empty arrays
             return x, self._metrics_of_nothing()
-        bring: Bring
         if slots is None:
-            weights, axes, bring = self._home_weights(), self.axis_name, self._bring
+            weights, axes = self._home_weights(), self.axis_name
         else:
-            weights, axes, bring = slots, self.slot_axes, as_they_are
+            weights, axes = slots, self.slot_axes
         run = jax.shard_map(
-            partial(self._on_rank, bring),
+            partial(self._on_rank, slots is not None),
             mesh=self.mesh,
             in_specs=(jax.P(self.token_axes), jax.P(axes), jax.P(), jax.P(), jax.P()),
             out_specs=(jax.P(self.token_axes), jax.P()),
@@ -215,28 +214,29 @@ class MoE(nnx.Module):
     def _home_weights(self) -> dict[str, jax.Array]:
         return {"w_in": self.w_in[...], "w_out": self.w_out[...]}
 
-    def _bring(
-        self, home: dict[str, jax.Array], placement: Placement, *beside: Any
-    ) -> tuple[dict[str, jax.Array], Any]:
-        return replicate_beside(home, placement, self.axis_name, self.dtype, *beside)
-
     def _varying(self, weights: Any) -> Any:
         """Over the other axes too, so that gradients are added up over those in the parameters' dtype."""
         return jax.tree.map(lambda leaf: _ffi.vary(leaf, frozenset(self.other_axes)), weights)
 
     def _on_rank(
         self,
-        bring: Bring,
+        prepared: bool,
         x: jax.Array,
         weights: dict[str, jax.Array],
         router: jax.Array,
         bias: jax.Array | None,
         placement: Placement,
     ) -> tuple[jax.Array, Metrics]:
+        weights = self._varying(weights)
+        # Copies travel beside what keeps neither links nor multiprocessors busy: along the first route beside the
+        # router, along others beside the plan of the dispatch; between them is the balancer's own collective.
+        sent = None if prepared else send(weights, placement, self.axis_name, self.dtype)
         tokens = x.reshape(-1, x.shape[-1])
         logits = jnp.dot(tokens.astype(jnp.float32), router.astype(jnp.float32), precision=lax.Precision.HIGHEST)
         scores = jax.nn.softmax(logits) if self.scores == "softmax" else jax.nn.sigmoid(logits)
         _, expert_ids = lax.top_k(lax.stop_gradient(scores if bias is None else scores + bias[None, :]), self.top_k)
+        if sent is not None:
+            sent, expert_ids = await_first(sent, expert_ids)
         gates = jnp.take_along_axis(scores, expert_ids, axis=1)
         gates = gates / jnp.sum(gates, axis=1, keepdims=True)
 
@@ -245,10 +245,11 @@ class MoE(nnx.Module):
             tokens.astype(self.dtype),
             out.physical_ids,
             gates,
-            self._varying(weights),
-            placement,
-            bring,
+            weights,
+            sent,
+            as_they_are if prepared else receive,
             partial(swiglu, implementation=self.grouped_matmul),
+            placement,
             axis_name=self.axis_name,
             dispatch=self.dispatch,
             buffer_factor=self.buffer_factor,

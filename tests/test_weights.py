@@ -190,6 +190,48 @@ def test_copies_in_another_dtype(rng, name):
     np.testing.assert_array_equal(of_home, np.broadcast_to(256 + copies[:, None], home.shape))
 
 
+@pytest.mark.parametrize("name", ["cube", "no copies", "eplb"])
+def test_leaves_that_have_no_gradient(rng, name):
+    """Masks and integers travel like weights, and weights beside them are differentiated."""
+    place = placements(rng)[name]
+    mesh = jax.make_mesh((RANKS,), ("ep",), axis_types=(jax.sharding.AxisType.Auto,))
+    logical = {
+        "mask": rng.random((EXPERTS, 3)) < 0.5,
+        "q": rng.integers(-9, 9, (EXPERTS, 2)).astype(np.int8),
+        "w": rng.normal(size=(EXPERTS, 2)).astype(np.float32),
+        "none": {},
+    }
+
+    @jax.jit
+    @jax.shard_map(mesh=mesh, in_specs=(P("ep"), P()), out_specs=(P("ep"), P("ep")))
+    def step(home, place):
+        def loss(w):
+            slots = lplb.replicate({**home, "w": w}, place, "ep")
+            return jnp.sum(slots["w"] * slots["q"].astype(jnp.float32)), slots
+
+        (_, slots), gradient = jax.value_and_grad(loss, has_aux=True)(home["w"])
+        return slots, gradient
+
+    slots, gradient = step(lplb.from_logical(logical, place), place)
+    jax.tree.map(lambda got, leaf: np.testing.assert_array_equal(got, leaf[np.asarray(place.phy2log)]), slots, logical)
+    copies = np.bincount(place.phy2log, minlength=EXPERTS)[:, None]
+    np.testing.assert_array_equal(lplb.to_logical(gradient, place), logical["q"] * copies.astype(np.float32))
+
+
+def test_nothing_to_bring(rng):
+    """Without copies and casts weights stay the arrays that they are: no residuals for the backward pass."""
+    place = placements(rng)["no copies"]
+    mesh = jax.make_mesh((RANKS,), ("ep",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    @jax.shard_map(mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
+    def same(home):
+        assert lplb.replicate(home, place, "ep") is home
+        assert lplb.replicate({}, by_load(rng), "ep") == {}
+        return home
+
+    jax.eval_shape(same, np.zeros((EXPERTS, 2), np.float32))
+
+
 def test_copies_under_remat_and_scan_over_layers(rng):
     """Stacked layers with placements of their own: gradients of a loss through all of them."""
     loads = rng.lognormal(0, 1, (3, EXPERTS))
