@@ -1,5 +1,6 @@
 """Experts' weights: copies for the redundant slots, and rows carried from one order to another."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -84,7 +85,8 @@ def send(home_weights: Any, placement: Placement, axis_name: AxisName, dtype: An
     routes = tuple(tuple(zip(number_of, number_of[copier[:, column]], strict=True)) for column in columns)
     with jax.named_scope("lplb_send"):
         sent = [lax.stop_gradient(leaf).at[rows].get(mode="clip").astype(dtype or leaf.dtype) for leaf in leaves]
-        copies = [_along(axes, routes, of_leaf) for of_leaf in sent]
+        # Flat: XLA would lay them out transposed, as the backward pass transposes weights, and back again.
+        copies = [_along(axes, routes, of_leaf.reshape(len(rows), math.prod(of_leaf.shape[1:]))) for of_leaf in sent]
     return Sent(rows, copies, axis_name, axes, routes, dtype)
 
 
@@ -136,7 +138,9 @@ def _receive_forward(exchange: Callable[[Any], Any], leaves: list[jax.Array], se
     slots, tokens = lax.optimization_barrier((slots, tokens))
     for k in range(number):
         slots = [
-            lax.dynamic_update_index_in_dim(of_leaf, received[k % columns][k // columns], leaf.shape[0] + k, 0)
+            lax.dynamic_update_index_in_dim(
+                of_leaf, received[k % columns][k // columns].reshape(of_leaf.shape[1:]), len(leaf) + k, 0
+            )
             for of_leaf, received, leaf in zip(slots, copies, leaves, strict=True)
         ]
     return (slots, tokens), (sent, pull, [jnp.zeros(0, leaf.dtype) for leaf in leaves])
