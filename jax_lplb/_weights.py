@@ -143,7 +143,8 @@ def _receive_forward(exchange: Callable[[Any], Any], leaves: list[jax.Array], se
             )
             for of_leaf, received, leaf in zip(slots, copies, leaves, strict=True)
         ]
-    return (slots, tokens), (sent, pull, [jnp.zeros(0, leaf.dtype) for leaf in leaves])
+    known = replace(sent, copies=[])  # not kept for the backward pass
+    return (slots, tokens), (known, pull, [jnp.zeros(0, leaf.dtype) for leaf in leaves])
 
 
 def _receive_backward(exchange: Callable[[Any], Any], residuals: Any, gradients: Any) -> Any:
