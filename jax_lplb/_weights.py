@@ -22,7 +22,7 @@ def replicate(home_weights: Any, placement: Placement, axis_name: AxisName, dtyp
     Along a topology a rank keeps its home rows and sends those that have copies, by one `ppermute` for each column of
     the topology. Without one each rank takes its slots' rows from whoever has them, as all ranks show their rows in
     turn: more traffic, for any placement. Differentiable: the gradients of all copies are added up at home, so that an
-    optimiser sees each expert once.
+    optimiser sees each expert once. The leaves of one call travel together: leave out those that you do not use.
 
     Args:
       home_weights: a pytree of this rank's rows [num_experts / num_ranks, ...], in the order of `placement.home_order`.
