@@ -126,7 +126,7 @@ def _plan(slot: jax.Array, peer: jax.Array, length: jax.Array) -> _Plan:
     last = jnp.int32(np.iinfo(np.int32).max)
     order = jnp.argsort(jnp.where(peer < peers, slot, last), stable=True).astype(jnp.int32)
     start = jnp.cumsum(length, dtype=jnp.int32) - length
-    number = _inverse(order) - start.at[peer].get(mode="fill", fill_value=0)
+    number = _inverse(order) - _gather(start, peer)
     return _Plan(slot, peer, number, order, start, length)
 
 
@@ -181,7 +181,7 @@ def _ring_round(
     gates = lax.all_gather(gates, axis_name, tiled=True)
     pair_of_cell, cell_of_pair = _window(plan, round_, capacity)
     first = lax.axis_index(axis_name) * slots_per_rank
-    slot = plan.slot.at[pair_of_cell].get(mode="fill", fill_value=0) - first
+    slot = _gather(plan.slot, pair_of_cell) - first
     slot = jnp.where(pair_of_cell < len(plan.slot), slot, slots_per_rank)
     rows = _tokens_to_cells(tokens, pair_of_cell, cell_of_pair)
     done = experts(slots, rows, _count(slot, slots_per_rank))
@@ -198,10 +198,15 @@ def _inverse(order: jax.Array) -> jax.Array:
     return jnp.zeros_like(order).at[order].set(jnp.arange(len(order), dtype=jnp.int32), unique_indices=True)
 
 
+def _gather(rows: jax.Array, source: jax.Array) -> jax.Array:
+    """rows[source], with zeros where that is out of range."""
+    return rows.at[source].get(mode="fill", fill_value=0)
+
+
 @jax.custom_vjp
 def _weighted_sum(gates: jax.Array, cells: jax.Array, cell_of_pair: jax.Array, pair_of_cell: jax.Array) -> jax.Array:
     """float32: for each token the sum of its pairs' cells times its gates; a pair without a cell adds nothing."""
-    of_pairs = cells.at[cell_of_pair].get(mode="fill", fill_value=0).reshape(*gates.shape, -1).astype(jnp.float32)
+    of_pairs = _gather(cells, cell_of_pair).reshape(*gates.shape, -1).astype(jnp.float32)
     return jnp.sum(gates[..., None] * of_pairs, axis=1)
 
 
@@ -212,10 +217,10 @@ def _weighted_sum_forward(*operands: jax.Array) -> Any:
 def _weighted_sum_backward(residuals: Any, gradient: jax.Array) -> Any:
     gates, cells, cell_of_pair, pair_of_cell = residuals
     # All by cells, so that one kernel can do it: their rows are neither gathered by pairs again nor kept in float32.
-    of_token = gradient.at[pair_of_cell // gates.shape[1]].get(mode="fill", fill_value=0)
-    gate = gates.reshape(-1).at[pair_of_cell].get(mode="fill", fill_value=0)
+    of_token = _gather(gradient, pair_of_cell // gates.shape[1])
+    gate = _gather(gates.reshape(-1), pair_of_cell)
     of_gate = jnp.sum(cells.astype(jnp.float32) * of_token, axis=1)
-    of_gates = of_gate.at[cell_of_pair].get(mode="fill", fill_value=0).reshape(gates.shape)
+    of_gates = _gather(of_gate, cell_of_pair).reshape(gates.shape)
     return of_gates, (gate[:, None] * of_token).astype(cells.dtype), None, None
 
 
@@ -224,13 +229,13 @@ _weighted_sum.defvjp(_weighted_sum_forward, _weighted_sum_backward)
 
 @jax.custom_vjp
 def _permute(rows: jax.Array, source: jax.Array, target: jax.Array) -> jax.Array:
-    """rows[source], with zeros where that is out of range; `target` is the inverse of `source`."""
-    return rows.at[source].get(mode="fill", fill_value=0)
+    """`_gather(rows, source)`, where `target` is the inverse of `source`."""
+    return _gather(rows, source)
 
 
 _permute.defvjp(
     lambda rows, source, target: (_permute(rows, source, target), target),
-    lambda target, gradient: (gradient.at[target].get(mode="fill", fill_value=0), None, None),
+    lambda target, gradient: (_gather(gradient, target), None, None),
 )
 
 
@@ -238,7 +243,7 @@ _permute.defvjp(
 def _tokens_to_cells(tokens: jax.Array, pair_of_cell: jax.Array, cell_of_pair: jax.Array) -> jax.Array:
     """The token of each cell, zeros where there is none."""
     k = len(cell_of_pair) // len(tokens)
-    return tokens.at[pair_of_cell // k].get(mode="fill", fill_value=0)
+    return _gather(tokens, pair_of_cell // k)
 
 
 def _tokens_to_cells_forward(tokens: jax.Array, pair_of_cell: jax.Array, cell_of_pair: jax.Array) -> Any:
@@ -247,7 +252,7 @@ def _tokens_to_cells_forward(tokens: jax.Array, pair_of_cell: jax.Array, cell_of
 
 def _tokens_to_cells_backward(residuals: Any, gradient: jax.Array) -> Any:
     cell_of_pair, tokens = residuals
-    of_pairs = gradient.at[cell_of_pair].get(mode="fill", fill_value=0)
+    of_pairs = _gather(gradient, cell_of_pair)
     of_tokens = jnp.sum(of_pairs.reshape(len(tokens), -1, tokens.shape[1]), axis=1, dtype=jnp.float32)
     return of_tokens.astype(tokens.dtype), None, None
 
@@ -274,8 +279,12 @@ def _round(run: Any, round_: jax.Array, bring: Bring, plan: _Plan, sent: Any, we
 def _several_rounds(
     run: Any, bring: Bring, rounds: jax.Array, plan: _Plan, sent: Any, weights: Any, *rest: Any
 ) -> jax.Array:
-    slots, _ = bring(weights, sent, lambda nothing: nothing, None)
+    slots = _slots_alone(bring, sent, weights)
     return _sum_of(rounds, lambda round_: _round(run, round_, as_they_are, plan, sent, slots, *rest))
+
+
+def _slots_alone(bring: Bring, sent: Any, weights: Any) -> Any:
+    return bring(weights, sent, lambda nothing: nothing, None)[0]
 
 
 def as_they_are(slots: Any, sent: Any, exchange: Callable[[Any], Any], tokens: Any) -> tuple[Any, Any]:
@@ -308,7 +317,7 @@ def _all_rounds_backward(run: Any, bring: Bring, residuals: Any, gradient: jax.A
     rounds, plan, sent, (weights, *rest), pull = residuals
 
     def several() -> Any:
-        slots, pull_slots = jax.vjp(lambda weights: bring(weights, sent, lambda nothing: nothing, None)[0], weights)
+        slots, pull_slots = jax.vjp(partial(_slots_alone, bring, sent), weights)
 
         def of_round(round_: jax.Array) -> Any:
             return jax.vjp(partial(_round, run, round_, as_they_are, plan, sent), slots, *rest)[1](gradient)

@@ -45,7 +45,7 @@ def replicate(home_weights: Any, placement: Placement, axis_name: AxisName, dtyp
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["rows", "copies"],
-    meta_fields=["axis_name", "axes", "routes", "dtype"],
+    meta_fields=["axis_name", "routes", "dtypes"],
 )
 @dataclass(frozen=True)
 class Sent:
@@ -53,10 +53,9 @@ class Sent:
 
     rows: jax.Array  # int32: the rows that this rank sends, in turns along the routes; without any, its slots' experts
     copies: list[list[jax.Array]]  # of each leaf, what comes along each route
-    axis_name: AxisName
-    axes: AxisName  # those of axis_name, in the mesh's order
+    axis_name: AxisName  # with routes: in the mesh's order
     routes: tuple[tuple[tuple[int, int], ...], ...] | None  # of each column of the topology, (sender, receiver)
-    dtype: Any
+    dtypes: tuple[Any, ...]  # of each leaf's slots
 
 
 def send(home_weights: Any, placement: Placement, axis_name: AxisName, dtype: Any = None) -> Sent:
@@ -70,11 +69,12 @@ def send(home_weights: Any, placement: Placement, axis_name: AxisName, dtype: An
         _with_rows(leaf, home, f"home_weights{jax.tree_util.keystr(path)}")
         for path, leaf in jax.tree_util.tree_leaves_with_path(home_weights)
     ]
+    dtypes = tuple(leaf.dtype if dtype is None else jnp.dtype(dtype) for leaf in leaves)
     slots, topology, rank = placement.slots_per_rank, placement.topology, lax.axis_index(axis_name)
     of_slots = jnp.asarray(placement.phy2log).reshape(ranks, slots)
     if topology is None:
         rows = jnp.clip(of_slots[rank], 0, placement.num_experts - 1)
-        return Sent(rows, [], axis_name, axis_name, None, dtype)
+        return Sent(rows, [], axis_name, None, dtypes)
     owner, number = copied(topology, ranks, slots - home)
     copier = np.empty_like(owner)  # of each rank's k-th copied expert
     copier[owner, number] = np.arange(ranks)[:, None]
@@ -84,10 +84,13 @@ def send(home_weights: Any, placement: Placement, axis_name: AxisName, dtype: An
     columns = range(topology.num_columns if len(rows) else 0)
     routes = tuple(tuple(zip(number_of, number_of[copier[:, column]], strict=True)) for column in columns)
     with jax.named_scope("lplb_send"):
-        sent = [lax.stop_gradient(leaf).at[rows].get(mode="clip").astype(dtype or leaf.dtype) for leaf in leaves]
+        sent = [
+            lax.stop_gradient(leaf).at[rows].get(mode="clip").astype(dtype)
+            for leaf, dtype in zip(leaves, dtypes, strict=True)
+        ]
         # Flat: XLA would lay them out transposed, as the backward pass transposes weights, and back again.
         copies = [_along(axes, routes, of_leaf.reshape(len(rows), math.prod(of_leaf.shape[1:]))) for of_leaf in sent]
-    return Sent(rows, copies, axis_name, axes, routes, dtype)
+    return Sent(rows, copies, axes, routes, dtypes)
 
 
 def await_first(sent: Sent, value: Any) -> tuple[Sent, Any]:
@@ -105,12 +108,11 @@ def receive(home_weights: Any, sent: Sent, exchange: Callable[[Any], Any], token
     few copies travel, and nothing while tokens do.
     """
     leaves, tree = jax.tree.flatten(home_weights)
-    dtypes = [jnp.dtype(sent.dtype or leaf.dtype) for leaf in leaves]
-    if sent.routes == () and all(leaf.dtype == dtype for leaf, dtype in zip(leaves, dtypes, strict=True)):
+    if sent.routes == () and all(leaf.dtype == dtype for leaf, dtype in zip(leaves, sent.dtypes, strict=True)):
         return home_weights, exchange(tokens)
     with jax.named_scope("lplb_receive"):
         if sent.routes is None:
-            casted = [leaf.astype(dtype) for leaf, dtype in zip(leaves, dtypes, strict=True)]
+            casted = [leaf.astype(dtype) for leaf, dtype in zip(leaves, sent.dtypes, strict=True)]
             slots, tokens = [_rows_of_all(leaf, sent.rows, sent.axis_name) for leaf in casted], exchange(tokens)
         else:
             slots, tokens = _receive(exchange, leaves, sent, tokens)
@@ -133,7 +135,8 @@ def _receive_forward(exchange: Callable[[Any], Any], leaves: list[jax.Array], se
     leaves, tokens = lax.optimization_barrier((leaves, tokens))
     tokens, pull = jax.vjp(exchange, tokens)
     slots = [
-        jnp.pad(leaf.astype(sent.dtype or leaf.dtype), [(0, number), *[(0, 0)] * (leaf.ndim - 1)]) for leaf in leaves
+        jnp.pad(leaf.astype(dtype), [(0, number), *[(0, 0)] * (leaf.ndim - 1)])
+        for leaf, dtype in zip(leaves, sent.dtypes, strict=True)
     ]
     slots, tokens = lax.optimization_barrier((slots, tokens))
     for k in range(number):
@@ -151,21 +154,19 @@ def _receive_backward(exchange: Callable[[Any], Any], residuals: Any, gradients:
     (sent, pull, like), (of_slots, of_tokens) = residuals, gradients
     number, routes = len(sent.rows), sent.routes or ()
     back = tuple(tuple((receiver, sender) for sender, receiver in route) for route in routes)
-    real = [i for i, leaf in enumerate(like) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    of_slots, home = [of_slots[i] for i in real], [len(of_slots[i]) - number for i in real]
-    of_copies = [_along(sent.axes, back, of_leaf[n:]) for of_leaf, n in zip(of_slots, home, strict=True)]
+    of_slots = {i: of_slots[i] for i, leaf in enumerate(like) if jnp.issubdtype(leaf.dtype, jnp.inexact)}
+    of_copies = {i: _along(sent.axis_name, back, of_leaf[len(of_leaf) - number :]) for i, of_leaf in of_slots.items()}
     of_copies, of_tokens = lax.optimization_barrier((of_copies, of_tokens))
     of_slots, of_tokens = lax.optimization_barrier((of_slots, of_tokens))
     (of_tokens,) = pull(of_tokens)
-    sums = [of_leaf[:n].astype(like[i].dtype) for of_leaf, n, i in zip(of_slots, home, real, strict=True)]
+    sums = {i: of_leaf[: len(of_leaf) - number].astype(like[i].dtype) for i, of_leaf in of_slots.items()}
     sums, of_tokens = lax.optimization_barrier((sums, of_tokens))
     for column, rows in enumerate(_by_route(sent.rows, routes)):  # distinct: a topology copies an expert to one rank
-        sums = [
-            of_leaf.at[rows].add(received[column].astype(of_leaf.dtype), mode="clip", unique_indices=True)
-            for of_leaf, received in zip(sums, of_copies, strict=True)
-        ]
-    of_leaves = [sums[real.index(i)] if i in real else None for i in range(len(like))]
-    return of_leaves, None, of_tokens
+        sums = {
+            i: of_leaf.at[rows].add(of_copies[i][column].astype(of_leaf.dtype), mode="clip", unique_indices=True)
+            for i, of_leaf in sums.items()
+        }
+    return [sums.get(i) for i in range(len(like))], None, of_tokens
 
 
 _receive.defvjp(_receive_forward, _receive_backward)
