@@ -24,6 +24,8 @@ from jax_lplb._count import count
 from jax_lplb._placement import Placement
 
 Dispatch = Literal["all_to_all", "ring"]
+# value -> a pytree, not differentiated, that `Bring` takes; and the value, for what shall come later.
+Planned = Callable[[Any], tuple[Any, Any]]
 # (weights, sent, exchange, tokens) -> the weights of this rank's slots, and exchange(tokens), done meanwhile.
 Bring = Callable[[Any, Any, Callable[[Any], Any], Any], tuple[Any, Any]]
 # (weights of slots, rows [n, d_model] sorted by slot, group_sizes int32 [slots]) -> [n, d_model]; rows beyond those of
@@ -36,7 +38,7 @@ def expert_parallel(
     physical_ids: jax.Array,
     gates: jax.Array,
     weights: Any,
-    sent: Any,
+    planned: Planned,
     bring: Bring,
     experts: Experts,
     placement: Placement,
@@ -44,6 +46,7 @@ def expert_parallel(
     axis_name: AxisName,
     dispatch: Dispatch,
     buffer_factor: float,
+    dtype: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """For each token the sum of its experts' results, weighted by the gates.
 
@@ -52,7 +55,7 @@ def expert_parallel(
       physical_ids: int32 [num_tokens, k]; negative ids are padding.
       gates: float32 [num_tokens, k].
       weights: a pytree, differentiable, from which `bring` makes those of this rank's slots.
-      sent: a pytree, not differentiated, that `bring` takes too.
+      planned: called once, as soon as links are free until tokens travel.
       bring: runs once, and once more in the backward pass of several rounds; of a single round with the tokens.
       experts: what runs on sorted rows.
       placement: the ranks' slots.
@@ -60,37 +63,42 @@ def expert_parallel(
       dispatch: "all_to_all": each rank sends its tokens to those that have their experts, a buffer of equal size to
         each. "ring": all ranks get all tokens, and add up their parts of the results.
       buffer_factor: size of the buffers, over what they would hold if all ranks sent and received the same.
+      dtype: of the result; sums are float32.
 
     Returns:
-      float32 [num_tokens, d_model], and the number of rounds, int32 [].
+      [num_tokens, d_model], and the number of rounds, int32 [].
     """
     ranks, slots_per_rank = placement.num_ranks, placement.slots_per_rank
     num_ids = physical_ids.size
     axes = {axis_name} if isinstance(axis_name, str) else set(axis_name)
     others = tuple(sorted(_ffi.varying(tokens, physical_ids, *jax.tree.leaves(weights)) - axes))
-    ids = physical_ids.reshape(-1)
+    ids, rank = physical_ids.reshape(-1), lax.axis_index(axis_name)
+    peers, most_ids = (ranks, num_ids) if dispatch == "all_to_all" else (1, num_ids * ranks)
+    capacity = _capacity(buffer_factor * most_ids / ranks, most_ids, peers)
+    layout = _Layout(experts, axis_name, slots_per_rank, capacity)
+    # First all that ranks have to know of each other: what everyone sends to each slot, or everyone's ids.
     if dispatch == "all_to_all":
-        most_ids, capacity = num_ids, _capacity(buffer_factor * num_ids / ranks, num_ids, ranks)
-        # What everyone sends to each slot: all that a rank has to know of the rows that come.
         own = _count(ids, placement.num_physical).reshape(ranks, slots_per_rank)
-        every = lax.all_gather(own, axis_name, to="invarying")
-        most = jnp.max(jnp.sum(every, axis=2))
-        coming = lax.dynamic_index_in_dim(every, lax.axis_index(axis_name), axis=1, keepdims=False)
-        plan = _plan(ids, ids // slots_per_rank, jnp.sum(own, axis=1))._replace(coming=coming)
-        run = partial(_all_to_all_round, _Layout(experts, axis_name, slots_per_rank, capacity))
+        known = lax.all_gather(own, axis_name, to="invarying")
+        most = jnp.max(jnp.sum(known, axis=2))
     else:
-        most_ids, capacity = num_ids * ranks, _capacity(buffer_factor * num_ids, num_ids * ranks, 1)
-        everyones = lax.all_gather(ids, axis_name, tiled=True)
-        here = everyones // slots_per_rank == lax.axis_index(axis_name)
-        plan = _plan(everyones, jnp.where(here, 0, -1), jnp.sum(here, keepdims=True, dtype=jnp.int32))
-        most = lax.pmax(plan.length[0], axis_name)
-        run = partial(_ring_round, _Layout(experts, axis_name, slots_per_rank, capacity))
-    if capacity >= most_ids:
-        return _round(run, jnp.int32(0), bring, plan, sent, weights, tokens, gates), jnp.int32(1)
-    if others:  # as many rounds for all devices that have copies of anything
+        known = lax.all_gather(ids, axis_name, tiled=True)
+        here = known // slots_per_rank == rank
+        most = lax.pmax(jnp.sum(here, dtype=jnp.int32), axis_name)
+    if others and capacity < most_ids:  # as many rounds for all devices that have copies of anything
         most = lax.pmax(_ffi.vary(most, frozenset(others)), others)
+    sent, (known, most) = planned((known, most))
+    if dispatch == "all_to_all":
+        coming = lax.dynamic_index_in_dim(known, rank, axis=1, keepdims=False)
+        plan = _plan(ids, ids // slots_per_rank, jnp.sum(own, axis=1))._replace(coming=coming)
+        run = partial(_all_to_all_round, layout)
+    else:
+        plan = _plan(known, jnp.where(here, 0, -1), jnp.sum(here, keepdims=True, dtype=jnp.int32))
+        run = partial(_ring_round, layout)
+    if capacity >= most_ids:
+        return _single_round(run, bring, dtype, plan, sent, weights, tokens, gates), jnp.int32(1)
     rounds = jnp.maximum(-(-most // capacity), 1)
-    return _all_rounds(run, bring, rounds, plan, sent, weights, tokens, gates), rounds
+    return _all_rounds(run, bring, dtype, rounds, plan, sent, weights, tokens, gates), rounds
 
 
 def _capacity(wanted: float, most: int, peers: int) -> int:
@@ -262,25 +270,31 @@ _tokens_to_cells.defvjp(_tokens_to_cells_forward, _tokens_to_cells_backward)
 
 # GPUs wait for the host to learn of a condition: so there is one, right after the plan and before all that takes long,
 # and then either the usual single round or a loop.
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _all_rounds(run: Any, bring: Bring, rounds: jax.Array, plan: _Plan, sent: Any, *operands: Any) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _all_rounds(
+    run: Any, bring: Bring, dtype: Any, rounds: jax.Array, plan: _Plan, sent: Any, *operands: Any
+) -> jax.Array:
     """The sum of `run`'s results in all rounds; operands: weights, tokens and gates, by which it is differentiated."""
     return lax.cond(
         rounds > 1,
-        lambda: _several_rounds(run, bring, rounds, plan, sent, *operands),
-        lambda: _round(run, jnp.int32(0), bring, plan, sent, *operands),
+        lambda: _several_rounds(run, bring, dtype, rounds, plan, sent, *operands),
+        lambda: _single_round(run, bring, dtype, plan, sent, *operands),
     )
+
+
+def _single_round(run: Any, bring: Bring, dtype: Any, plan: _Plan, sent: Any, *operands: Any) -> jax.Array:
+    return _round(run, jnp.int32(0), bring, plan, sent, *operands).astype(dtype)
+
+
+def _several_rounds(
+    run: Any, bring: Bring, dtype: Any, rounds: jax.Array, plan: _Plan, sent: Any, weights: Any, *rest: Any
+) -> jax.Array:
+    slots = _slots_alone(bring, sent, weights)
+    return _sum_of(rounds, lambda round_: _round(run, round_, as_they_are, plan, sent, slots, *rest)).astype(dtype)
 
 
 def _round(run: Any, round_: jax.Array, bring: Bring, plan: _Plan, sent: Any, weights: Any, *rest: Any) -> jax.Array:
     return run(round_, plan, partial(bring, weights, sent), *rest)
-
-
-def _several_rounds(
-    run: Any, bring: Bring, rounds: jax.Array, plan: _Plan, sent: Any, weights: Any, *rest: Any
-) -> jax.Array:
-    slots = _slots_alone(bring, sent, weights)
-    return _sum_of(rounds, lambda round_: _round(run, round_, as_they_are, plan, sent, slots, *rest))
 
 
 def _slots_alone(bring: Bring, sent: Any, weights: Any) -> Any:
@@ -292,20 +306,22 @@ def as_they_are(slots: Any, sent: Any, exchange: Callable[[Any], Any], tokens: A
     return slots, exchange(tokens)
 
 
-def _all_rounds_forward(run: Any, bring: Bring, rounds: jax.Array, plan: _Plan, sent: Any, *operands: Any) -> Any:
+def _all_rounds_forward(
+    run: Any, bring: Bring, dtype: Any, rounds: jax.Array, plan: _Plan, sent: Any, *operands: Any
+) -> Any:
     given = jax.tree.leaves((plan, sent, operands))
     structure, known = None, []  # of what the backward pass needs; by place among `given`, which need not be copied
 
     def once() -> tuple[jax.Array, list[jax.Array]]:
         nonlocal structure, known
-        result, pull = jax.vjp(partial(_round, run, jnp.int32(0), bring, plan, sent), *operands)
+        result, pull = jax.vjp(partial(_single_round, run, bring, dtype, plan, sent), *operands)
         kept, structure = jax.tree.flatten(pull)
         known = [next((i for i, leaf in enumerate(given) if leaf is one), None) for one in kept]
         return result, [one for one, i in zip(kept, known, strict=True) if i is None]
 
     def several() -> tuple[jax.Array, list[jax.Array]]:
         kept = [_zeros_like(leaf) for leaf in jax.eval_shape(once)[1]]  # rounds are run again in the backward pass
-        return _several_rounds(run, bring, rounds, plan, sent, *operands), kept
+        return _several_rounds(run, bring, dtype, rounds, plan, sent, *operands), kept
 
     result, kept = lax.cond(rounds > 1, several, once)
     rest = iter(kept)
@@ -313,14 +329,15 @@ def _all_rounds_forward(run: Any, bring: Bring, rounds: jax.Array, plan: _Plan, 
     return result, (rounds, plan, sent, operands, pull)
 
 
-def _all_rounds_backward(run: Any, bring: Bring, residuals: Any, gradient: jax.Array) -> Any:
+def _all_rounds_backward(run: Any, bring: Bring, dtype: Any, residuals: Any, gradient: jax.Array) -> Any:
     rounds, plan, sent, (weights, *rest), pull = residuals
 
     def several() -> Any:
         slots, pull_slots = jax.vjp(partial(_slots_alone, bring, sent), weights)
 
         def of_round(round_: jax.Array) -> Any:
-            return jax.vjp(partial(_round, run, round_, as_they_are, plan, sent), slots, *rest)[1](gradient)
+            result, pull_round = jax.vjp(partial(_round, run, round_, as_they_are, plan, sent), slots, *rest)
+            return pull_round(gradient.astype(result.dtype))
 
         of_slots, *of_rest = _sum_of(rounds, of_round)
         return *pull_slots(of_slots), *of_rest

@@ -1,7 +1,7 @@
 """Experts' weights: copies for the redundant slots, and rows carried from one order to another."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -39,27 +39,29 @@ def replicate(home_weights: Any, placement: Placement, axis_name: AxisName, dtyp
       ValueError: `axis_name` is not bound or has another size than `num_ranks`, num_ranks does not divide the experts,
         or a leaf has another number of rows.
     """
-    return receive(home_weights, send(home_weights, placement, axis_name, dtype), lambda nothing: nothing, None)[0]
+    sent, _ = send_rest(send(home_weights, placement, axis_name, dtype), None)
+    return receive(home_weights, sent, lambda nothing: nothing, None)[0]
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["rows", "copies"],
+    data_fields=["rows", "waiting", "copies"],
     meta_fields=["axis_name", "routes", "dtypes"],
 )
 @dataclass(frozen=True)
 class Sent:
-    """Copies on their way to this rank."""
+    """Copies on their way to this rank. Along routes, rows of all leaves travel side by side, a list entry a dtype."""
 
     rows: jax.Array  # int32: the rows that this rank sends, in turns along the routes; without any, its slots' experts
-    copies: list[list[jax.Array]]  # of each leaf, what comes along each route
+    waiting: list[jax.Array]  # [rows, elements], the later half of the rows, for `send_rest`
+    copies: list[list[list[jax.Array]]]  # of each half, along each route: [rows, elements]
     axis_name: AxisName  # with routes: in the mesh's order
     routes: tuple[tuple[tuple[int, int], ...], ...] | None  # of each column of the topology, (sender, receiver)
     dtypes: tuple[Any, ...]  # of each leaf's slots
 
 
 def send(home_weights: Any, placement: Placement, axis_name: AxisName, dtype: Any = None) -> Sent:
-    """The first half of `replicate`: what depends on weights and placement alone, and can be done early."""
+    """Sends the first half of the copies. This depends on weights and placement alone, and can be done early."""
     _check("placement", placement)
     ranks = axis_size(axis_name, placement.num_ranks)
     home, rest = divmod(placement.num_experts, ranks)
@@ -74,7 +76,7 @@ def send(home_weights: Any, placement: Placement, axis_name: AxisName, dtype: An
     of_slots = jnp.asarray(placement.phy2log).reshape(ranks, slots)
     if topology is None:
         rows = jnp.clip(of_slots[rank], 0, placement.num_experts - 1)
-        return Sent(rows, [], axis_name, None, dtypes)
+        return Sent(rows, [], [], axis_name, None, dtypes)
     owner, number = copied(topology, ranks, slots - home)
     copier = np.empty_like(owner)  # of each rank's k-th copied expert
     copier[owner, number] = np.arange(ranks)[:, None]
@@ -83,25 +85,36 @@ def send(home_weights: Any, placement: Placement, axis_name: AxisName, dtype: An
     axes, number_of = _in_mesh_order(axis_name, ranks)
     columns = range(topology.num_columns if len(rows) else 0)
     routes = tuple(tuple(zip(number_of, number_of[copier[:, column]], strict=True)) for column in columns)
+    if not routes:
+        return Sent(rows, [], [], axes, routes, dtypes)
+    half = -(-len(rows) // 2)
     with jax.named_scope("lplb_send"):
-        sent = [
-            lax.stop_gradient(leaf).at[rows].get(mode="clip").astype(dtype)
-            for leaf, dtype in zip(leaves, dtypes, strict=True)
-        ]
-        # Flat: XLA would lay them out transposed, as the backward pass transposes weights, and back again.
-        copies = [_along(axes, routes, of_leaf.reshape(len(rows), math.prod(of_leaf.shape[1:]))) for of_leaf in sent]
-    return Sent(rows, copies, axes, routes, dtypes)
+        first, waiting = (
+            _side_by_side([lax.stop_gradient(leaf).at[some].get(mode="clip") for leaf in leaves], dtypes)
+            for some in (rows[:half], rows[half:])
+        )
+        return Sent(rows, waiting, [_along(axes, routes, first)], axes, routes, dtypes)
 
 
 def await_first(sent: Sent, value: Any) -> tuple[Sent, Any]:
-    """The value, as what follows from it shall wait for the copies along the first route."""
-    first, value = lax.optimization_barrier(([of_leaf[:1] for of_leaf in sent.copies], value))
-    rest = [of_leaf[1:] for of_leaf in sent.copies]
-    return replace(sent, copies=[one + others for one, others in zip(first, rest, strict=True)]), value
+    """The value, as what follows from it shall wait for the first half of the copies."""
+    copies, value = lax.optimization_barrier((sent.copies, value))
+    return replace(sent, copies=copies), value
+
+
+def send_rest(sent: Sent, value: Any) -> tuple[Sent, Any]:
+    """Sends the other half once the value is known: what follows from it leaves links alone for a while."""
+    if not (sent.waiting and sent.routes):
+        return sent, value
+    waiting, value = lax.optimization_barrier((sent.waiting, value))
+    start = -(-len(sent.rows) // 2) % len(sent.routes)
+    with jax.named_scope("lplb_send"):
+        copies = _along(sent.axis_name, sent.routes[start:] + sent.routes[:start], waiting)
+    return replace(sent, waiting=[], copies=[*sent.copies, copies]), value
 
 
 def receive(home_weights: Any, sent: Sent, exchange: Callable[[Any], Any], tokens: Any) -> tuple[Any, Any]:
-    """The second half of `replicate`, and `exchange(tokens)`: along a topology tokens travel beside the cast.
+    """The slots of this rank, copies included, and `exchange(tokens)`: along a topology tokens travel beside the cast.
 
     In the backward pass gradients of copies travel first, then those of tokens, beside the cast of the rows' own. That
     cast takes about as long as tokens travel, and needs no links; where the order is left to XLA, it does it while the
@@ -130,7 +143,7 @@ def _receive(
 
 
 def _receive_forward(exchange: Callable[[Any], Any], leaves: list[jax.Array], sent: Sent, tokens: Any) -> Any:
-    number, columns = len(sent.rows), len(sent.routes or ())
+    number = len(sent.rows)
     copies, tokens = lax.optimization_barrier((sent.copies, tokens))
     leaves, tokens = lax.optimization_barrier((leaves, tokens))
     tokens, pull = jax.vjp(exchange, tokens)
@@ -138,14 +151,19 @@ def _receive_forward(exchange: Callable[[Any], Any], leaves: list[jax.Array], se
         jnp.pad(leaf.astype(dtype), [(0, number), *[(0, 0)] * (leaf.ndim - 1)])
         for leaf, dtype in zip(leaves, sent.dtypes, strict=True)
     ]
+    slots = lax.optimization_barrier(slots)  # else one kernel would do both, and take 1.7 times as long
+    first = 0
+    for half in copies:
+        for turn, along in enumerate(half):
+            # Not by dynamic_update_slice, which XLA does asynchronously on GPUs, and then starts the exchange late.
+            slots = [
+                of_leaf.at[of_leaf.shape[0] - number + first + turn + len(half) * np.arange(len(some))].set(
+                    some, mode="promise_in_bounds", unique_indices=True
+                )
+                for of_leaf, some in zip(slots, _apart(along, slots), strict=True)
+            ]
+        first += sum(len(along[0]) for along in half)
     slots, tokens = lax.optimization_barrier((slots, tokens))
-    for k in range(number):
-        slots = [
-            lax.dynamic_update_index_in_dim(
-                of_leaf, received[k % columns][k // columns].reshape(of_leaf.shape[1:]), len(leaf) + k, 0
-            )
-            for of_leaf, received, leaf in zip(slots, copies, leaves, strict=True)
-        ]
     known = replace(sent, copies=[])  # not kept for the backward pass
     return (slots, tokens), (known, pull, [jnp.zeros(0, leaf.dtype) for leaf in leaves])
 
@@ -155,31 +173,51 @@ def _receive_backward(exchange: Callable[[Any], Any], residuals: Any, gradients:
     number, routes = len(sent.rows), sent.routes or ()
     back = tuple(tuple((receiver, sender) for sender, receiver in route) for route in routes)
     of_slots = {i: of_slots[i] for i, leaf in enumerate(like) if jnp.issubdtype(leaf.dtype, jnp.inexact)}
-    of_copies = {i: _along(sent.axis_name, back, of_leaf[len(of_leaf) - number :]) for i, of_leaf in of_slots.items()}
+    of_copies = {i: of_leaf[len(of_leaf) - number :] for i, of_leaf in of_slots.items()}
+    # Leaf by leaf: gradients of some are known before those of others.
+    of_copies = {i: _along(sent.axis_name, back, [of_leaf]) for i, of_leaf in of_copies.items()}
     of_copies, of_tokens = lax.optimization_barrier((of_copies, of_tokens))
     of_slots, of_tokens = lax.optimization_barrier((of_slots, of_tokens))
     (of_tokens,) = pull(of_tokens)
     sums = {i: of_leaf[: len(of_leaf) - number].astype(like[i].dtype) for i, of_leaf in of_slots.items()}
+    sums = lax.optimization_barrier(sums)
+    for k in range(number):
+        row = sent.rows[k]
+        for i, of_leaf in sums.items():
+            of_copy = of_copies[i][k % len(routes)][0][k // len(routes)].astype(of_leaf.dtype)
+            of_copy = of_copy + lax.dynamic_index_in_dim(of_leaf, row, keepdims=False)
+            sums[i] = lax.dynamic_update_index_in_dim(of_leaf, of_copy, row, 0)
     sums, of_tokens = lax.optimization_barrier((sums, of_tokens))
-    for column, rows in enumerate(_by_route(sent.rows, routes)):  # distinct: a topology copies an expert to one rank
-        sums = {
-            i: of_leaf.at[rows].add(of_copies[i][column].astype(of_leaf.dtype), mode="clip", unique_indices=True)
-            for i, of_leaf in sums.items()
-        }
     return [sums.get(i) for i in range(len(like))], None, of_tokens
 
 
 _receive.defvjp(_receive_forward, _receive_backward)
 
 
-def _along(axes: AxisName, routes: Any, sent: jax.Array) -> list[jax.Array]:
-    """What comes along each of the routes."""
-    return [lax.ppermute(rows, axes, route) for rows, route in zip(_by_route(sent, routes), routes, strict=True)]
+def _along(axes: AxisName, routes: Any, sent: list[jax.Array]) -> list[list[jax.Array]]:
+    """What comes along the routes; row i of all arrays takes route i % len(routes)."""
+    number = min((len(rows) for rows in sent), default=0)
+    return [
+        [lax.ppermute(rows[i :: len(routes)], axes, route) for rows in sent] for i, route in enumerate(routes[:number])
+    ]
 
 
-def _by_route(rows: jax.Array, routes: Any) -> list[jax.Array]:
-    """Row i takes route i % len(routes)."""
-    return [rows[column :: len(routes)] for column in range(len(routes))]
+def _side_by_side(leaves: list[jax.Array], dtypes: Sequence[Any]) -> list[jax.Array]:
+    """Leaves [rows, ...] as one array [rows, elements] for each dtype, so that they are one message."""
+    # Flat: XLA would lay them out transposed, as the backward pass transposes weights, and back again.
+    of_dtype: dict[Any, list[jax.Array]] = {dtype: [] for dtype in dtypes}
+    for leaf, dtype in zip(leaves, dtypes, strict=True):
+        of_dtype[dtype].append(leaf.astype(dtype).reshape(len(leaf), math.prod(leaf.shape[1:])))
+    return [jnp.concatenate(parts, axis=1) for parts in of_dtype.values()]
+
+
+def _apart(arrays: list[jax.Array], like: list[jax.Array]) -> list[jax.Array]:
+    """The rows of each leaf, from what `_side_by_side` made of such leaves."""
+    left, parts = dict(zip(dict.fromkeys(leaf.dtype for leaf in like), arrays, strict=True)), []
+    for leaf in like:
+        part, left[leaf.dtype] = jnp.split(left[leaf.dtype], [math.prod(leaf.shape[1:])], axis=1)
+        parts.append(part.reshape(len(part), *leaf.shape[1:]))
+    return parts
 
 
 def _in_mesh_order(axis_name: AxisName, num_ranks: int) -> tuple[AxisName, np.ndarray]:

@@ -17,7 +17,7 @@ from jax_lplb._grouped_matmul import GroupedMatmul, has_tokamax
 from jax_lplb._placement import Placement
 from jax_lplb._status import Status
 from jax_lplb._swiglu import swiglu
-from jax_lplb._weights import await_first, from_logical, receive, replicate, send
+from jax_lplb._weights import Sent, await_first, from_logical, receive, replicate, send, send_rest
 
 _log = logging.getLogger(__name__)
 
@@ -228,8 +228,8 @@ class MoE(nnx.Module):
         placement: Placement,
     ) -> tuple[jax.Array, Metrics]:
         weights = self._varying(weights)
-        # Copies travel beside what keeps neither links nor multiprocessors busy: along the first route beside the
-        # router, along others beside the plan of the dispatch; between them is the balancer's own collective.
+        # Copies travel beside what keeps neither links nor multiprocessors busy: half of them beside the router, the
+        # others beside the plan of the dispatch; between them are the small collectives of both.
         sent = None if prepared else send(weights, placement, self.axis_name, self.dtype)
         tokens = x.reshape(-1, x.shape[-1])
         logits = jnp.dot(tokens.astype(jnp.float32), router.astype(jnp.float32), precision=lax.Precision.HIGHEST)
@@ -241,31 +241,35 @@ class MoE(nnx.Module):
         gates = gates / jnp.sum(gates, axis=1, keepdims=True)
 
         out = balance(expert_ids, placement, axis_name=self.axis_name, **dict(self.balance_options))
+        metrics = self._metrics(out, expert_ids, scores, placement)
+
+        def planned(value: Any) -> tuple[Sent | None, Any]:
+            value, _ = lax.optimization_barrier((value, lax.stop_gradient(metrics)))  # their collectives come earlier
+            return (None, value) if sent is None else send_rest(sent, value)
+
         result, rounds = expert_parallel(
             tokens.astype(self.dtype),
             out.physical_ids,
             gates,
             weights,
-            sent,
+            planned,
             as_they_are if prepared else receive,
             partial(swiglu, implementation=self.grouped_matmul),
             placement,
             axis_name=self.axis_name,
             dispatch=self.dispatch,
             buffer_factor=self.buffer_factor,
+            dtype=x.dtype,
         )
-        metrics = self._metrics(out, expert_ids, scores, rounds, placement)
-        return result.astype(x.dtype).reshape(x.shape), metrics
+        return result.reshape(x.shape), metrics._replace(rounds=rounds)
 
     def _metrics_of_nothing(self) -> Metrics:
         load = jnp.zeros(self.router.shape[1], jnp.int32)
         kinds = {"status": jnp.int32(Status.SKIPPED), "rounds": jnp.int32(1), "load": load}
         return Metrics(**{name: kinds.get(name, jnp.float32(0)) for name in Metrics._fields})
 
-    def _metrics(
-        self, out: Any, expert_ids: jax.Array, scores: jax.Array, rounds: jax.Array, placement: Placement
-    ) -> Metrics:
-        """Over all ranks, and the worst or the mean over other token axes."""
+    def _metrics(self, out: Any, expert_ids: jax.Array, scores: jax.Array, placement: Placement) -> Metrics:
+        """Over all ranks, and the worst or the mean over other token axes; of one round."""
         others = self.other_axes
         ranks, groups = placement.num_ranks, placement.num_groups
         home_slot = jnp.asarray(placement.log2phy)[:, 0]
@@ -290,7 +294,7 @@ class MoE(nnx.Module):
             moved=lax.pmean(moved, self.token_axes),
             gap=worst(jnp.max(out.gap)),
             status=worst(jnp.max(out.status)),
-            rounds=rounds,
+            rounds=jnp.int32(1),
             load=total,
             aux_loss=len(chosen) * jnp.sum(lax.stop_gradient(chosen) * probability),
         )

@@ -132,13 +132,14 @@ def test_padding(rng, dispatch, buffer_factor):
             ids,
             gates,
             weights,
-            None,
+            lambda value: (None, value),
             _expert_parallel.as_they_are,
             lambda slots, rows, sizes: jax.lax.ragged_dot(rows, slots, sizes),
             place,
             axis_name="ep",
             dispatch=dispatch,
             buffer_factor=buffer_factor,
+            dtype=np.float32,
         )
 
     run = jax.jit(jax.shard_map(on_rank, mesh=mesh, in_specs=P("ep"), out_specs=(P("ep"), P())))
