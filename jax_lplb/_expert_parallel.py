@@ -25,7 +25,7 @@ from jax_lplb._placement import Placement
 
 Dispatch = Literal["all_to_all", "ring"]
 # value -> a pytree, not differentiated, that `Bring` takes; and the value, for what shall come later.
-Planned = Callable[[Any], tuple[Any, Any]]
+Known = Callable[[Any], tuple[Any, Any]]
 # (weights, sent, exchange, tokens) -> the weights of this rank's slots, and exchange(tokens), done meanwhile.
 Bring = Callable[[Any, Any, Callable[[Any], Any], Any], tuple[Any, Any]]
 # (weights of slots, rows [n, d_model] sorted by slot, group_sizes int32 [slots]) -> [n, d_model]; rows beyond those of
@@ -38,7 +38,7 @@ def expert_parallel(
     physical_ids: jax.Array,
     gates: jax.Array,
     weights: Any,
-    planned: Planned,
+    known: Known,
     bring: Bring,
     experts: Experts,
     placement: Placement,
@@ -55,7 +55,7 @@ def expert_parallel(
       physical_ids: int32 [num_tokens, k]; negative ids are padding.
       gates: float32 [num_tokens, k].
       weights: a pytree, differentiable, from which `bring` makes those of this rank's slots.
-      planned: called once, as soon as links are free until tokens travel.
+      known: called once, with what ranks know of each other's tokens; links are then free until tokens travel.
       bring: runs once, and once more in the backward pass of several rounds; of a single round with the tokens.
       experts: what runs on sorted rows.
       placement: the ranks' slots.
@@ -79,22 +79,23 @@ def expert_parallel(
     # First all that ranks have to know of each other: what everyone sends to each slot, or everyone's ids.
     if dispatch == "all_to_all":
         own = _count(ids, placement.num_physical).reshape(ranks, slots_per_rank)
-        known = lax.all_gather(own, axis_name, to="invarying")
-        most = jnp.max(jnp.sum(known, axis=2))
+        gathered = lax.all_gather(own, axis_name, to="invarying")
+        most = jnp.max(jnp.sum(gathered, axis=2))
     else:
-        known = lax.all_gather(ids, axis_name, tiled=True)
-        here = known // slots_per_rank == rank
+        gathered = lax.all_gather(ids, axis_name, tiled=True)
+        here = gathered // slots_per_rank == rank
         most = lax.pmax(jnp.sum(here, dtype=jnp.int32), axis_name)
     if others and capacity < most_ids:  # as many rounds for all devices that have copies of anything
         most = lax.pmax(_ffi.vary(most, frozenset(others)), others)
-    sent, (known, most) = planned((known, most))
+    sent, (gathered, most) = known((gathered, most))
     if dispatch == "all_to_all":
-        coming = lax.dynamic_index_in_dim(known, rank, axis=1, keepdims=False)
-        plan = _plan(ids, ids // slots_per_rank, jnp.sum(own, axis=1))._replace(coming=coming)
+        coming = lax.dynamic_index_in_dim(gathered, rank, axis=1, keepdims=False)
+        plan = _plan(ids, ids // slots_per_rank, jnp.sum(own, axis=1), placement)._replace(coming=coming)
         run = partial(_all_to_all_round, layout)
     else:
-        plan = _plan(known, jnp.where(here, 0, -1), jnp.sum(here, keepdims=True, dtype=jnp.int32))
+        plan = _plan(gathered, jnp.where(here, 0, -1), jnp.sum(here, keepdims=True, dtype=jnp.int32), placement)
         run = partial(_ring_round, layout)
+    plan = plan._replace(window=_window(plan, jnp.int32(0), capacity))
     if capacity >= most_ids:
         return _single_round(run, bring, dtype, plan, sent, weights, tokens, gates), jnp.int32(1)
     rounds = jnp.maximum(-(-most // capacity), 1)
@@ -126,16 +127,22 @@ class _Plan(NamedTuple):
     start: jax.Array  # int32 [peers], first of each queue
     length: jax.Array  # int32 [peers], of each queue
     coming: Any = None  # int32 [peers, slots], pairs that each peer has for each slot of this rank; of all_to_all
+    window: Any = None  # of the first round, for which round_ is None: known before the branch
 
 
-def _plan(slot: jax.Array, peer: jax.Array, length: jax.Array) -> _Plan:
+def _plan(slot: jax.Array, peer: jax.Array, length: jax.Array, placement: Placement) -> _Plan:
     peers = len(length)
     peer = jnp.where((slot >= 0) & (peer >= 0) & (peer < peers), peer, peers)
-    last = jnp.int32(np.iinfo(np.int32).max)
-    order = jnp.argsort(jnp.where(peer < peers, slot, last), stable=True).astype(jnp.int32)
+    key = jnp.uint16 if placement.num_physical < np.iinfo(np.uint16).max else jnp.int32  # the sort's time is by bits
+    by_slot = jnp.where(peer < peers, slot, np.iinfo(key).max).astype(key)
+    order = jnp.argsort(by_slot, stable=True).astype(jnp.int32)
     start = jnp.cumsum(length, dtype=jnp.int32) - length
     number = _inverse(order) - _gather(start, peer)
     return _Plan(slot, peer, number, order, start, length)
+
+
+def _window_of(plan: _Plan, round_: jax.Array | None, capacity: int) -> tuple[jax.Array, jax.Array]:
+    return plan.window if round_ is None else _window(plan, round_, capacity)
 
 
 def _window(plan: _Plan, round_: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array]:
@@ -150,20 +157,25 @@ def _window(plan: _Plan, round_: jax.Array, capacity: int) -> tuple[jax.Array, j
 
 
 def _all_to_all_round(
-    layout: _Layout, round_: jax.Array, plan: _Plan, bring: Callable[..., Any], tokens: jax.Array, gates: jax.Array
+    layout: _Layout,
+    round_: jax.Array | None,
+    plan: _Plan,
+    bring: Callable[..., Any],
+    tokens: jax.Array,
+    gates: jax.Array,
 ) -> jax.Array:
     experts, axis_name, _, capacity = layout
     exchange = partial(lax.all_to_all, axis_name=axis_name, split_axis=0, concat_axis=0, tiled=True)
-    pair_of_cell, cell_of_pair = _window(plan, round_, capacity)
+    pair_of_cell, cell_of_pair = _window_of(plan, round_, capacity)
     slots, received = bring(exchange, _tokens_to_cells(tokens, pair_of_cell, cell_of_pair))
-    back, group_sizes = _by_slot(plan.coming, round_ * capacity, capacity)
+    back, group_sizes = _by_slot(plan.coming, 0 if round_ is None else round_ * capacity, capacity)
     order = _inverse(back)
     done = experts(slots, _permute(received, order, back), group_sizes)
     returned = exchange(_permute(done, back, order))
     return _weighted_sum(gates, returned, cell_of_pair, pair_of_cell)
 
 
-def _by_slot(coming: jax.Array, first: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array]:
+def _by_slot(coming: jax.Array, first: jax.Array | int, capacity: int) -> tuple[jax.Array, jax.Array]:
     """Where each of the cells that come belongs among rows sorted by slot, and the number of rows of each slot.
 
     The cells of each peer, [peers * capacity] in all, are the places `first` and following of its queue, which is
@@ -182,12 +194,17 @@ def _by_slot(coming: jax.Array, first: jax.Array, capacity: int) -> tuple[jax.Ar
 
 
 def _ring_round(
-    layout: _Layout, round_: jax.Array, plan: _Plan, bring: Callable[..., Any], tokens: jax.Array, gates: jax.Array
+    layout: _Layout,
+    round_: jax.Array | None,
+    plan: _Plan,
+    bring: Callable[..., Any],
+    tokens: jax.Array,
+    gates: jax.Array,
 ) -> jax.Array:
     experts, axis_name, slots_per_rank, capacity = layout
     slots, tokens = bring(partial(lax.all_gather, axis_name=axis_name, tiled=True), tokens)
     gates = lax.all_gather(gates, axis_name, tiled=True)
-    pair_of_cell, cell_of_pair = _window(plan, round_, capacity)
+    pair_of_cell, cell_of_pair = _window_of(plan, round_, capacity)
     first = lax.axis_index(axis_name) * slots_per_rank
     slot = _gather(plan.slot, pair_of_cell) - first
     slot = jnp.where(pair_of_cell < len(plan.slot), slot, slots_per_rank)
@@ -283,7 +300,7 @@ def _all_rounds(
 
 
 def _single_round(run: Any, bring: Bring, dtype: Any, plan: _Plan, sent: Any, *operands: Any) -> jax.Array:
-    return _round(run, jnp.int32(0), bring, plan, sent, *operands).astype(dtype)
+    return _round(run, None, bring, plan, sent, *operands).astype(dtype)
 
 
 def _several_rounds(
@@ -293,7 +310,7 @@ def _several_rounds(
     return _sum_of(rounds, lambda round_: _round(run, round_, as_they_are, plan, sent, slots, *rest)).astype(dtype)
 
 
-def _round(run: Any, round_: jax.Array, bring: Bring, plan: _Plan, sent: Any, weights: Any, *rest: Any) -> jax.Array:
+def _round(run: Any, round_: Any, bring: Bring, plan: _Plan, sent: Any, weights: Any, *rest: Any) -> jax.Array:
     return run(round_, plan, partial(bring, weights, sent), *rest)
 
 

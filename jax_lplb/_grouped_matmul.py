@@ -22,6 +22,7 @@ from jax_lplb import _ffi
 GroupedMatmul = Literal["tokamax", "ragged_dot"] | Callable[..., jax.Array]
 _log = logging.getLogger(__name__)
 _importing = threading.Lock()
+_TILES = {"block_m": 128, "block_n": 128, "block_k": 64, "max_concurrent_steps": 4}  # of JAX's kernels
 
 
 def grouped_matmul(
@@ -29,9 +30,16 @@ def grouped_matmul(
 ) -> jax.Array:
     """Rows [n, a], sorted by group, times the weights [groups, a, b] of their groups.
 
-    Rows beyond those of the groups (int32 [groups], their sizes) give zeros.
+    Rows beyond those of the groups (int32 [groups], their sizes) may give anything, even no numbers.
     """
     return _ragged_dot(rows, weights, group_sizes, ((1,), (1,)), [0], implementation)
+
+
+def grouped_matmul_transposed(
+    rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, implementation: GroupedMatmul | None
+) -> jax.Array:
+    """Rows [n, b], sorted by group, times the transposed weights [groups, a, b] of their groups; like the former."""
+    return _ragged_dot(rows, weights, group_sizes, ((1,), (2,)), [0], implementation)
 
 
 def grouped_outer(
@@ -55,12 +63,8 @@ def _ragged_dot(
         rhs_group_dimensions=group_dimensions,
     )
 
-    # What is beyond the groups may hold anything, even no numbers, and 0 times that would not be 0 later on.
-    within = jnp.arange(rows.shape[0], dtype=jnp.int32)[:, None] < jnp.sum(group_sizes)
-
     def run(function: Callable[..., jax.Array], *operands: jax.Array) -> jax.Array:
-        result = _ffi.vary(function(*operands, numbers), _ffi.varying(rows))
-        return jnp.where(within, result, 0) if group_dimensions else result
+        return _ffi.vary(function(*operands, numbers), _ffi.varying(rows))
 
     if callable(implementation):
         return run(implementation, rows, other, group_sizes)
@@ -83,16 +87,12 @@ def _tokamax(rows: jax.Array, other: jax.Array, group_sizes: jax.Array, numbers:
         # tokamax 0.0.17's kernel for sums over groups' rows is wrong on Hopper with jax 0.11: it overtakes its loads.
         if not tileable:
             return lax.ragged_dot_general(rows, other, group_sizes, numbers)
-        return _kernels().transposed_ragged_dot(
-            rows,
-            other,
-            group_sizes=group_sizes,
-            block_m=128,
-            block_n=128,
-            block_k=64,
-            max_concurrent_steps=4,
-            grid_block_n=1,
-        )
+        kernel = _kernels("transposed_ragged_dot_mgpu").transposed_ragged_dot
+        return kernel(rows, other, group_sizes=group_sizes, grid_block_n=4, **_TILES)
+    if tileable and numbers.dot_dimension_numbers[0][1] == (2,):
+        # tokamax would transpose the weights in memory first.
+        kernel = _kernels("ragged_dot_mgpu").ragged_dot
+        return kernel(rows, other, group_sizes=group_sizes, transpose_rhs=True, grid_block_n=8, **_TILES)
     choice: Any = None
     if tileable and rows.shape[0] >= 128 * len(group_sizes):
         try:
@@ -107,10 +107,10 @@ def _tokamax(rows: jax.Array, other: jax.Array, group_sizes: jax.Array, numbers:
     return tokamax.ragged_dot_general(rows, other, group_sizes, numbers, implementation=choice)
 
 
-def _kernels() -> Any:
-    # The module imports JAX's test utilities, which would take SIGTERM from the program, and abort it 3 s after one.
+def _kernels(name: str) -> Any:
+    # They import JAX's test utilities, which would take SIGTERM from the program, and abort it 3 s after one.
     with _importing, mock.patch("jax._src.util.install_failure_signal_handler", create=True):
-        return importlib.import_module("jax.experimental.pallas.ops.gpu.transposed_ragged_dot_mgpu")
+        return importlib.import_module(f"jax.experimental.pallas.ops.gpu.{name}")
 
 
 def has_tokamax() -> bool:

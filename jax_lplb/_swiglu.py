@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_lplb import _ffi
-from jax_lplb._grouped_matmul import GroupedMatmul, grouped_matmul, grouped_outer
+from jax_lplb._grouped_matmul import GroupedMatmul, grouped_matmul, grouped_matmul_transposed, grouped_outer
 
 
 def swiglu(
@@ -46,27 +46,25 @@ def _swiglu_forward(
     # Or XLA would do once more, for the backward pass, what made the rows, and slower: gathers within transpositions.
     rows = lax.optimization_barrier(rows)
     gate_and_up = grouped_matmul(rows, weights["w_in"], group_sizes, implementation)
-    hidden = lax.optimization_barrier(_gated(gate_and_up))
+    hidden = lax.optimization_barrier(_gated(_of_groups(gate_and_up, group_sizes)))
     result = grouped_matmul(hidden, weights["w_out"], group_sizes, implementation)
-    return result, (weights, rows, group_sizes, gate_and_up, hidden)
+    return _of_groups(result, group_sizes), (weights, rows, group_sizes, gate_and_up, hidden)
 
 
 def _swiglu_backward(implementation: GroupedMatmul | None, residuals: Any, gradient: jax.Array) -> Any:
     weights, rows, group_sizes, gate_and_up, hidden = residuals
-    # Both are transposed before the first product, beside the gradients that are still on their way here.
-    transposed = jax.tree.map(lambda leaf: leaf.mT, weights)
-    gradient, transposed = lax.optimization_barrier((gradient, transposed))
 
     def products(left: jax.Array, of_result: jax.Array, right: jax.Array) -> tuple[jax.Array, jax.Array]:
-        # That for the weights first: gradients of copies may then travel beside the other. On Hopper its kernel keeps
-        # every multiprocessor, and took twice as long beside a collective that held some of them.
         of_weights = grouped_outer(left, of_result, group_sizes, implementation)
-        of_result, of_weights = lax.optimization_barrier((of_result, of_weights))
-        return of_weights, grouped_matmul(of_result, right, group_sizes, implementation)
+        of_left = grouped_matmul_transposed(of_result, right, group_sizes, implementation)
+        # Copies' gradients then travel beside what comes next: on Hopper the kernels of both products keep every
+        # multiprocessor, and would have to wait for a collective that holds some of them.
+        of_weights, of_left = lax.optimization_barrier((of_weights, of_left))
+        return of_weights, _of_groups(of_left, group_sizes)
 
-    of_out, of_hidden = products(hidden, gradient, transposed["w_out"])
-    (of_gate_and_up,) = jax.vjp(_gated, gate_and_up)[1](of_hidden)
-    of_in, of_rows = products(rows, of_gate_and_up, transposed["w_in"])
+    of_out, of_hidden = products(hidden, gradient, weights["w_out"])
+    (of_gate_and_up,) = jax.vjp(_gated, _of_groups(gate_and_up, group_sizes))[1](of_hidden)
+    of_in, of_rows = products(rows, of_gate_and_up, weights["w_in"])
     return {"w_in": of_in, "w_out": of_out}, of_rows, None
 
 
@@ -76,3 +74,9 @@ _swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 def _gated(gate_and_up: jax.Array) -> jax.Array:
     gate, up = jnp.split(gate_and_up, 2, axis=1)
     return jax.nn.silu(gate) * up
+
+
+def _of_groups(rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    """Zeros for what is beyond the groups: it may be no numbers, and 0 times that is not 0."""
+    within = jnp.arange(len(rows), dtype=jnp.int32)[:, None] < jnp.sum(group_sizes)
+    return jnp.where(within, rows, 0)

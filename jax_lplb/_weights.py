@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,29 +39,36 @@ def replicate(home_weights: Any, placement: Placement, axis_name: AxisName, dtyp
       ValueError: `axis_name` is not bound or has another size than `num_ranks`, num_ranks does not divide the experts,
         or a leaf has another number of rows.
     """
-    sent, _ = send_rest(send(home_weights, placement, axis_name, dtype), None)
+    sent, _ = send(home_weights, placement, axis_name, dtype, None)
     return receive(home_weights, sent, lambda nothing: nothing, None)[0]
+
+
+class Message(NamedTuple):
+    """What goes along one route at a time."""
+
+    pairs: tuple[tuple[int, int], ...]  # (sender, receiver), as `ppermute` takes them
+    numbers: tuple[int, ...]  # which of a rank's copies
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["rows", "waiting", "copies"],
-    meta_fields=["axis_name", "routes", "dtypes"],
+    data_fields=["rows", "copies", "waiting"],
+    meta_fields=["axis_name", "messages", "dtypes"],
 )
 @dataclass(frozen=True)
 class Sent:
-    """Copies on their way to this rank. Along routes, rows of all leaves travel side by side, a list entry a dtype."""
+    """Copies on their way to this rank."""
 
-    rows: jax.Array  # int32: the rows that this rank sends, in turns along the routes; without any, its slots' experts
-    waiting: list[jax.Array]  # [rows, elements], the later half of the rows, for `send_rest`
-    copies: list[list[list[jax.Array]]]  # of each half, along each route: [rows, elements]
-    axis_name: AxisName  # with routes: in the mesh's order
-    routes: tuple[tuple[tuple[int, int], ...], ...] | None  # of each column of the topology, (sender, receiver)
+    rows: jax.Array  # int32, the rows that this rank sends; without a topology, the experts of its slots
+    copies: list[list[jax.Array]]  # what the first messages brought, each one array [copies, elements] for each dtype
+    waiting: list[list[jax.Array]]  # what the others will take
+    axis_name: AxisName  # with a topology: in the mesh's order
+    messages: tuple[Message, ...] | None  # None without a topology
     dtypes: tuple[Any, ...]  # of each leaf's slots
 
 
-def send(home_weights: Any, placement: Placement, axis_name: AxisName, dtype: Any = None) -> Sent:
-    """Sends the first half of the copies. This depends on weights and placement alone, and can be done early."""
+def send(home_weights: Any, placement: Placement, axis_name: AxisName, dtype: Any, value: Any) -> tuple[Sent, Any]:
+    """Sends half of the copies, once the value is known and before what follows from it; `receive` sends the others."""
     _check("placement", placement)
     ranks = axis_size(axis_name, placement.num_ranks)
     home, rest = divmod(placement.num_experts, ranks)
@@ -76,55 +83,51 @@ def send(home_weights: Any, placement: Placement, axis_name: AxisName, dtype: An
     of_slots = jnp.asarray(placement.phy2log).reshape(ranks, slots)
     if topology is None:
         rows = jnp.clip(of_slots[rank], 0, placement.num_experts - 1)
-        return Sent(rows, [], [], axis_name, None, dtypes)
+        return Sent(rows, [], [], axis_name, None, dtypes), value
     owner, number = copied(topology, ranks, slots - home)
     copier = np.empty_like(owner)  # of each rank's k-th copied expert
     copier[owner, number] = np.arange(ranks)[:, None]
     experts = of_slots[copier, home + number]
     rows = (jnp.asarray(placement.log2phy)[experts, 0] % slots)[rank]
     axes, number_of = _in_mesh_order(axis_name, ranks)
-    columns = range(topology.num_columns if len(rows) else 0)
-    routes = tuple(tuple(zip(number_of, number_of[copier[:, column]], strict=True)) for column in columns)
-    if not routes:
-        return Sent(rows, [], [], axes, routes, dtypes)
-    half = -(-len(rows) // 2)
+    halves = [half.tolist() for half in np.array_split(np.arange(len(rows)), 2)]
+    messages = [
+        [
+            Message(tuple(zip(number_of.tolist(), number_of[copier[:, column]].tolist(), strict=True)), numbers)
+            for column in range(topology.num_columns)
+            if (numbers := tuple(k for k in half if k % topology.num_columns == column))
+        ]
+        for half in halves
+    ]
     with jax.named_scope("lplb_send"):
-        first, waiting = (
-            _side_by_side([lax.stop_gradient(leaf).at[some].get(mode="clip") for leaf in leaves], dtypes)
-            for some in (rows[:half], rows[half:])
+        first, others = (
+            [
+                _side_by_side(
+                    [lax.stop_gradient(leaf).at[rows[np.array(of.numbers)]].get(mode="clip") for leaf in leaves], dtypes
+                )
+                for of in half
+            ]
+            for half in messages
         )
-        return Sent(rows, waiting, [_along(axes, routes, first)], axes, routes, dtypes)
-
-
-def await_first(sent: Sent, value: Any) -> tuple[Sent, Any]:
-    """The value, as what follows from it shall wait for the first half of the copies."""
-    copies, value = lax.optimization_barrier((sent.copies, value))
-    return replace(sent, copies=copies), value
-
-
-def send_rest(sent: Sent, value: Any) -> tuple[Sent, Any]:
-    """Sends the other half once the value is known: what follows from it leaves links alone for a while."""
-    if not (sent.waiting and sent.routes):
-        return sent, value
-    waiting, value = lax.optimization_barrier((sent.waiting, value))
-    start = -(-len(sent.rows) // 2) % len(sent.routes)
-    with jax.named_scope("lplb_send"):
-        copies = _along(sent.axis_name, sent.routes[start:] + sent.routes[:start], waiting)
-    return replace(sent, waiting=[], copies=[*sent.copies, copies]), value
+        first, value = lax.optimization_barrier((first, value))
+        copies = _along(axes, messages[0], first)
+    return Sent(rows, copies, others, axes, tuple(messages[0] + messages[1]), dtypes), value
 
 
 def receive(home_weights: Any, sent: Sent, exchange: Callable[[Any], Any], tokens: Any) -> tuple[Any, Any]:
     """The slots of this rank, copies included, and `exchange(tokens)`: along a topology tokens travel beside the cast.
+
+    The second half of the copies travels before tokens do, beside what brings tokens in order.
 
     In the backward pass gradients of copies travel first, then those of tokens, beside the cast of the rows' own. That
     cast takes about as long as tokens travel, and needs no links; where the order is left to XLA, it does it while the
     few copies travel, and nothing while tokens do.
     """
     leaves, tree = jax.tree.flatten(home_weights)
-    if sent.routes == () and all(leaf.dtype == dtype for leaf, dtype in zip(leaves, sent.dtypes, strict=True)):
+    if sent.messages == () and all(leaf.dtype == dtype for leaf, dtype in zip(leaves, sent.dtypes, strict=True)):
         return home_weights, exchange(tokens)
     with jax.named_scope("lplb_receive"):
-        if sent.routes is None:
+        if sent.messages is None:
             casted = [leaf.astype(dtype) for leaf, dtype in zip(leaves, sent.dtypes, strict=True)]
             slots, tokens = [_rows_of_all(leaf, sent.rows, sent.axis_name) for leaf in casted], exchange(tokens)
         else:
@@ -143,8 +146,10 @@ def _receive(
 
 
 def _receive_forward(exchange: Callable[[Any], Any], leaves: list[jax.Array], sent: Sent, tokens: Any) -> Any:
-    number = len(sent.rows)
-    copies, tokens = lax.optimization_barrier((sent.copies, tokens))
+    number, messages = len(sent.rows), sent.messages or ()
+    with jax.named_scope("lplb_send"):
+        copies = [*sent.copies, *_along(sent.axis_name, messages[len(sent.copies) :], sent.waiting)]
+    copies, tokens = lax.optimization_barrier((copies, tokens))
     leaves, tokens = lax.optimization_barrier((leaves, tokens))
     tokens, pull = jax.vjp(exchange, tokens)
     slots = [
@@ -152,41 +157,43 @@ def _receive_forward(exchange: Callable[[Any], Any], leaves: list[jax.Array], se
         for leaf, dtype in zip(leaves, sent.dtypes, strict=True)
     ]
     slots = lax.optimization_barrier(slots)  # else one kernel would do both, and take 1.7 times as long
-    first = 0
-    for half in copies:
-        for turn, along in enumerate(half):
-            # Not by dynamic_update_slice, which XLA does asynchronously on GPUs, and then starts the exchange late.
-            slots = [
-                of_leaf.at[of_leaf.shape[0] - number + first + turn + len(half) * np.arange(len(some))].set(
-                    some, mode="promise_in_bounds", unique_indices=True
-                )
-                for of_leaf, some in zip(slots, _apart(along, slots), strict=True)
-            ]
-        first += sum(len(along[0]) for along in half)
+    for message, copy in zip(messages, copies, strict=True):
+        # Not by dynamic_update_slice, which XLA does asynchronously on GPUs, and then starts the exchange late.
+        slots = [
+            of_leaf.at[len(leaf) + np.array(message.numbers)].set(rows, mode="promise_in_bounds", unique_indices=True)
+            for of_leaf, leaf, rows in zip(slots, leaves, _apart(copy, slots), strict=True)
+        ]
     slots, tokens = lax.optimization_barrier((slots, tokens))
-    known = replace(sent, copies=[])  # not kept for the backward pass
+    known = replace(sent, copies=[], waiting=[])  # not kept for the backward pass
     return (slots, tokens), (known, pull, [jnp.zeros(0, leaf.dtype) for leaf in leaves])
 
 
 def _receive_backward(exchange: Callable[[Any], Any], residuals: Any, gradients: Any) -> Any:
     (sent, pull, like), (of_slots, of_tokens) = residuals, gradients
-    number, routes = len(sent.rows), sent.routes or ()
-    back = tuple(tuple((receiver, sender) for sender, receiver in route) for route in routes)
+    number = len(sent.rows)
     of_slots = {i: of_slots[i] for i, leaf in enumerate(like) if jnp.issubdtype(leaf.dtype, jnp.inexact)}
-    of_copies = {i: of_leaf[len(of_leaf) - number :] for i, of_leaf in of_slots.items()}
-    # Leaf by leaf: gradients of some are known before those of others.
-    of_copies = {i: _along(sent.axis_name, back, [of_leaf]) for i, of_leaf in of_copies.items()}
+    routes = dict.fromkeys(message.pairs for message in sent.messages or ())
+    back = [[(receiver, sender) for sender, receiver in pairs] for pairs in routes]
+    # Leaf by leaf, the last first: its gradient is known before that of a leaf that is used earlier. XLA would make one
+    # message of several, and send nothing before the last is known, but for the barrier.
+    of_copies: dict[int, list[jax.Array]] = {}
+    for i in sorted(of_slots, reverse=True):
+        of_rows = of_slots[i][len(of_slots[i]) - number :]
+        of_copies, of_rows = lax.optimization_barrier((of_copies, of_rows))
+        of_copies[i] = [
+            lax.ppermute(of_rows[column :: len(back)], sent.axis_name, pairs) for column, pairs in enumerate(back)
+        ]
     of_copies, of_tokens = lax.optimization_barrier((of_copies, of_tokens))
     of_slots, of_tokens = lax.optimization_barrier((of_slots, of_tokens))
     (of_tokens,) = pull(of_tokens)
     sums = {i: of_leaf[: len(of_leaf) - number].astype(like[i].dtype) for i, of_leaf in of_slots.items()}
     sums = lax.optimization_barrier(sums)
-    for k in range(number):
-        row = sent.rows[k]
-        for i, of_leaf in sums.items():
-            of_copy = of_copies[i][k % len(routes)][0][k // len(routes)].astype(of_leaf.dtype)
-            of_copy = of_copy + lax.dynamic_index_in_dim(of_leaf, row, keepdims=False)
-            sums[i] = lax.dynamic_update_index_in_dim(of_leaf, of_copy, row, 0)
+    for i, of_leaf in sums.items():
+        for k in range(number):
+            of_row, row = of_copies[i][k % len(back)][k // len(back)].astype(of_leaf.dtype), sent.rows[k]
+            of_row = of_row + lax.dynamic_index_in_dim(of_leaf, row, keepdims=False)
+            of_leaf = lax.dynamic_update_index_in_dim(of_leaf, of_row, row, 0)
+        sums[i] = of_leaf
     sums, of_tokens = lax.optimization_barrier((sums, of_tokens))
     return [sums.get(i) for i in range(len(like))], None, of_tokens
 
@@ -194,16 +201,17 @@ def _receive_backward(exchange: Callable[[Any], Any], residuals: Any, gradients:
 _receive.defvjp(_receive_forward, _receive_backward)
 
 
-def _along(axes: AxisName, routes: Any, sent: list[jax.Array]) -> list[list[jax.Array]]:
-    """What comes along the routes; row i of all arrays takes route i % len(routes)."""
-    number = min((len(rows) for rows in sent), default=0)
+def _along(
+    axis_name: AxisName, messages: Sequence[Message], sent: Sequence[Sequence[jax.Array]]
+) -> list[list[jax.Array]]:
     return [
-        [lax.ppermute(rows[i :: len(routes)], axes, route) for rows in sent] for i, route in enumerate(routes[:number])
+        [lax.ppermute(rows, axis_name, message.pairs) for rows in arrays]
+        for message, arrays in zip(messages, sent, strict=True)
     ]
 
 
 def _side_by_side(leaves: list[jax.Array], dtypes: Sequence[Any]) -> list[jax.Array]:
-    """Leaves [rows, ...] as one array [rows, elements] for each dtype, so that they are one message."""
+    """Leaves [rows, ...] as one array [rows, elements] for each dtype, for one collective."""
     # Flat: XLA would lay them out transposed, as the backward pass transposes weights, and back again.
     of_dtype: dict[Any, list[jax.Array]] = {dtype: [] for dtype in dtypes}
     for leaf, dtype in zip(leaves, dtypes, strict=True):

@@ -17,7 +17,7 @@ from jax_lplb._grouped_matmul import GroupedMatmul, has_tokamax
 from jax_lplb._placement import Placement
 from jax_lplb._status import Status
 from jax_lplb._swiglu import swiglu
-from jax_lplb._weights import Sent, await_first, from_logical, receive, replicate, send, send_rest
+from jax_lplb._weights import Sent, from_logical, receive, replicate, send
 
 _log = logging.getLogger(__name__)
 
@@ -228,31 +228,26 @@ class MoE(nnx.Module):
         placement: Placement,
     ) -> tuple[jax.Array, Metrics]:
         weights = self._varying(weights)
-        # Copies travel beside what keeps neither links nor multiprocessors busy: half of them beside the router, the
-        # others beside the plan of the dispatch; between them are the small collectives of both.
-        sent = None if prepared else send(weights, placement, self.axis_name, self.dtype)
         tokens = x.reshape(-1, x.shape[-1])
         logits = jnp.dot(tokens.astype(jnp.float32), router.astype(jnp.float32), precision=lax.Precision.HIGHEST)
         scores = jax.nn.softmax(logits) if self.scores == "softmax" else jax.nn.sigmoid(logits)
         _, expert_ids = lax.top_k(lax.stop_gradient(scores if bias is None else scores + bias[None, :]), self.top_k)
-        if sent is not None:
-            sent, expert_ids = await_first(sent, expert_ids)
         gates = jnp.take_along_axis(scores, expert_ids, axis=1)
         gates = gates / jnp.sum(gates, axis=1, keepdims=True)
 
         out = balance(expert_ids, placement, axis_name=self.axis_name, **dict(self.balance_options))
         metrics = self._metrics(out, expert_ids, scores, placement)
 
-        def planned(value: Any) -> tuple[Sent | None, Any]:
+        def known(value: Any) -> tuple[Sent | None, Any]:
             value, _ = lax.optimization_barrier((value, lax.stop_gradient(metrics)))  # their collectives come earlier
-            return (None, value) if sent is None else send_rest(sent, value)
+            return (None, value) if prepared else send(weights, placement, self.axis_name, self.dtype, value)
 
         result, rounds = expert_parallel(
             tokens.astype(self.dtype),
             out.physical_ids,
             gates,
             weights,
-            planned,
+            known,
             as_they_are if prepared else receive,
             partial(swiglu, implementation=self.grouped_matmul),
             placement,

@@ -172,7 +172,8 @@ SIGTERM = """
 import os, signal
 from jax_lplb import _grouped_matmul
 signal.signal(signal.SIGTERM, lambda *_: print("the program's own handler"))
-_grouped_matmul._kernels()
+for name in ("ragged_dot_mgpu", "transposed_ragged_dot_mgpu"):
+    _grouped_matmul._kernels(name)
 os.kill(os.getpid(), signal.SIGTERM)
 """
 
