@@ -91,15 +91,15 @@ def expert_parallel(
     if dispatch == "all_to_all":
         coming = lax.dynamic_index_in_dim(gathered, rank, axis=1, keepdims=False)
         plan = _plan(ids, ids // slots_per_rank, jnp.sum(own, axis=1), placement)._replace(coming=coming)
-        run = partial(_all_to_all_round, layout)
+        way = _Way(partial(_all_to_all_indices, layout), partial(_all_to_all, layout))
     else:
         plan = _plan(gathered, jnp.where(here, 0, -1), jnp.sum(here, keepdims=True, dtype=jnp.int32), placement)
-        run = partial(_ring_round, layout)
-    plan = plan._replace(window=_window(plan, jnp.int32(0), capacity))
+        way = _Way(partial(_ring_indices, layout), partial(_ring, layout))
+    first = way.indices(plan, jnp.int32(0))
     if capacity >= most_ids:
-        return _single_round(run, bring, dtype, plan, sent, weights, tokens, gates), jnp.int32(1)
+        return _round(way, bring, first, sent, weights, tokens, gates).astype(dtype), jnp.int32(1)
     rounds = jnp.maximum(-(-most // capacity), 1)
-    return _all_rounds(run, bring, dtype, rounds, plan, sent, weights, tokens, gates), rounds
+    return _all_rounds(way, bring, dtype, rounds, plan, first, sent, weights, tokens, gates), rounds
 
 
 def _capacity(wanted: float, most: int, peers: int) -> int:
@@ -117,6 +117,13 @@ class _Layout(NamedTuple):
     capacity: int  # buffer cells for each peer
 
 
+class _Way(NamedTuple):
+    """Of dispatching: index arrays, small and many, of a round of a plan; and what is then done with tokens."""
+
+    indices: Callable[[Any, jax.Array], Any]
+    run: Callable[..., jax.Array]
+
+
 class _Plan(NamedTuple):
     """Tokens' choices ("pairs" of token and expert) in the queues for each peer, sorted by slot."""
 
@@ -127,7 +134,6 @@ class _Plan(NamedTuple):
     start: jax.Array  # int32 [peers], first of each queue
     length: jax.Array  # int32 [peers], of each queue
     coming: Any = None  # int32 [peers, slots], pairs that each peer has for each slot of this rank; of all_to_all
-    window: Any = None  # of the first round, for which round_ is None: known before the branch
 
 
 def _plan(slot: jax.Array, peer: jax.Array, length: jax.Array, placement: Placement) -> _Plan:
@@ -141,10 +147,6 @@ def _plan(slot: jax.Array, peer: jax.Array, length: jax.Array, placement: Placem
     return _Plan(slot, peer, number, order, start, length)
 
 
-def _window_of(plan: _Plan, round_: jax.Array | None, capacity: int) -> tuple[jax.Array, jax.Array]:
-    return plan.window if round_ is None else _window(plan, round_, capacity)
-
-
 def _window(plan: _Plan, round_: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array]:
     """The pair of each buffer cell [peers * capacity] in a round, and the cell of each pair; out of range: none."""
     peers, pairs = len(plan.length), len(plan.slot)
@@ -156,26 +158,24 @@ def _window(plan: _Plan, round_: jax.Array, capacity: int) -> tuple[jax.Array, j
     return pair_of_cell, jnp.where(within, plan.peer * capacity + cell, peers * capacity)
 
 
-def _all_to_all_round(
-    layout: _Layout,
-    round_: jax.Array | None,
-    plan: _Plan,
-    bring: Callable[..., Any],
-    tokens: jax.Array,
-    gates: jax.Array,
+def _all_to_all_indices(layout: _Layout, plan: _Plan, round_: jax.Array) -> tuple[jax.Array, ...]:
+    pair_of_cell, cell_of_pair = _window(plan, round_, layout.capacity)
+    back, group_sizes = _by_slot(plan.coming, round_ * layout.capacity, layout.capacity)
+    return pair_of_cell, cell_of_pair, back, _inverse(back), group_sizes
+
+
+def _all_to_all(
+    layout: _Layout, indices: tuple[jax.Array, ...], bring: Callable[..., Any], tokens: jax.Array, gates: jax.Array
 ) -> jax.Array:
-    experts, axis_name, _, capacity = layout
-    exchange = partial(lax.all_to_all, axis_name=axis_name, split_axis=0, concat_axis=0, tiled=True)
-    pair_of_cell, cell_of_pair = _window_of(plan, round_, capacity)
+    pair_of_cell, cell_of_pair, back, order, group_sizes = indices
+    exchange = partial(lax.all_to_all, axis_name=layout.axis_name, split_axis=0, concat_axis=0, tiled=True)
     slots, received = bring(exchange, _tokens_to_cells(tokens, pair_of_cell, cell_of_pair))
-    back, group_sizes = _by_slot(plan.coming, 0 if round_ is None else round_ * capacity, capacity)
-    order = _inverse(back)
-    done = experts(slots, _permute(received, order, back), group_sizes)
+    done = layout.experts(slots, _permute(received, order, back), group_sizes)
     returned = exchange(_permute(done, back, order))
     return _weighted_sum(gates, returned, cell_of_pair, pair_of_cell)
 
 
-def _by_slot(coming: jax.Array, first: jax.Array | int, capacity: int) -> tuple[jax.Array, jax.Array]:
+def _by_slot(coming: jax.Array, first: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array]:
     """Where each of the cells that come belongs among rows sorted by slot, and the number of rows of each slot.
 
     The cells of each peer, [peers * capacity] in all, are the places `first` and following of its queue, which is
@@ -193,25 +193,22 @@ def _by_slot(coming: jax.Array, first: jax.Array | int, capacity: int) -> tuple[
     return back.reshape(-1), jnp.sum(number[:, :-1], axis=0, dtype=jnp.int32)
 
 
-def _ring_round(
-    layout: _Layout,
-    round_: jax.Array | None,
-    plan: _Plan,
-    bring: Callable[..., Any],
-    tokens: jax.Array,
-    gates: jax.Array,
+def _ring_indices(layout: _Layout, plan: _Plan, round_: jax.Array) -> tuple[jax.Array, ...]:
+    pair_of_cell, cell_of_pair = _window(plan, round_, layout.capacity)
+    slot = _gather(plan.slot, pair_of_cell) - lax.axis_index(layout.axis_name) * layout.slots_per_rank
+    slot = jnp.where(pair_of_cell < len(plan.slot), slot, layout.slots_per_rank)
+    return pair_of_cell, cell_of_pair, _count(slot, layout.slots_per_rank)
+
+
+def _ring(
+    layout: _Layout, indices: tuple[jax.Array, ...], bring: Callable[..., Any], tokens: jax.Array, gates: jax.Array
 ) -> jax.Array:
-    experts, axis_name, slots_per_rank, capacity = layout
-    slots, tokens = bring(partial(lax.all_gather, axis_name=axis_name, tiled=True), tokens)
-    gates = lax.all_gather(gates, axis_name, tiled=True)
-    pair_of_cell, cell_of_pair = _window_of(plan, round_, capacity)
-    first = lax.axis_index(axis_name) * slots_per_rank
-    slot = _gather(plan.slot, pair_of_cell) - first
-    slot = jnp.where(pair_of_cell < len(plan.slot), slot, slots_per_rank)
-    rows = _tokens_to_cells(tokens, pair_of_cell, cell_of_pair)
-    done = experts(slots, rows, _count(slot, slots_per_rank))
+    pair_of_cell, cell_of_pair, group_sizes = indices
+    slots, tokens = bring(partial(lax.all_gather, axis_name=layout.axis_name, tiled=True), tokens)
+    gates = lax.all_gather(gates, layout.axis_name, tiled=True)
+    done = layout.experts(slots, _tokens_to_cells(tokens, pair_of_cell, cell_of_pair), group_sizes)
     parts = _weighted_sum(gates, done, cell_of_pair, pair_of_cell)
-    return lax.psum_scatter(parts, axis_name, tiled=True)
+    return lax.psum_scatter(parts, layout.axis_name, tiled=True)
 
 
 def _count(slots: jax.Array, number: int) -> jax.Array:
@@ -286,32 +283,29 @@ _tokens_to_cells.defvjp(_tokens_to_cells_forward, _tokens_to_cells_backward)
 
 
 # GPUs wait for the host to learn of a condition: so there is one, right after the plan and before all that takes long,
-# and then either the usual single round or a loop.
+# and then either the usual single round or a loop. Then the host has to catch up, so that few launches come before what
+# takes long.
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _all_rounds(
-    run: Any, bring: Bring, dtype: Any, rounds: jax.Array, plan: _Plan, sent: Any, *operands: Any
+    way: _Way, bring: Bring, dtype: Any, rounds: jax.Array, plan: _Plan, first: Any, sent: Any, *operands: Any
 ) -> jax.Array:
-    """The sum of `run`'s results in all rounds; operands: weights, tokens and gates, by which it is differentiated."""
+    """The sum of all rounds' results; operands: weights, tokens and gates, by which it is differentiated."""
     return lax.cond(
         rounds > 1,
-        lambda: _several_rounds(run, bring, dtype, rounds, plan, sent, *operands),
-        lambda: _single_round(run, bring, dtype, plan, sent, *operands),
+        lambda: _several_rounds(way, bring, rounds, plan, sent, *operands).astype(dtype),
+        lambda: _round(way, bring, first, sent, *operands).astype(dtype),
     )
 
 
-def _single_round(run: Any, bring: Bring, dtype: Any, plan: _Plan, sent: Any, *operands: Any) -> jax.Array:
-    return _round(run, None, bring, plan, sent, *operands).astype(dtype)
+def _round(way: _Way, bring: Bring, indices: Any, sent: Any, weights: Any, *rest: Any) -> jax.Array:
+    return way.run(indices, partial(bring, weights, sent), *rest)
 
 
 def _several_rounds(
-    run: Any, bring: Bring, dtype: Any, rounds: jax.Array, plan: _Plan, sent: Any, weights: Any, *rest: Any
+    way: _Way, bring: Bring, rounds: jax.Array, plan: _Plan, sent: Any, weights: Any, *rest: Any
 ) -> jax.Array:
     slots = _slots_alone(bring, sent, weights)
-    return _sum_of(rounds, lambda round_: _round(run, round_, as_they_are, plan, sent, slots, *rest)).astype(dtype)
-
-
-def _round(run: Any, round_: Any, bring: Bring, plan: _Plan, sent: Any, weights: Any, *rest: Any) -> jax.Array:
-    return run(round_, plan, partial(bring, weights, sent), *rest)
+    return _sum_of(rounds, lambda round_: _round(way, as_they_are, way.indices(plan, round_), None, slots, *rest))
 
 
 def _slots_alone(bring: Bring, sent: Any, weights: Any) -> Any:
@@ -324,21 +318,21 @@ def as_they_are(slots: Any, sent: Any, exchange: Callable[[Any], Any], tokens: A
 
 
 def _all_rounds_forward(
-    run: Any, bring: Bring, dtype: Any, rounds: jax.Array, plan: _Plan, sent: Any, *operands: Any
+    way: _Way, bring: Bring, dtype: Any, rounds: jax.Array, plan: _Plan, first: Any, sent: Any, *operands: Any
 ) -> Any:
-    given = jax.tree.leaves((plan, sent, operands))
+    given = jax.tree.leaves((plan, first, sent, operands))
     structure, known = None, []  # of what the backward pass needs; by place among `given`, which need not be copied
 
     def once() -> tuple[jax.Array, list[jax.Array]]:
         nonlocal structure, known
-        result, pull = jax.vjp(partial(_single_round, run, bring, dtype, plan, sent), *operands)
+        result, pull = jax.vjp(lambda *operands: _round(way, bring, first, sent, *operands).astype(dtype), *operands)
         kept, structure = jax.tree.flatten(pull)
         known = [next((i for i, leaf in enumerate(given) if leaf is one), None) for one in kept]
         return result, [one for one, i in zip(kept, known, strict=True) if i is None]
 
     def several() -> tuple[jax.Array, list[jax.Array]]:
         kept = [_zeros_like(leaf) for leaf in jax.eval_shape(once)[1]]  # rounds are run again in the backward pass
-        return _several_rounds(run, bring, dtype, rounds, plan, sent, *operands), kept
+        return _several_rounds(way, bring, rounds, plan, sent, *operands).astype(dtype), kept
 
     result, kept = lax.cond(rounds > 1, several, once)
     rest = iter(kept)
@@ -346,20 +340,21 @@ def _all_rounds_forward(
     return result, (rounds, plan, sent, operands, pull)
 
 
-def _all_rounds_backward(run: Any, bring: Bring, dtype: Any, residuals: Any, gradient: jax.Array) -> Any:
+def _all_rounds_backward(way: _Way, bring: Bring, dtype: Any, residuals: Any, gradient: jax.Array) -> Any:
     rounds, plan, sent, (weights, *rest), pull = residuals
 
     def several() -> Any:
         slots, pull_slots = jax.vjp(partial(_slots_alone, bring, sent), weights)
 
         def of_round(round_: jax.Array) -> Any:
-            result, pull_round = jax.vjp(partial(_round, run, round_, as_they_are, plan, sent), slots, *rest)
+            indices = way.indices(plan, round_)
+            result, pull_round = jax.vjp(partial(_round, way, as_they_are, indices, None), slots, *rest)
             return pull_round(gradient.astype(result.dtype))
 
         of_slots, *of_rest = _sum_of(rounds, of_round)
         return *pull_slots(of_slots), *of_rest
 
-    return None, None, None, *lax.cond(rounds > 1, several, lambda: pull(gradient))
+    return None, None, None, None, *lax.cond(rounds > 1, several, lambda: pull(gradient))
 
 
 _all_rounds.defvjp(_all_rounds_forward, _all_rounds_backward)

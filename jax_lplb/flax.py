@@ -239,7 +239,8 @@ class MoE(nnx.Module):
         metrics = self._metrics(out, expert_ids, scores, placement)
 
         def known(value: Any) -> tuple[Sent | None, Any]:
-            value, _ = lax.optimization_barrier((value, lax.stop_gradient(metrics)))  # their collectives come earlier
+            # The metrics' means, one collective, come earlier than what is sent, and not at the end.
+            value, _ = lax.optimization_barrier((value, metrics.moved))
             return (None, value) if prepared else send(weights, placement, self.axis_name, self.dtype, value)
 
         result, rounds = expert_parallel(
