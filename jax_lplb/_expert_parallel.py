@@ -289,7 +289,10 @@ _tokens_to_cells.defvjp(_tokens_to_cells_forward, _tokens_to_cells_backward)
 def _all_rounds(
     way: _Way, bring: Bring, dtype: Any, rounds: jax.Array, plan: _Plan, first: Any, sent: Any, *operands: Any
 ) -> jax.Array:
-    """The sum of all rounds' results; operands: weights, tokens and gates, by which it is differentiated."""
+    """The sum of all rounds' results.
+
+    `first`: index arrays of the first round. `operands`: weights, tokens and gates, by which it is differentiated.
+    """
     return lax.cond(
         rounds > 1,
         lambda: _several_rounds(way, bring, rounds, plan, sent, *operands).astype(dtype),
@@ -321,14 +324,14 @@ def _all_rounds_forward(
     way: _Way, bring: Bring, dtype: Any, rounds: jax.Array, plan: _Plan, first: Any, sent: Any, *operands: Any
 ) -> Any:
     given = jax.tree.leaves((plan, first, sent, operands))
-    structure, known = None, []  # of what the backward pass needs; by place among `given`, which need not be copied
+    structure, places = None, []  # of what the backward pass needs; among `given`, which need not be copied
 
     def once() -> tuple[jax.Array, list[jax.Array]]:
-        nonlocal structure, known
+        nonlocal structure, places
         result, pull = jax.vjp(lambda *operands: _round(way, bring, first, sent, *operands).astype(dtype), *operands)
         kept, structure = jax.tree.flatten(pull)
-        known = [next((i for i, leaf in enumerate(given) if leaf is one), None) for one in kept]
-        return result, [one for one, i in zip(kept, known, strict=True) if i is None]
+        places = [next((i for i, leaf in enumerate(given) if leaf is one), None) for one in kept]
+        return result, [one for one, i in zip(kept, places, strict=True) if i is None]
 
     def several() -> tuple[jax.Array, list[jax.Array]]:
         kept = [_zeros_like(leaf) for leaf in jax.eval_shape(once)[1]]  # rounds are run again in the backward pass
@@ -336,8 +339,8 @@ def _all_rounds_forward(
 
     result, kept = lax.cond(rounds > 1, several, once)
     rest = iter(kept)
-    pull = jax.tree.unflatten(structure, [next(rest) if i is None else given[i] for i in known])
-    return result, (rounds, plan, sent, operands, pull)
+    pull = jax.tree.unflatten(structure, [next(rest) if i is None else given[i] for i in places])
+    return result, (rounds, plan, sent, operands, pull)  # plan and sent: for the backward pass of several rounds
 
 
 def _all_rounds_backward(way: _Way, bring: Bring, dtype: Any, residuals: Any, gradient: jax.Array) -> Any:

@@ -19,10 +19,11 @@ from jax_lplb._placement import Placement, copied
 def replicate(home_weights: Any, placement: Placement, axis_name: AxisName, dtype: Any = None) -> Any:
     """Brings the weights of this rank's slots to it, copies included; within `shard_map`.
 
-    Along a topology a rank keeps its home rows and sends those that have copies, by one `ppermute` for each column of
-    the topology. Without one each rank takes its slots' rows from whoever has them, as all ranks show their rows in
-    turn: more traffic, for any placement. Differentiable: the gradients of all copies are added up at home, so that an
-    optimiser sees each expert once. The leaves of one call travel together: leave out those that you do not use.
+    Along a topology a rank keeps its home rows and sends those that have copies, by `ppermute` along its columns: the
+    leaves of a dtype together, in two halves; gradients leaf by leaf. Without one each rank takes its slots' rows from
+    whoever has them, as all ranks show their rows in turn: more traffic, for any placement. Differentiable: the
+    gradients of all copies are added up at home, so that an optimiser sees each expert once. All leaves of a call
+    travel: leave out those that you do not use.
 
     Args:
       home_weights: a pytree of this rank's rows [num_experts / num_ranks, ...], in the order of `placement.home_order`.
@@ -44,8 +45,9 @@ def replicate(home_weights: Any, placement: Placement, axis_name: AxisName, dtyp
 
 
 class Message(NamedTuple):
-    """What goes along one route at a time."""
+    """What goes along a column of the topology at a time."""
 
+    column: int
     pairs: tuple[tuple[int, int], ...]  # (sender, receiver), as `ppermute` takes them
     numbers: tuple[int, ...]  # which of a rank's copies
 
@@ -68,7 +70,10 @@ class Sent:
 
 
 def send(home_weights: Any, placement: Placement, axis_name: AxisName, dtype: Any, value: Any) -> tuple[Sent, Any]:
-    """Sends half of the copies, once the value is known and before what follows from it; `receive` sends the others."""
+    """Sends half of the copies, if along a topology; `receive` sends the others.
+
+    What is sent waits for the value, which comes back for what shall not overtake the preparation of what is sent.
+    """
     _check("placement", placement)
     ranks = axis_size(axis_name, placement.num_ranks)
     home, rest = divmod(placement.num_experts, ranks)
@@ -93,7 +98,7 @@ def send(home_weights: Any, placement: Placement, axis_name: AxisName, dtype: An
     halves = [half.tolist() for half in np.array_split(np.arange(len(rows)), 2)]
     messages = [
         [
-            Message(tuple(zip(number_of.tolist(), number_of[copier[:, column]].tolist(), strict=True)), numbers)
+            Message(column, tuple(zip(number_of.tolist(), number_of[copier[:, column]].tolist(), strict=True)), numbers)
             for column in range(topology.num_columns)
             if (numbers := tuple(k for k in half if k % topology.num_columns == column))
         ]
@@ -156,7 +161,7 @@ def _receive_forward(exchange: Callable[[Any], Any], leaves: list[jax.Array], se
         jnp.pad(leaf.astype(dtype), [(0, number), *[(0, 0)] * (leaf.ndim - 1)])
         for leaf, dtype in zip(leaves, sent.dtypes, strict=True)
     ]
-    slots = lax.optimization_barrier(slots)  # else one kernel would do both, and take 1.7 times as long
+    slots = lax.optimization_barrier(slots)  # or one kernel would cast and add copies, and take 1.7 times as long
     for message, copy in zip(messages, copies, strict=True):
         # Not by dynamic_update_slice, which XLA does asynchronously on GPUs, and then starts the exchange late.
         slots = [
@@ -172,10 +177,10 @@ def _receive_backward(exchange: Callable[[Any], Any], residuals: Any, gradients:
     (sent, pull, like), (of_slots, of_tokens) = residuals, gradients
     number = len(sent.rows)
     of_slots = {i: of_slots[i] for i, leaf in enumerate(like) if jnp.issubdtype(leaf.dtype, jnp.inexact)}
-    routes = dict.fromkeys(message.pairs for message in sent.messages or ())
-    back = [[(receiver, sender) for sender, receiver in pairs] for pairs in routes]
-    # Leaf by leaf, the last first: its gradient is known before that of a leaf that is used earlier. XLA would make one
-    # message of several, and send nothing before the last is known, but for the barrier.
+    pairs_of = {message.column: message.pairs for message in sent.messages or ()}
+    back = [[(receiver, sender) for sender, receiver in pairs_of[column]] for column in sorted(pairs_of)]
+    # Leaf by leaf, the last first: its gradient is known before the others' where leaves are used in their order, as
+    # w_in and w_out are. But for the barrier XLA makes one message of several, which waits until all are known.
     of_copies: dict[int, list[jax.Array]] = {}
     for i in sorted(of_slots, reverse=True):
         of_rows = of_slots[i][len(of_slots[i]) - number :]

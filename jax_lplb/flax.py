@@ -108,7 +108,8 @@ class MoE(nnx.Module):
             same. Where a batch needs more, it takes several rounds; no token is dropped.
           grouped_matmul: "tokamax" (https://github.com/openxla/tokamax), "ragged_dot" (jax.lax), or None: the former
             on NVIDIA GPUs, where it is installed. Or a function that is called as `jax.lax.ragged_dot_general`, with
-            four arguments; it is not differentiated, and what it returns beyond the groups' rows is not looked at.
+            four arguments, for three products: rows by the weights of their groups, by those transposed, and sums of
+            outer products. It is not differentiated, and what it returns beyond the groups' rows is not looked at.
           balance_options: further arguments of `jax_lplb.balance`, such as solver, tol, sync.
           dtype: in which experts compute.
           param_dtype: of the parameters.
@@ -239,7 +240,7 @@ class MoE(nnx.Module):
         metrics = self._metrics(out, expert_ids, scores, placement)
 
         def known(value: Any) -> tuple[Sent | None, Any]:
-            # The metrics' means, one collective, come earlier than what is sent, and not at the end.
+            # The metrics' means, of which XLA makes one collective, come before what is sent: not last, and exposed.
             value, _ = lax.optimization_barrier((value, metrics.moved))
             return (None, value) if prepared else send(weights, placement, self.axis_name, self.dtype, value)
 
@@ -265,7 +266,7 @@ class MoE(nnx.Module):
         return Metrics(**{name: kinds.get(name, jnp.float32(0)) for name in Metrics._fields})
 
     def _metrics(self, out: Any, expert_ids: jax.Array, scores: jax.Array, placement: Placement) -> Metrics:
-        """Over all ranks, and the worst or the mean over other token axes; of one round."""
+        """Over all ranks, and the worst or the mean over other token axes; `rounds` is left to the caller."""
         others = self.other_axes
         ranks, groups = placement.num_ranks, placement.num_groups
         home_slot = jnp.asarray(placement.log2phy)[:, 0]

@@ -258,17 +258,37 @@ def test_experts_over_two_axes(rng, dispatch):
 
 
 def test_grouped_matmul_of_the_callers_own(rng):
+    """It may leave anything beyond the groups' rows, forward and backward."""
     asked = []
 
     def own(rows, other, group_sizes, numbers):
         asked.append(rows.shape)
-        return jax.lax.ragged_dot_general(rows, other, group_sizes, numbers)
+        result = jax.lax.ragged_dot_general(rows, other, group_sizes, numbers)
+        if not numbers.rhs_group_dimensions:  # a sum over rows
+            return result
+        return jnp.where(jnp.arange(len(rows))[:, None] < jnp.sum(group_sizes), result, jnp.nan)
 
-    mesh, (x, _) = mesh_of((RANKS, "ep")), inputs(rng)
+    mesh, (x, weight) = mesh_of((RANKS, "ep")), inputs(rng)
     layers = [make(placements()["cube"], mesh, grouped_matmul=choice) for choice in (own, "ragged_dot")]
-    np.testing.assert_array_equal(*(run(layer, x)[0] for layer in layers))
+    got, expected = (value_and_grads(layer, x, weight) for layer in layers)
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(one, other)
     assert asked
     assert all(hash(nnx.graphdef(layer)) for layer in layers)  # nnx.cached_partial and static arguments need it
+
+
+@pytest.mark.parametrize("buffer_factor", [0.4, 4.0])
+def test_tokens_of_another_dtype(rng, buffer_factor):
+    """The result has that of the tokens, and is rounded once: bfloat16 from float32 sums."""
+    layer = make(placements()["cube"], mesh_of((RANKS, "ep")), buffer_factor=buffer_factor)
+    x, weight = (leaf.astype(jnp.bfloat16) for leaf in inputs(rng))
+    (result, metrics), grads = value_and_grads(layer, x, weight)
+    (expected, _), expected_grads = value_and_grads(layer, *(leaf.astype(jnp.float32) for leaf in (x, weight)))
+    assert (int(metrics.rounds) == 1) == (buffer_factor == 4)
+    assert result.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(result, expected.astype(jnp.bfloat16))
+    for got, want in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
+        assert_close(got, want, 2**-7)  # of the input: two parts and their sum are rounded, to 2**-9 each
 
 
 @pytest.mark.parametrize("dispatch", ["all_to_all", "ring"])

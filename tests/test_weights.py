@@ -124,12 +124,22 @@ def test_wrong_arguments(rng):
 # ---- Copies ----------------------------------------------------------------------------------------------------------
 
 
+def along_columns(*steps: int) -> lplb.Placement:
+    """Rank i has a copy of an expert of each rank i + step."""
+    columns = (np.arange(RANKS)[:, None] + steps) % RANKS
+    return lplb.Placement.from_topology(
+        lplb.topology.from_r2o(columns), num_experts=EXPERTS, num_ranks=RANKS, redundants_per_rank=len(steps)
+    )
+
+
 def placements(rng: np.random.Generator) -> dict[str, lplb.Placement]:
     load = rng.lognormal(0, 1, EXPERTS)
     return {
         "cube": lplb.Placement.from_topology(
             topology.cube(), num_experts=EXPERTS, num_ranks=RANKS, redundants_per_rank=4
         ),
+        "three columns": along_columns(1, 3, 2),
+        "a column twice": along_columns(1, 1, 3),
         "two rings by load": lplb.Placement.from_topology(
             topology.ring(4), num_experts=EXPERTS, num_ranks=RANKS, redundants_per_rank=2, load=load
         ),
@@ -142,7 +152,9 @@ def placements(rng: np.random.Generator) -> dict[str, lplb.Placement]:
 
 
 @pytest.mark.parametrize("axes", ["ep", ("a", "b"), ("b", "a")])
-@pytest.mark.parametrize("name", ["cube", "two rings by load", "selected", "no copies", "eplb"])
+@pytest.mark.parametrize(
+    "name", ["cube", "three columns", "a column twice", "two rings by load", "selected", "no copies", "eplb"]
+)
 def test_copies_and_their_gradients(rng, name, axes):
     """Each slot has its expert's weights; at home arrives the sum of the gradients of all its slots."""
     place = placements(rng)[name]
@@ -192,11 +204,12 @@ def test_copies_in_another_dtype(rng, name):
 
 @pytest.mark.parametrize("name", ["cube", "no copies", "eplb"])
 def test_leaves_that_have_no_gradient(rng, name):
-    """Masks and integers travel like weights, and weights beside them are differentiated."""
+    """Masks and integers travel like weights, and weights beside them, of a dtype or not, are differentiated."""
     place = placements(rng)[name]
     mesh = jax.make_mesh((RANKS,), ("ep",), axis_types=(jax.sharding.AxisType.Auto,))
     logical = {
         "mask": rng.random((EXPERTS, 3)) < 0.5,
+        "more": rng.normal(size=(EXPERTS, 2, 2)).astype(np.float32),
         "q": rng.integers(-9, 9, (EXPERTS, 2)).astype(np.int8),
         "w": rng.normal(size=(EXPERTS, 2)).astype(np.float32),
         "none": {},
