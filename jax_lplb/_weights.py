@@ -217,20 +217,28 @@ def _along(
 
 def _side_by_side(leaves: list[jax.Array], dtypes: Sequence[Any]) -> list[jax.Array]:
     """Leaves [rows, ...] as one array [rows, elements] for each dtype, for one collective."""
-    # Flat: XLA would lay them out transposed, as the backward pass transposes weights, and back again.
-    of_dtype: dict[Any, list[jax.Array]] = {dtype: [] for dtype in dtypes}
-    for leaf, dtype in zip(leaves, dtypes, strict=True):
-        of_dtype[dtype].append(leaf.astype(dtype).reshape(len(leaf), math.prod(leaf.shape[1:])))
-    return [jnp.concatenate(parts, axis=1) for parts in of_dtype.values()]
+    # Flat: XLA would lay them out transposed, as products of the backward pass may take them, and back again.
+    arrays: dict[Any, list[jax.Array]] = {}
+    for leaf, dtype, array in zip(leaves, dtypes, _arrays_of(dtypes), strict=True):
+        arrays.setdefault(array, []).append(leaf.astype(dtype).reshape(len(leaf), math.prod(leaf.shape[1:])))
+    return [jnp.concatenate(parts, axis=1) for parts in arrays.values()]
 
 
 def _apart(arrays: list[jax.Array], like: list[jax.Array]) -> list[jax.Array]:
     """The rows of each leaf, from what `_side_by_side` made of such leaves."""
-    left, parts = dict(zip(dict.fromkeys(leaf.dtype for leaf in like), arrays, strict=True)), []
-    for leaf in like:
-        part, left[leaf.dtype] = jnp.split(left[leaf.dtype], [math.prod(leaf.shape[1:])], axis=1)
+    array_of = _arrays_of([leaf.dtype for leaf in like])
+    left, parts = dict(zip(dict.fromkeys(array_of), arrays, strict=True)), []
+    for leaf, array in zip(like, array_of, strict=True):
+        part, left[array] = jnp.split(left[array], [math.prod(leaf.shape[1:])], axis=1)
         parts.append(part.reshape(len(part), *leaf.shape[1:]))
     return parts
+
+
+def _arrays_of(dtypes: Sequence[Any]) -> list[Any]:
+    """Something that is the same for leaves that go side by side."""
+    # Over axes that are not manual each leaf may be cut in its own way: XLA would have to bring the pieces together.
+    whole = jax.sharding.get_abstract_mesh().are_all_axes_manual
+    return list(dtypes) if whole else list(range(len(dtypes)))
 
 
 def _in_mesh_order(axis_name: AxisName, num_ranks: int) -> tuple[AxisName, np.ndarray]:

@@ -231,6 +231,26 @@ def test_leaves_that_have_no_gradient(rng, name):
     np.testing.assert_array_equal(lplb.to_logical(gradient, place), logical["q"] * copies.astype(np.float32))
 
 
+def test_partly_manual_mesh(rng):
+    """Copies of leaves that are cut along another axis, each in its own way, travel as they are."""
+    kinds = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((4, 2), ("ep", "tp"), axis_types=kinds)
+    place = lplb.Placement.from_topology(topology.ring(4), num_experts=16, num_ranks=4, redundants_per_rank=2)
+    shardings = {"in": jax.NamedSharding(mesh, P("ep", None, "tp")), "out": jax.NamedSharding(mesh, P("ep", "tp"))}
+    weights = {"in": rng.normal(size=(16, 4, 6)).astype(np.float32), "out": rng.normal(size=(16, 2, 4)).astype("f4")}
+    bring = jax.shard_map(
+        lambda home: lplb.replicate(home, place, "ep"),
+        mesh=mesh,
+        in_specs=P("ep"),
+        out_specs=P("ep"),
+        axis_names={"ep"},
+    )
+    bring = jax.jit(bring, in_shardings=(shardings,), out_shardings=shardings).lower(weights).compile()
+    slots = bring(jax.device_put(weights, shardings))
+    jax.tree.map(lambda got, leaf: np.testing.assert_array_equal(got, leaf[place.phy2log]), slots, weights)
+    assert "all-to-all" not in bring.as_text()
+
+
 def test_nothing_to_bring(rng):
     """Without copies and casts weights stay the arrays that they are: no residuals for the backward pass."""
     place = placements(rng)["no copies"]
