@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,8 @@ from jax import lax
 from jax_lplb import _ffi
 from jax_lplb._balance import AxisName, axis_size
 from jax_lplb._placement import Placement, copied
+
+Route = tuple[tuple[int, int], ...]  # (sender, receiver), as `ppermute` takes them
 
 
 def replicate(home_weights: Any, placement: Placement, axis_name: AxisName, dtype: Any = None) -> Any:
@@ -44,18 +46,10 @@ def replicate(home_weights: Any, placement: Placement, axis_name: AxisName, dtyp
     return receive(home_weights, sent, lambda nothing: nothing, None)[0]
 
 
-class Message(NamedTuple):
-    """What goes along a column of the topology at a time."""
-
-    column: int
-    pairs: tuple[tuple[int, int], ...]  # (sender, receiver), as `ppermute` takes them
-    numbers: tuple[int, ...]  # which of a rank's copies
-
-
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["rows", "copies", "waiting"],
-    meta_fields=["axis_name", "messages", "dtypes"],
+    meta_fields=["axis_name", "routes", "messages", "dtypes"],
 )
 @dataclass(frozen=True)
 class Sent:
@@ -64,8 +58,9 @@ class Sent:
     rows: jax.Array  # int32, the rows that this rank sends; without a topology, the experts of its slots
     copies: list[list[jax.Array]]  # what the first messages brought, each one array [copies, elements] for each dtype
     waiting: list[list[jax.Array]]  # what the others will take
-    axis_name: AxisName  # with a topology: in the mesh's order
-    messages: tuple[Message, ...] | None  # None without a topology
+    axis_name: AxisName  # with routes: in the mesh's order
+    routes: tuple[Route, ...] | None  # of each column of the topology; copy k takes route k % len(routes)
+    messages: tuple[tuple[int, ...], ...]  # the numbers of the copies that travel together
     dtypes: tuple[Any, ...]  # of each leaf's slots
 
 
@@ -88,35 +83,33 @@ def send(home_weights: Any, placement: Placement, axis_name: AxisName, dtype: An
     of_slots = jnp.asarray(placement.phy2log).reshape(ranks, slots)
     if topology is None:
         rows = jnp.clip(of_slots[rank], 0, placement.num_experts - 1)
-        return Sent(rows, [], [], axis_name, None, dtypes), value
+        return Sent(rows, [], [], axis_name, None, (), dtypes), value
     owner, number = copied(topology, ranks, slots - home)
     copier = np.empty_like(owner)  # of each rank's k-th copied expert
     copier[owner, number] = np.arange(ranks)[:, None]
     experts = of_slots[copier, home + number]
     rows = (jnp.asarray(placement.log2phy)[experts, 0] % slots)[rank]
     axes, number_of = _in_mesh_order(axis_name, ranks)
-    halves = [half.tolist() for half in np.array_split(np.arange(len(rows)), 2)]
-    messages = [
-        [
-            Message(column, tuple(zip(number_of.tolist(), number_of[copier[:, column]].tolist(), strict=True)), numbers)
-            for column in range(topology.num_columns)
-            if (numbers := tuple(k for k in half if k % topology.num_columns == column))
-        ]
-        for half in halves
-    ]
+    half = -(-len(rows) // 2)
+    columns = range(topology.num_columns if len(rows) else 0)
+    routes = tuple(
+        tuple(zip(number_of.tolist(), number_of[copier[:, column]].tolist(), strict=True)) for column in columns
+    )
+    messages = tuple(
+        numbers
+        for some in (range(half), range(half, len(rows)))
+        for column in columns
+        if (numbers := tuple(k for k in some if k % len(routes) == column))
+    )
+    first = sum(numbers[0] < half for numbers in messages)
     with jax.named_scope("lplb_send"):
-        first, others = (
-            [
-                _side_by_side(
-                    [lax.stop_gradient(leaf).at[rows[np.array(of.numbers)]].get(mode="clip") for leaf in leaves], dtypes
-                )
-                for of in half
-            ]
-            for half in messages
-        )
-        first, value = lax.optimization_barrier((first, value))
-        copies = _along(axes, messages[0], first)
-    return Sent(rows, copies, others, axes, tuple(messages[0] + messages[1]), dtypes), value
+        arrays = [
+            _side_by_side([lax.stop_gradient(leaf).at[rows[np.array(ks)]].get(mode="clip") for leaf in leaves], dtypes)
+            for ks in messages
+        ]
+        now, value = lax.optimization_barrier((arrays[:first], value))
+        copies = _along(axes, routes, messages[:first], now)
+    return Sent(rows, copies, arrays[first:], axes, routes, messages, dtypes), value
 
 
 def receive(home_weights: Any, sent: Sent, exchange: Callable[[Any], Any], tokens: Any) -> tuple[Any, Any]:
@@ -129,10 +122,10 @@ def receive(home_weights: Any, sent: Sent, exchange: Callable[[Any], Any], token
     few copies travel, and nothing while tokens do.
     """
     leaves, tree = jax.tree.flatten(home_weights)
-    if sent.messages == () and all(leaf.dtype == dtype for leaf, dtype in zip(leaves, sent.dtypes, strict=True)):
+    if sent.routes == () and all(leaf.dtype == dtype for leaf, dtype in zip(leaves, sent.dtypes, strict=True)):
         return home_weights, exchange(tokens)
     with jax.named_scope("lplb_receive"):
-        if sent.messages is None:
+        if sent.routes is None:
             casted = [leaf.astype(dtype) for leaf, dtype in zip(leaves, sent.dtypes, strict=True)]
             slots, tokens = [_rows_of_all(leaf, sent.rows, sent.axis_name) for leaf in casted], exchange(tokens)
         else:
@@ -151,9 +144,10 @@ def _receive(
 
 
 def _receive_forward(exchange: Callable[[Any], Any], leaves: list[jax.Array], sent: Sent, tokens: Any) -> Any:
-    number, messages = len(sent.rows), sent.messages or ()
+    number = len(sent.rows)
     with jax.named_scope("lplb_send"):
-        copies = [*sent.copies, *_along(sent.axis_name, messages[len(sent.copies) :], sent.waiting)]
+        rest = _along(sent.axis_name, sent.routes or (), sent.messages[len(sent.copies) :], sent.waiting)
+    copies = [*sent.copies, *rest]
     copies, tokens = lax.optimization_barrier((copies, tokens))
     leaves, tokens = lax.optimization_barrier((leaves, tokens))
     tokens, pull = jax.vjp(exchange, tokens)
@@ -162,23 +156,22 @@ def _receive_forward(exchange: Callable[[Any], Any], leaves: list[jax.Array], se
         for leaf, dtype in zip(leaves, sent.dtypes, strict=True)
     ]
     slots = lax.optimization_barrier(slots)  # or one kernel would cast and add copies, and take 1.7 times as long
-    for message, copy in zip(messages, copies, strict=True):
+    for numbers, arrays in zip(sent.messages, copies, strict=True):
         # Not by dynamic_update_slice, which XLA does asynchronously on GPUs, and then starts the exchange late.
         slots = [
-            of_leaf.at[len(leaf) + np.array(message.numbers)].set(rows, mode="promise_in_bounds", unique_indices=True)
-            for of_leaf, leaf, rows in zip(slots, leaves, _apart(copy, slots), strict=True)
+            of_leaf.at[len(leaf) + np.array(numbers)].set(rows, mode="promise_in_bounds", unique_indices=True)
+            for of_leaf, leaf, rows in zip(slots, leaves, _apart(arrays, slots), strict=True)
         ]
     slots, tokens = lax.optimization_barrier((slots, tokens))
-    known = replace(sent, copies=[], waiting=[])  # not kept for the backward pass
-    return (slots, tokens), (known, pull, [jnp.zeros(0, leaf.dtype) for leaf in leaves])
+    sent = replace(sent, copies=[], waiting=[])  # not kept for the backward pass
+    return (slots, tokens), (sent, pull, [jnp.zeros(0, leaf.dtype) for leaf in leaves])
 
 
 def _receive_backward(exchange: Callable[[Any], Any], residuals: Any, gradients: Any) -> Any:
     (sent, pull, like), (of_slots, of_tokens) = residuals, gradients
     number = len(sent.rows)
     of_slots = {i: of_slots[i] for i, leaf in enumerate(like) if jnp.issubdtype(leaf.dtype, jnp.inexact)}
-    pairs_of = {message.column: message.pairs for message in sent.messages or ()}
-    back = [[(receiver, sender) for sender, receiver in pairs_of[column]] for column in sorted(pairs_of)]
+    back = [[(receiver, sender) for sender, receiver in route] for route in sent.routes or ()]
     # Leaf by leaf, the last first: its gradient is known before the others' where leaves are used in their order, as
     # w_in and w_out are. But for the barrier XLA makes one message of several, which waits until all are known.
     of_copies: dict[int, list[jax.Array]] = {}
@@ -186,7 +179,7 @@ def _receive_backward(exchange: Callable[[Any], Any], residuals: Any, gradients:
         of_rows = of_slots[i][len(of_slots[i]) - number :]
         of_copies, of_rows = lax.optimization_barrier((of_copies, of_rows))
         of_copies[i] = [
-            lax.ppermute(of_rows[column :: len(back)], sent.axis_name, pairs) for column, pairs in enumerate(back)
+            lax.ppermute(of_rows[column :: len(back)], sent.axis_name, route) for column, route in enumerate(back)
         ]
     of_copies, of_tokens = lax.optimization_barrier((of_copies, of_tokens))
     of_slots, of_tokens = lax.optimization_barrier((of_slots, of_tokens))
@@ -207,11 +200,12 @@ _receive.defvjp(_receive_forward, _receive_backward)
 
 
 def _along(
-    axis_name: AxisName, messages: Sequence[Message], sent: Sequence[Sequence[jax.Array]]
+    axis_name: AxisName, routes: Sequence[Route], messages: Sequence[tuple[int, ...]], sent: list[list[jax.Array]]
 ) -> list[list[jax.Array]]:
+    """What comes of each of the messages."""
     return [
-        [lax.ppermute(rows, axis_name, message.pairs) for rows in arrays]
-        for message, arrays in zip(messages, sent, strict=True)
+        [lax.ppermute(rows, axis_name, routes[numbers[0] % len(routes)]) for rows in arrays]
+        for numbers, arrays in zip(messages, sent, strict=True)
     ]
 
 

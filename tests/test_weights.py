@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import topology
+from helpers import placement, topology
 
 import jax_lplb as lplb
 
@@ -127,9 +127,7 @@ def test_wrong_arguments(rng):
 def along_columns(*steps: int) -> lplb.Placement:
     """Rank i has a copy of an expert of each rank i + step."""
     columns = (np.arange(RANKS)[:, None] + steps) % RANKS
-    return lplb.Placement.from_topology(
-        lplb.topology.from_r2o(columns), num_experts=EXPERTS, num_ranks=RANKS, redundants_per_rank=len(steps)
-    )
+    return placement(topology.from_r2o(columns), EXPERTS, RANKS, len(steps))
 
 
 def placements(rng: np.random.Generator) -> dict[str, lplb.Placement]:
@@ -235,7 +233,7 @@ def test_partly_manual_mesh(rng):
     """Copies of leaves that are cut along another axis, each in its own way, travel as they are."""
     kinds = (jax.sharding.AxisType.Auto,) * 2
     mesh = jax.make_mesh((4, 2), ("ep", "tp"), axis_types=kinds)
-    place = lplb.Placement.from_topology(topology.ring(4), num_experts=16, num_ranks=4, redundants_per_rank=2)
+    place = placement(topology.ring(4), 16, 4, 2)
     shardings = {"in": jax.NamedSharding(mesh, P("ep", None, "tp")), "out": jax.NamedSharding(mesh, P("ep", "tp"))}
     weights = {"in": rng.normal(size=(16, 4, 6)).astype(np.float32), "out": rng.normal(size=(16, 2, 4)).astype("f4")}
     bring = jax.shard_map(
