@@ -38,7 +38,7 @@ import jax_lplb as lplb
 from jax_lplb.flax import Metrics, MoE
 
 EXPERTS, TOP_K, REDUNDANTS = 64, 6, 2
-FACTORS = (1.0, 1.02, 1.05, 1.1, 1.2, 1.3, 1.4, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
+FACTORS = (1.0, 1.01, 1.02, 1.03, 1.05, 1.1, 1.15, 1.2, 1.25, 1.3, 1.4, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
 MODES = ("even", "unbalanced", "balanced", "even prepared", "unbalanced prepared", "prepared")
 PASSES = ("forward", "forward+backward")
 BATCH_MS = 80.0

@@ -24,13 +24,24 @@ from jax_lplb._count import count
 from jax_lplb._placement import Placement
 
 Dispatch = Literal["all_to_all", "ring"]
-# value -> a pytree, not differentiated, that `Bring` takes; and the value, for what shall come later.
-Known = Callable[[Any], tuple[Any, Any]]
-# (weights, sent, exchange, tokens) -> the weights of this rank's slots, and exchange(tokens), done meanwhile.
-Bring = Callable[[Any, Any, Callable[[Any], Any], Any], tuple[Any, Any]]
 # (weights of slots, rows [n, d_model] sorted by slot, group_sizes int32 [slots]) -> [n, d_model]; rows beyond those of
 # the groups are padding, for which anything may be returned.
 Experts = Callable[[Any, jax.Array, jax.Array], jax.Array]
+# (weights, sent, exchange, tokens) -> the weights of this rank's slots, and exchange(tokens), done meanwhile.
+Receive = Callable[[Any, Any, Callable[[Any], Any], Any], tuple[Any, Any]]
+
+
+class Bring(NamedTuple):
+    """How the weights of this rank's slots come, in three steps.
+
+    The first two are for times when links are free: what comes after that needs the value that they give back. `sent`
+    is a pytree that is not differentiated, as values are not.
+    """
+
+    send: Callable[[Any], tuple[Any, Any]]  # value, before the plan -> sent, value
+    # (weights, sent, value), before tokens are gathered -> weights, sent, value
+    send_rest: Callable[[Any, Any, Any], tuple[Any, Any, Any]]
+    receive: Receive
 
 
 def expert_parallel(
@@ -38,7 +49,6 @@ def expert_parallel(
     physical_ids: jax.Array,
     gates: jax.Array,
     weights: Any,
-    known: Known,
     bring: Bring,
     experts: Experts,
     placement: Placement,
@@ -55,8 +65,8 @@ def expert_parallel(
       physical_ids: int32 [num_tokens, k]; negative ids are padding.
       gates: float32 [num_tokens, k].
       weights: a pytree, differentiable, from which `bring` makes those of this rank's slots.
-      known: called once, with what ranks know of each other's tokens; links are then free until tokens travel.
-      bring: runs once, and once more in the backward pass of several rounds; of a single round with the tokens.
+      bring: its `receive` runs once, and once more in the backward pass of several rounds; in a single round with the
+        tokens.
       experts: what runs on sorted rows.
       placement: the ranks' slots.
       axis_name: mesh axis, or axes, of the ranks.
@@ -83,23 +93,26 @@ def expert_parallel(
         most = jnp.max(jnp.sum(gathered, axis=2))
     else:
         gathered = lax.all_gather(ids, axis_name, tiled=True)
-        here = gathered // slots_per_rank == rank
-        most = lax.pmax(jnp.sum(here, dtype=jnp.int32), axis_name)
+        most = lax.pmax(jnp.sum(gathered // slots_per_rank == rank, dtype=jnp.int32), axis_name)
     if others and capacity < most_ids:  # as many rounds for all devices that have copies of anything
         most = lax.pmax(_ffi.vary(most, frozenset(others)), others)
-    sent, (gathered, most) = known((gathered, most))
+    sent, (ids, gathered, most) = bring.send((ids, gathered, most))
     if dispatch == "all_to_all":
         coming = lax.dynamic_index_in_dim(gathered, rank, axis=1, keepdims=False)
-        plan = _plan(ids, ids // slots_per_rank, jnp.sum(own, axis=1), placement)._replace(coming=coming)
-        way = _Way(partial(_all_to_all_indices, layout), partial(_all_to_all, layout))
+        length = jnp.sum(lax.dynamic_index_in_dim(gathered, rank, axis=0, keepdims=False), axis=1)
+        plan = _plan(ids, ids // slots_per_rank, length, placement)._replace(coming=coming)
+        way = _Way(partial(_all_to_all_prepare, layout), partial(_all_to_all, layout))
     else:
+        here = gathered // slots_per_rank == rank
         plan = _plan(gathered, jnp.where(here, 0, -1), jnp.sum(here, keepdims=True, dtype=jnp.int32), placement)
-        way = _Way(partial(_ring_indices, layout), partial(_ring, layout))
-    first = way.indices(plan, jnp.int32(0))
+        way = _Way(partial(_ring_prepare, layout), partial(_ring, layout))
+    weights, sent, first = bring.send_rest(weights, sent, way.prepare(plan, jnp.int32(0)))
+    if dispatch == "all_to_all":
+        first = first._replace(cells=_tokens_to_cells(lax.stop_gradient(tokens), first))
     if capacity >= most_ids:
-        return _round(way, bring, first, sent, weights, tokens, gates).astype(dtype), jnp.int32(1)
+        return _round(way, bring.receive, first, sent, weights, tokens, gates).astype(dtype), jnp.int32(1)
     rounds = jnp.maximum(-(-most // capacity), 1)
-    return _all_rounds(way, bring, dtype, rounds, plan, first, sent, weights, tokens, gates), rounds
+    return _all_rounds(way, bring.receive, dtype, rounds, plan, first, sent, weights, tokens, gates), rounds
 
 
 def _capacity(wanted: float, most: int, peers: int) -> int:
@@ -118,10 +131,21 @@ class _Layout(NamedTuple):
 
 
 class _Way(NamedTuple):
-    """Of dispatching: index arrays, small and many, of a round of a plan; and what is then done with tokens."""
+    """Of dispatching: of a plan and the number of a round, the round; and what is then done with tokens."""
 
-    indices: Callable[[Any, jax.Array], Any]
+    prepare: Callable[[Any, jax.Array], "_Round"]
     run: Callable[..., jax.Array]
+
+
+class _Round(NamedTuple):
+    """Index arrays, small and many, of a round."""
+
+    pair_of_cell: jax.Array  # int32 [cells], out of range for an empty one
+    cell_of_pair: jax.Array  # int32 [pairs], out of range where the pair is not of the round
+    group_sizes: jax.Array  # int32 [slots], rows that come for each
+    back: Any = None  # of all_to_all: int32 [cells], the place of each cell that comes among rows sorted by slot
+    order: Any = None  # its inverse
+    cells: Any = None  # of the first round, the tokens in the cells: gathered before the branch, beside the copies
 
 
 class _Plan(NamedTuple):
@@ -158,21 +182,19 @@ def _window(plan: _Plan, round_: jax.Array, capacity: int) -> tuple[jax.Array, j
     return pair_of_cell, jnp.where(within, plan.peer * capacity + cell, peers * capacity)
 
 
-def _all_to_all_indices(layout: _Layout, plan: _Plan, round_: jax.Array) -> tuple[jax.Array, ...]:
-    pair_of_cell, cell_of_pair = _window(plan, round_, layout.capacity)
-    back, group_sizes = _by_slot(plan.coming, round_ * layout.capacity, layout.capacity)
-    return pair_of_cell, cell_of_pair, back, _inverse(back), group_sizes
+def _all_to_all_prepare(layout: _Layout, plan: _Plan, number: jax.Array) -> _Round:
+    back, group_sizes = _by_slot(plan.coming, number * layout.capacity, layout.capacity)
+    return _Round(*_window(plan, number, layout.capacity), group_sizes, back, _inverse(back))
 
 
 def _all_to_all(
-    layout: _Layout, indices: tuple[jax.Array, ...], bring: Callable[..., Any], tokens: jax.Array, gates: jax.Array
+    layout: _Layout, round_: _Round, receive: Callable[..., Any], tokens: jax.Array, gates: jax.Array
 ) -> jax.Array:
-    pair_of_cell, cell_of_pair, back, order, group_sizes = indices
     exchange = partial(lax.all_to_all, axis_name=layout.axis_name, split_axis=0, concat_axis=0, tiled=True)
-    slots, received = bring(exchange, _tokens_to_cells(tokens, pair_of_cell, cell_of_pair))
-    done = layout.experts(slots, _permute(received, order, back), group_sizes)
-    returned = exchange(_permute(done, back, order))
-    return _weighted_sum(gates, returned, cell_of_pair, pair_of_cell)
+    slots, received = receive(exchange, _tokens_to_cells(tokens, round_))
+    done = layout.experts(slots, _permute(received, round_.order, round_.back), round_.group_sizes)
+    returned = exchange(_permute(done, round_.back, round_.order))
+    return _weighted_sum(gates, returned, round_.cell_of_pair, round_.pair_of_cell)
 
 
 def _by_slot(coming: jax.Array, first: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array]:
@@ -193,21 +215,20 @@ def _by_slot(coming: jax.Array, first: jax.Array, capacity: int) -> tuple[jax.Ar
     return back.reshape(-1), jnp.sum(number[:, :-1], axis=0, dtype=jnp.int32)
 
 
-def _ring_indices(layout: _Layout, plan: _Plan, round_: jax.Array) -> tuple[jax.Array, ...]:
-    pair_of_cell, cell_of_pair = _window(plan, round_, layout.capacity)
+def _ring_prepare(layout: _Layout, plan: _Plan, number: jax.Array) -> _Round:
+    pair_of_cell, cell_of_pair = _window(plan, number, layout.capacity)
     slot = _gather(plan.slot, pair_of_cell) - lax.axis_index(layout.axis_name) * layout.slots_per_rank
     slot = jnp.where(pair_of_cell < len(plan.slot), slot, layout.slots_per_rank)
-    return pair_of_cell, cell_of_pair, _count(slot, layout.slots_per_rank)
+    return _Round(pair_of_cell, cell_of_pair, _count(slot, layout.slots_per_rank))
 
 
 def _ring(
-    layout: _Layout, indices: tuple[jax.Array, ...], bring: Callable[..., Any], tokens: jax.Array, gates: jax.Array
+    layout: _Layout, round_: _Round, receive: Callable[..., Any], tokens: jax.Array, gates: jax.Array
 ) -> jax.Array:
-    pair_of_cell, cell_of_pair, group_sizes = indices
-    slots, tokens = bring(partial(lax.all_gather, axis_name=layout.axis_name, tiled=True), tokens)
+    slots, tokens = receive(partial(lax.all_gather, axis_name=layout.axis_name, tiled=True), tokens)
     gates = lax.all_gather(gates, layout.axis_name, tiled=True)
-    done = layout.experts(slots, _tokens_to_cells(tokens, pair_of_cell, cell_of_pair), group_sizes)
-    parts = _weighted_sum(gates, done, cell_of_pair, pair_of_cell)
+    done = layout.experts(slots, _tokens_to_cells(tokens, round_), round_.group_sizes)
+    parts = _weighted_sum(gates, done, round_.cell_of_pair, round_.pair_of_cell)
     return lax.psum_scatter(parts, layout.axis_name, tiled=True)
 
 
@@ -262,21 +283,23 @@ _permute.defvjp(
 
 
 @jax.custom_vjp
-def _tokens_to_cells(tokens: jax.Array, pair_of_cell: jax.Array, cell_of_pair: jax.Array) -> jax.Array:
+def _tokens_to_cells(tokens: jax.Array, round_: _Round) -> jax.Array:
     """The token of each cell, zeros where there is none."""
-    k = len(cell_of_pair) // len(tokens)
-    return _gather(tokens, pair_of_cell // k)
+    if round_.cells is not None:
+        return round_.cells
+    k = len(round_.cell_of_pair) // len(tokens)
+    return _gather(tokens, round_.pair_of_cell // k)
 
 
-def _tokens_to_cells_forward(tokens: jax.Array, pair_of_cell: jax.Array, cell_of_pair: jax.Array) -> Any:
-    return _tokens_to_cells(tokens, pair_of_cell, cell_of_pair), (cell_of_pair, tokens)
+def _tokens_to_cells_forward(tokens: jax.Array, round_: _Round) -> Any:
+    return _tokens_to_cells(tokens, round_), (round_.cell_of_pair, tokens)
 
 
 def _tokens_to_cells_backward(residuals: Any, gradient: jax.Array) -> Any:
     cell_of_pair, tokens = residuals
     of_pairs = _gather(gradient, cell_of_pair)
     of_tokens = jnp.sum(of_pairs.reshape(len(tokens), -1, tokens.shape[1]), axis=1, dtype=jnp.float32)
-    return of_tokens.astype(tokens.dtype), None, None
+    return of_tokens.astype(tokens.dtype), None
 
 
 _tokens_to_cells.defvjp(_tokens_to_cells_forward, _tokens_to_cells_backward)
@@ -287,7 +310,7 @@ _tokens_to_cells.defvjp(_tokens_to_cells_forward, _tokens_to_cells_backward)
 # takes long.
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _all_rounds(
-    way: _Way, bring: Bring, dtype: Any, rounds: jax.Array, plan: _Plan, first: Any, sent: Any, *operands: Any
+    way: _Way, receive: Receive, dtype: Any, rounds: jax.Array, plan: _Plan, first: _Round, sent: Any, *operands: Any
 ) -> jax.Array:
     """The sum of all rounds' results.
 
@@ -295,47 +318,52 @@ def _all_rounds(
     """
     return lax.cond(
         rounds > 1,
-        lambda: _several_rounds(way, bring, rounds, plan, sent, *operands).astype(dtype),
-        lambda: _round(way, bring, first, sent, *operands).astype(dtype),
+        lambda: _several_rounds(way, receive, rounds, plan, sent, *operands).astype(dtype),
+        lambda: _round(way, receive, first, sent, *operands).astype(dtype),
     )
 
 
-def _round(way: _Way, bring: Bring, indices: Any, sent: Any, weights: Any, *rest: Any) -> jax.Array:
-    return way.run(indices, partial(bring, weights, sent), *rest)
+def _round(way: _Way, receive: Receive, round_: _Round, sent: Any, weights: Any, *rest: Any) -> jax.Array:
+    return way.run(round_, partial(receive, weights, sent), *rest)
 
 
 def _several_rounds(
-    way: _Way, bring: Bring, rounds: jax.Array, plan: _Plan, sent: Any, weights: Any, *rest: Any
+    way: _Way, receive: Receive, rounds: jax.Array, plan: _Plan, sent: Any, weights: Any, *rest: Any
 ) -> jax.Array:
-    slots = _slots_alone(bring, sent, weights)
-    return _sum_of(rounds, lambda round_: _round(way, as_they_are, way.indices(plan, round_), None, slots, *rest))
+    slots = _slots_alone(receive, sent, weights)
+    return _sum_of(
+        rounds, lambda number: _round(way, as_they_are.receive, way.prepare(plan, number), None, slots, *rest)
+    )
 
 
-def _slots_alone(bring: Bring, sent: Any, weights: Any) -> Any:
-    return bring(weights, sent, lambda nothing: nothing, None)[0]
+def _slots_alone(receive: Receive, sent: Any, weights: Any) -> Any:
+    return receive(weights, sent, lambda nothing: nothing, None)[0]
 
 
-def as_they_are(slots: Any, sent: Any, exchange: Callable[[Any], Any], tokens: Any) -> tuple[Any, Any]:
-    """Brings slots that are here."""
-    return slots, exchange(tokens)
+# Of slots that are here.
+as_they_are = Bring(
+    send=lambda value: (None, value),
+    send_rest=lambda slots, sent, value: (slots, sent, value),
+    receive=lambda slots, sent, exchange, tokens: (slots, exchange(tokens)),
+)
 
 
 def _all_rounds_forward(
-    way: _Way, bring: Bring, dtype: Any, rounds: jax.Array, plan: _Plan, first: Any, sent: Any, *operands: Any
+    way: _Way, receive: Receive, dtype: Any, rounds: jax.Array, plan: _Plan, first: _Round, sent: Any, *operands: Any
 ) -> Any:
     given = jax.tree.leaves((plan, first, sent, operands))
     structure, places = None, []  # of what the backward pass needs; among `given`, which need not be copied
 
     def once() -> tuple[jax.Array, list[jax.Array]]:
         nonlocal structure, places
-        result, pull = jax.vjp(lambda *operands: _round(way, bring, first, sent, *operands).astype(dtype), *operands)
+        result, pull = jax.vjp(lambda *operands: _round(way, receive, first, sent, *operands).astype(dtype), *operands)
         kept, structure = jax.tree.flatten(pull)
         places = [next((i for i, leaf in enumerate(given) if leaf is one), None) for one in kept]
         return result, [one for one, i in zip(kept, places, strict=True) if i is None]
 
     def several() -> tuple[jax.Array, list[jax.Array]]:
         kept = [_zeros_like(leaf) for leaf in jax.eval_shape(once)[1]]  # rounds are run again in the backward pass
-        return _several_rounds(way, bring, rounds, plan, sent, *operands).astype(dtype), kept
+        return _several_rounds(way, receive, rounds, plan, sent, *operands).astype(dtype), kept
 
     result, kept = lax.cond(rounds > 1, several, once)
     rest = iter(kept)
@@ -343,15 +371,15 @@ def _all_rounds_forward(
     return result, (rounds, plan, sent, operands, pull)  # plan and sent: for the backward pass of several rounds
 
 
-def _all_rounds_backward(way: _Way, bring: Bring, dtype: Any, residuals: Any, gradient: jax.Array) -> Any:
+def _all_rounds_backward(way: _Way, receive: Receive, dtype: Any, residuals: Any, gradient: jax.Array) -> Any:
     rounds, plan, sent, (weights, *rest), pull = residuals
 
     def several() -> Any:
-        slots, pull_slots = jax.vjp(partial(_slots_alone, bring, sent), weights)
+        slots, pull_slots = jax.vjp(partial(_slots_alone, receive, sent), weights)
 
-        def of_round(round_: jax.Array) -> Any:
-            indices = way.indices(plan, round_)
-            result, pull_round = jax.vjp(partial(_round, way, as_they_are, indices, None), slots, *rest)
+        def of_round(number: jax.Array) -> Any:
+            round_ = way.prepare(plan, number)
+            result, pull_round = jax.vjp(partial(_round, way, as_they_are.receive, round_, None), slots, *rest)
             return pull_round(gradient.astype(result.dtype))
 
         of_slots, *of_rest = _sum_of(rounds, of_round)

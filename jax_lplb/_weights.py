@@ -22,7 +22,7 @@ def replicate(home_weights: Any, placement: Placement, axis_name: AxisName, dtyp
     """Brings the weights of this rank's slots to it, copies included; within `shard_map`.
 
     Along a topology a rank keeps its home rows and sends those that have copies, by `ppermute` along its columns: the
-    leaves of a dtype together, in two halves; gradients leaf by leaf. Without one each rank takes its slots' rows from
+    leaves of a dtype together, in two halves. Without one each rank takes its slots' rows from
     whoever has them, as all ranks show their rows in turn: more traffic, for any placement. Differentiable: the
     gradients of all copies are added up at home, so that an optimiser sees each expert once. All leaves of a call
     travel: leave out those that you do not use.
@@ -43,29 +43,31 @@ def replicate(home_weights: Any, placement: Placement, axis_name: AxisName, dtyp
         or a leaf has another number of rows.
     """
     sent, _ = send(home_weights, placement, axis_name, dtype, None)
-    return receive(home_weights, sent, lambda nothing: nothing, None)[0]
+    weights, sent, _ = send_rest(home_weights, sent, None)
+    return receive(weights, sent, lambda nothing: nothing, None)[0]
 
 
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["rows", "copies", "waiting"],
-    meta_fields=["axis_name", "routes", "messages", "dtypes"],
+    meta_fields=["axis_name", "routes", "early", "late", "dtypes"],
 )
 @dataclass(frozen=True)
 class Sent:
     """Copies on their way to this rank."""
 
     rows: jax.Array  # int32, the rows that this rank sends; without a topology, the experts of its slots
-    copies: list[list[jax.Array]]  # what the first messages brought, each one array [copies, elements] for each dtype
-    waiting: list[list[jax.Array]]  # what the others will take
+    copies: list[list[jax.Array]]  # what the early messages brought, each one array [copies, elements] for each dtype
+    waiting: list[list[jax.Array]]  # what the late ones will take, until `send_rest`
     axis_name: AxisName  # with routes: in the mesh's order
     routes: tuple[Route, ...] | None  # of each column of the topology; copy k takes route k % len(routes)
-    messages: tuple[tuple[int, ...], ...]  # the numbers of the copies that travel together
+    early: tuple[tuple[int, ...], ...]  # messages: the numbers of the copies that travel together
+    late: tuple[tuple[int, ...], ...]
     dtypes: tuple[Any, ...]  # of each leaf's slots
 
 
 def send(home_weights: Any, placement: Placement, axis_name: AxisName, dtype: Any, value: Any) -> tuple[Sent, Any]:
-    """Sends half of the copies, if along a topology; `receive` sends the others.
+    """Sends half of the copies, if along a topology; `send_rest` the others.
 
     What is sent waits for the value, which comes back for what shall not overtake the preparation of what is sent.
     """
@@ -83,7 +85,7 @@ def send(home_weights: Any, placement: Placement, axis_name: AxisName, dtype: An
     of_slots = jnp.asarray(placement.phy2log).reshape(ranks, slots)
     if topology is None:
         rows = jnp.clip(of_slots[rank], 0, placement.num_experts - 1)
-        return Sent(rows, [], [], axis_name, None, (), dtypes), value
+        return Sent(rows, [], [], axis_name, None, (), (), dtypes), value
     owner, number = copied(topology, ranks, slots - home)
     copier = np.empty_like(owner)  # of each rank's k-th copied expert
     copier[owner, number] = np.arange(ranks)[:, None]
@@ -95,32 +97,77 @@ def send(home_weights: Any, placement: Placement, axis_name: AxisName, dtype: An
     routes = tuple(
         tuple(zip(number_of.tolist(), number_of[copier[:, column]].tolist(), strict=True)) for column in columns
     )
-    messages = tuple(
-        numbers
+    early, late = (
+        tuple(numbers for column in columns if (numbers := tuple(k for k in some if k % len(routes) == column)))
         for some in (range(half), range(half, len(rows)))
-        for column in columns
-        if (numbers := tuple(k for k in some if k % len(routes) == column))
     )
-    first = sum(numbers[0] < half for numbers in messages)
     with jax.named_scope("lplb_send"):
-        arrays = [
-            _side_by_side([lax.stop_gradient(leaf).at[rows[np.array(ks)]].get(mode="clip") for leaf in leaves], dtypes)
-            for ks in messages
-        ]
-        now, value = lax.optimization_barrier((arrays[:first], value))
-        copies = _along(axes, routes, messages[:first], now)
-    return Sent(rows, copies, arrays[first:], axes, routes, messages, dtypes), value
+        now, waiting = (
+            [
+                _side_by_side(
+                    [lax.stop_gradient(leaf).at[rows[np.array(numbers)]].get(mode="clip") for leaf in leaves], dtypes
+                )
+                for numbers in messages
+            ]
+            for messages in (early, late)
+        )
+        now, value = lax.optimization_barrier((now, value))
+        copies = _along(axes, routes, early, now)
+    return Sent(rows, copies, waiting, axes, routes, early, late, dtypes), value
 
 
-def receive(home_weights: Any, sent: Sent, exchange: Callable[[Any], Any], tokens: Any) -> tuple[Any, Any]:
+def send_rest(home_weights: Any, sent: Sent, value: Any) -> tuple[tuple[Any, Any], Sent, Any]:
+    """Sends the other half, once the first has come and the value is known, and before what follows from it.
+
+    Returns what `receive` takes: the home weights with what came; and of what was sent, what is not differentiated.
+
+    In the backward pass the gradients of this half travel where XLA finds time for them: from the end of that of
+    `receive` until the sums are needed, the optimiser's step maybe.
+    """
+    if not sent.routes:
+        return (home_weights, []), sent, value
+    sent, value = lax.optimization_barrier((sent, value))
+    leaves, tree = jax.tree.flatten(home_weights)
+    leaves, late = _send_late(leaves, replace(sent, copies=[]))
+    return (jax.tree.unflatten(tree, leaves), late), replace(sent, waiting=[]), value
+
+
+# Differentiated by hand, as `_receive` is: the gradients of copies are added to the rows' own in place, where JAX would
+# scatter them into zeros and add up whole leaves.
+@jax.custom_vjp
+def _send_late(leaves: list[jax.Array], sent: Sent) -> tuple[list[jax.Array], list[list[jax.Array]]]:
+    return _send_late_forward(leaves, sent)[0]
+
+
+def _send_late_forward(leaves: list[jax.Array], sent: Sent) -> Any:
+    with jax.named_scope("lplb_send"):
+        late = _along(sent.axis_name, sent.routes or (), sent.late, sent.waiting)
+    return (leaves, late), replace(sent, waiting=[])
+
+
+def _send_late_backward(sent: Sent, gradients: Any) -> Any:
+    of_leaves, of_late = gradients
+    sums, of_late = jax.tree.map(lambda one: None if one.dtype == jax.dtypes.float0 else one, (of_leaves, of_late))
+    with jax.named_scope("lplb_send"):
+        of_late = _along(sent.axis_name, _reverse(sent.routes), sent.late, of_late)
+    for numbers, arrays in zip(sent.late, of_late, strict=True):
+        for i, of_rows in enumerate(_apart(arrays, of_leaves, sent.dtypes)):
+            if sums[i] is not None and of_rows is not None:
+                sums[i] = _add_rows(sums[i], sent.rows, numbers, of_rows)
+    return sums, None
+
+
+_send_late.defvjp(_send_late_forward, _send_late_backward)
+
+
+def receive(weights: tuple[Any, Any], sent: Sent, exchange: Callable[[Any], Any], tokens: Any) -> tuple[Any, Any]:
     """The slots of this rank, copies included, and `exchange(tokens)`: along a topology tokens travel beside the cast.
 
-    The second half of the copies travels before tokens do, beside what brings tokens in order.
-
-    In the backward pass gradients of copies travel first, then those of tokens, beside the cast of the rows' own. That
-    cast takes about as long as tokens travel, and needs no links; where the order is left to XLA, it does it while the
-    few copies travel, and nothing while tokens do.
+    In the backward pass gradients of the first half of copies travel first, then those of tokens, beside the cast of
+    the rows' own. That cast takes about as long as tokens travel, and needs no links; where the order is left to XLA,
+    it does it while the few copies travel, and nothing while tokens do.
     """
+    home_weights, late = weights
     leaves, tree = jax.tree.flatten(home_weights)
     if sent.routes == () and all(leaf.dtype == dtype for leaf, dtype in zip(leaves, sent.dtypes, strict=True)):
         return home_weights, exchange(tokens)
@@ -129,26 +176,24 @@ def receive(home_weights: Any, sent: Sent, exchange: Callable[[Any], Any], token
             casted = [leaf.astype(dtype) for leaf, dtype in zip(leaves, sent.dtypes, strict=True)]
             slots, tokens = [_rows_of_all(leaf, sent.rows, sent.axis_name) for leaf in casted], exchange(tokens)
         else:
-            slots, tokens = _receive(exchange, leaves, sent, tokens)
+            slots, tokens = _receive(exchange, leaves, late, sent, tokens)
     return jax.tree.unflatten(tree, slots), tokens
 
 
-# Differentiated by hand, so that the gradients of copies are added to the rows' own in place; JAX would scatter them
-# into zeros and add up whole leaves. The barriers make the order: what comes out of them waits for all that goes in.
+# The barriers make the order: what comes out of them waits for all that goes in.
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _receive(
-    exchange: Callable[[Any], Any], leaves: list[jax.Array], sent: Sent, tokens: Any
+    exchange: Callable[[Any], Any], leaves: list[jax.Array], late: list[list[jax.Array]], sent: Sent, tokens: Any
 ) -> tuple[list[jax.Array], Any]:
     """The leaves with the copies below, and exchange(tokens)."""
-    return _receive_forward(exchange, leaves, sent, tokens)[0]
+    return _receive_forward(exchange, leaves, late, sent, tokens)[0]
 
 
-def _receive_forward(exchange: Callable[[Any], Any], leaves: list[jax.Array], sent: Sent, tokens: Any) -> Any:
+def _receive_forward(
+    exchange: Callable[[Any], Any], leaves: list[jax.Array], late: list[list[jax.Array]], sent: Sent, tokens: Any
+) -> Any:
     number = len(sent.rows)
-    with jax.named_scope("lplb_send"):
-        rest = _along(sent.axis_name, sent.routes or (), sent.messages[len(sent.copies) :], sent.waiting)
-    copies = [*sent.copies, *rest]
-    copies, tokens = lax.optimization_barrier((copies, tokens))
+    copies, tokens = lax.optimization_barrier(([*sent.copies, *late], tokens))
     leaves, tokens = lax.optimization_barrier((leaves, tokens))
     tokens, pull = jax.vjp(exchange, tokens)
     slots = [
@@ -156,73 +201,95 @@ def _receive_forward(exchange: Callable[[Any], Any], leaves: list[jax.Array], se
         for leaf, dtype in zip(leaves, sent.dtypes, strict=True)
     ]
     slots = lax.optimization_barrier(slots)  # or one kernel would cast and add copies, and take 1.7 times as long
-    for numbers, arrays in zip(sent.messages, copies, strict=True):
+    for numbers, arrays in zip(sent.early + sent.late, copies, strict=True):
         # Not by dynamic_update_slice, which XLA does asynchronously on GPUs, and then starts the exchange late.
         slots = [
             of_leaf.at[len(leaf) + np.array(numbers)].set(rows, mode="promise_in_bounds", unique_indices=True)
-            for of_leaf, leaf, rows in zip(slots, leaves, _apart(arrays, slots), strict=True)
+            for of_leaf, leaf, rows in zip(slots, leaves, _apart(arrays, leaves, sent.dtypes), strict=True)
         ]
     slots, tokens = lax.optimization_barrier((slots, tokens))
-    sent = replace(sent, copies=[], waiting=[])  # not kept for the backward pass
+    sent = replace(sent, copies=[])  # not kept for the backward pass
     return (slots, tokens), (sent, pull, [jnp.zeros(0, leaf.dtype) for leaf in leaves])
 
 
 def _receive_backward(exchange: Callable[[Any], Any], residuals: Any, gradients: Any) -> Any:
     (sent, pull, like), (of_slots, of_tokens) = residuals, gradients
-    number = len(sent.rows)
-    of_slots = {i: of_slots[i] for i, leaf in enumerate(like) if jnp.issubdtype(leaf.dtype, jnp.inexact)}
-    back = [[(receiver, sender) for sender, receiver in route] for route in sent.routes or ()]
+    of_slots = {i: of_leaf for i, of_leaf in enumerate(of_slots) if of_leaf.dtype != jax.dtypes.float0}
+    first = {i: len(of_leaf) - len(sent.rows) for i, of_leaf in of_slots.items()}  # slot of copies
+
+    def of_message(i: int, numbers: tuple[int, ...]) -> jax.Array:
+        return of_slots[i][first[i] + numbers[0] : first[i] + numbers[-1] + 1 : len(sent.routes or ())]
+
     # Leaf by leaf, the last first: its gradient is known before the others' where leaves are used in their order, as
     # w_in and w_out are. But for the barrier XLA makes one message of several, which waits until all are known.
-    of_copies: dict[int, list[jax.Array]] = {}
+    back = _reverse(sent.routes)
+    of_copies: dict[int, list[list[jax.Array]]] = {}
     for i in sorted(of_slots, reverse=True):
-        of_rows = of_slots[i][len(of_slots[i]) - number :]
-        of_copies, of_rows = lax.optimization_barrier((of_copies, of_rows))
-        of_copies[i] = [
-            lax.ppermute(of_rows[column :: len(back)], sent.axis_name, route) for column, route in enumerate(back)
-        ]
+        messages = [[of_message(i, numbers)] for numbers in sent.early]
+        of_copies, messages = lax.optimization_barrier((of_copies, messages))
+        of_copies[i] = _along(sent.axis_name, back, sent.early, messages)
     of_copies, of_tokens = lax.optimization_barrier((of_copies, of_tokens))
     of_slots, of_tokens = lax.optimization_barrier((of_slots, of_tokens))
     (of_tokens,) = pull(of_tokens)
-    sums = {i: of_leaf[: len(of_leaf) - number].astype(like[i].dtype) for i, of_leaf in of_slots.items()}
+    known = [jnp.issubdtype(leaf.dtype, jnp.inexact) and i in of_slots for i, leaf in enumerate(like)]
+    sums = {i: of_leaf[: first[i]].astype(like[i].dtype) for i, of_leaf in of_slots.items() if known[i]}
+    of_late = [
+        _side_by_side([of_message(i, numbers) if i in of_slots else None for i in range(len(like))], sent.dtypes)
+        for numbers in sent.late
+    ]
     sums = lax.optimization_barrier(sums)
-    for i, of_leaf in sums.items():
-        for k in range(number):
-            of_row, row = of_copies[i][k % len(back)][k // len(back)].astype(of_leaf.dtype), sent.rows[k]
-            of_row = of_row + lax.dynamic_index_in_dim(of_leaf, row, keepdims=False)
-            of_leaf = lax.dynamic_update_index_in_dim(of_leaf, of_row, row, 0)
-        sums[i] = of_leaf
-    sums, of_tokens = lax.optimization_barrier((sums, of_tokens))
-    return [sums.get(i) for i in range(len(like))], None, of_tokens
+    for i in sums:
+        for numbers, (of_rows,) in zip(sent.early, of_copies[i], strict=True):
+            sums[i] = _add_rows(sums[i], sent.rows, numbers, of_rows)
+    sums, of_late, of_tokens = lax.optimization_barrier((sums, of_late, of_tokens))
+    return [sums.get(i) for i in range(len(like))], of_late, None, of_tokens
 
 
 _receive.defvjp(_receive_forward, _receive_backward)
 
 
+def _add_rows(leaf: jax.Array, rows: jax.Array, numbers: tuple[int, ...], values: jax.Array) -> jax.Array:
+    """Adds the values, of copies of these numbers, to the leaf's rows that they are copies of."""
+    for k, value in zip(numbers, values, strict=True):
+        value = value.astype(leaf.dtype) + lax.dynamic_index_in_dim(leaf, rows[k], keepdims=False)
+        leaf = lax.dynamic_update_index_in_dim(leaf, value, rows[k], 0)
+    return leaf
+
+
+def _reverse(routes: tuple[Route, ...] | None) -> tuple[Route, ...]:
+    return tuple(tuple((receiver, sender) for sender, receiver in route) for route in routes or ())
+
+
 def _along(
-    axis_name: AxisName, routes: Sequence[Route], messages: Sequence[tuple[int, ...]], sent: list[list[jax.Array]]
-) -> list[list[jax.Array]]:
-    """What comes of each of the messages."""
+    axis_name: AxisName, routes: Sequence[Route], messages: Sequence[tuple[int, ...]], sent: list[list[Any]]
+) -> list[list[Any]]:
+    """What comes of each of the messages; of those of which nothing is sent, None."""
     return [
-        [lax.ppermute(rows, axis_name, routes[numbers[0] % len(routes)]) for rows in arrays]
+        [rows if rows is None else lax.ppermute(rows, axis_name, routes[numbers[0] % len(routes)]) for rows in arrays]
         for numbers, arrays in zip(messages, sent, strict=True)
     ]
 
 
-def _side_by_side(leaves: list[jax.Array], dtypes: Sequence[Any]) -> list[jax.Array]:
-    """Leaves [rows, ...] as one array [rows, elements] for each dtype, for one collective."""
+def _side_by_side(leaves: Sequence[Any], dtypes: Sequence[Any]) -> list[Any]:
+    """Leaves [rows, ...] as one array [rows, elements] for each dtype, for one collective; None of a dtype of None."""
     # Flat: XLA would lay them out transposed, as products of the backward pass may take them, and back again.
     arrays: dict[Any, list[jax.Array]] = {}
     for leaf, dtype, array in zip(leaves, dtypes, _arrays_of(dtypes), strict=True):
-        arrays.setdefault(array, []).append(leaf.astype(dtype).reshape(len(leaf), math.prod(leaf.shape[1:])))
-    return [jnp.concatenate(parts, axis=1) for parts in arrays.values()]
+        parts = arrays.setdefault(array, [])
+        if leaf is not None:
+            parts.append(leaf.astype(dtype).reshape(len(leaf), math.prod(leaf.shape[1:])))
+    return [jnp.concatenate(parts, axis=1) if parts else None for parts in arrays.values()]
 
 
-def _apart(arrays: list[jax.Array], like: list[jax.Array]) -> list[jax.Array]:
-    """The rows of each leaf, from what `_side_by_side` made of such leaves."""
-    array_of = _arrays_of([leaf.dtype for leaf in like])
-    left, parts = dict(zip(dict.fromkeys(array_of), arrays, strict=True)), []
+def _apart(arrays: list[Any], like: Sequence[Any], dtypes: Sequence[Any]) -> list[Any]:
+    """The rows of each leaf, from what `_side_by_side` made of leaves [rows, ...] like these."""
+    array_of = _arrays_of(dtypes)
+    left = dict(zip(dict.fromkeys(array_of), arrays, strict=True))
+    parts: list[Any] = []
     for leaf, array in zip(like, array_of, strict=True):
+        if left[array] is None:
+            parts.append(None)
+            continue
         part, left[array] = jnp.split(left[array], [math.prod(leaf.shape[1:])], axis=1)
         parts.append(part.reshape(len(part), *leaf.shape[1:]))
     return parts

@@ -12,12 +12,12 @@ from jax import lax
 
 from jax_lplb import _ffi
 from jax_lplb._balance import balance
-from jax_lplb._expert_parallel import Dispatch, as_they_are, expert_parallel
+from jax_lplb._expert_parallel import Bring, Dispatch, as_they_are, expert_parallel
 from jax_lplb._grouped_matmul import GroupedMatmul, has_tokamax
 from jax_lplb._placement import Placement
 from jax_lplb._status import Status
 from jax_lplb._swiglu import swiglu
-from jax_lplb._weights import Sent, from_logical, receive, replicate, send
+from jax_lplb._weights import Sent, from_logical, receive, replicate, send, send_rest
 
 _log = logging.getLogger(__name__)
 
@@ -239,18 +239,18 @@ class MoE(nnx.Module):
         out = balance(expert_ids, placement, axis_name=self.axis_name, **dict(self.balance_options))
         metrics = self._metrics(out, expert_ids, scores, placement)
 
-        def known(value: Any) -> tuple[Sent | None, Any]:
+        def send_copies(value: Any) -> tuple[Sent | None, Any]:
             # The metrics' means, of which XLA makes one collective, come before what is sent: not last, and exposed.
             value, _ = lax.optimization_barrier((value, metrics.moved))
             return (None, value) if prepared else send(weights, placement, self.axis_name, self.dtype, value)
 
+        bring = as_they_are if prepared else Bring(send_copies, send_rest, receive)
         result, rounds = expert_parallel(
             tokens.astype(self.dtype),
             out.physical_ids,
             gates,
             weights,
-            known,
-            as_they_are if prepared else receive,
+            bring._replace(send=send_copies),
             partial(swiglu, implementation=self.grouped_matmul),
             placement,
             axis_name=self.axis_name,

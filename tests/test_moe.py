@@ -132,7 +132,6 @@ def test_padding(rng, dispatch, buffer_factor):
             ids,
             gates,
             weights,
-            lambda value: (None, value),
             _expert_parallel.as_they_are,
             lambda slots, rows, sizes: jax.lax.ragged_dot(rows, slots, sizes),
             place,
