@@ -192,7 +192,9 @@ def _all_to_all(
 ) -> jax.Array:
     exchange = partial(lax.all_to_all, axis_name=layout.axis_name, split_axis=0, concat_axis=0, tiled=True)
     slots, received = receive(exchange, _tokens_to_cells(tokens, round_))
-    done = layout.experts(slots, _permute(received, round_.order, round_.back), round_.group_sizes)
+    # What the products make of these sizes comes late: nothing shall be launched before the exchange after a branch.
+    received, group_sizes = lax.optimization_barrier((received, round_.group_sizes))
+    done = layout.experts(slots, _permute(received, round_.order, round_.back), group_sizes)
     returned = exchange(_permute(done, round_.back, round_.order))
     return _weighted_sum(gates, returned, round_.cell_of_pair, round_.pair_of_cell)
 

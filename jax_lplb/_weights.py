@@ -153,7 +153,7 @@ def _send_late_backward(sent: Sent, gradients: Any) -> Any:
     for numbers, arrays in zip(sent.late, of_late, strict=True):
         for i, of_rows in enumerate(_apart(arrays, of_leaves, sent.dtypes)):
             if sums[i] is not None and of_rows is not None:
-                sums[i] = _add_rows(sums[i], sent.rows, numbers, of_rows)
+                sums[i] = _add_rows(_flat(sums[i]), sent.rows, numbers, of_rows).reshape(sums[i].shape)
     return sums, None
 
 
@@ -197,7 +197,7 @@ def _receive_forward(
     leaves, tokens = lax.optimization_barrier((leaves, tokens))
     tokens, pull = jax.vjp(exchange, tokens)
     slots = [
-        jnp.pad(leaf.astype(dtype), [(0, number), *[(0, 0)] * (leaf.ndim - 1)])
+        jnp.pad(_flat(leaf).astype(dtype), ((0, number), (0, 0)))
         for leaf, dtype in zip(leaves, sent.dtypes, strict=True)
     ]
     slots = lax.optimization_barrier(slots)  # or one kernel would cast and add copies, and take 1.7 times as long
@@ -207,6 +207,7 @@ def _receive_forward(
             of_leaf.at[len(leaf) + np.array(numbers)].set(rows, mode="promise_in_bounds", unique_indices=True)
             for of_leaf, leaf, rows in zip(slots, leaves, _apart(arrays, leaves, sent.dtypes), strict=True)
         ]
+    slots = [of_leaf.reshape(len(of_leaf), *leaf.shape[1:]) for of_leaf, leaf in zip(slots, leaves, strict=True)]
     slots, tokens = lax.optimization_barrier((slots, tokens))
     sent = replace(sent, copies=[])  # not kept for the backward pass
     return (slots, tokens), (sent, pull, [jnp.zeros(0, leaf.dtype) for leaf in leaves])
@@ -277,12 +278,17 @@ def _side_by_side(leaves: Sequence[Any], dtypes: Sequence[Any]) -> list[Any]:
     for leaf, dtype, array in zip(leaves, dtypes, _arrays_of(dtypes), strict=True):
         parts = arrays.setdefault(array, [])
         if leaf is not None:
-            parts.append(leaf.astype(dtype).reshape(len(leaf), math.prod(leaf.shape[1:])))
+            parts.append(_flat(leaf.astype(dtype)))
     return [jnp.concatenate(parts, axis=1) if parts else None for parts in arrays.values()]
 
 
+def _flat(leaf: jax.Array) -> jax.Array:
+    """[rows, elements]."""
+    return leaf.reshape(len(leaf), math.prod(leaf.shape[1:]))
+
+
 def _apart(arrays: list[Any], like: Sequence[Any], dtypes: Sequence[Any]) -> list[Any]:
-    """The rows of each leaf, from what `_side_by_side` made of leaves [rows, ...] like these."""
+    """The rows [rows, elements] of each leaf, from what `_side_by_side` made of leaves [rows, ...] like these."""
     array_of = _arrays_of(dtypes)
     left = dict(zip(dict.fromkeys(array_of), arrays, strict=True))
     parts: list[Any] = []
@@ -291,7 +297,7 @@ def _apart(arrays: list[Any], like: Sequence[Any], dtypes: Sequence[Any]) -> lis
             parts.append(None)
             continue
         part, left[array] = jnp.split(left[array], [math.prod(leaf.shape[1:])], axis=1)
-        parts.append(part.reshape(len(part), *leaf.shape[1:]))
+        parts.append(part)
     return parts
 
 
