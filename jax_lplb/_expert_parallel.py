@@ -27,20 +27,21 @@ Dispatch = Literal["all_to_all", "ring"]
 # (weights of slots, rows [n, d_model] sorted by slot, group_sizes int32 [slots]) -> [n, d_model]; rows beyond those of
 # the groups are padding, for which anything may be returned.
 Experts = Callable[[Any, jax.Array, jax.Array], jax.Array]
-# (weights, sent, exchange, tokens) -> the weights of this rank's slots, and exchange(tokens), done meanwhile.
+# (weights and what came, sent, exchange, tokens) -> weights of this rank's slots, and exchange(tokens), done meanwhile.
 Receive = Callable[[Any, Any, Callable[[Any], Any], Any], tuple[Any, Any]]
 
 
 class Bring(NamedTuple):
     """How the weights of this rank's slots come, in three steps.
 
-    The first two are for times when links are free: what comes after that needs the value that they give back. `sent`
-    is a pytree that is not differentiated, as values are not.
+    The first two are for times when links are free: what comes after that needs the value that they give back. What
+    was sent is a pytree that is not differentiated, as values are not.
     """
 
-    send: Callable[[Any], tuple[Any, Any]]  # value, before the plan -> sent, value
-    # (weights, sent, value), before tokens are gathered -> weights, sent, value
-    send_rest: Callable[[Any, Any, Any], tuple[Any, Any, Any]]
+    # (weights, value), before the plan -> sent, value
+    send_early: Callable[[Any, Any], tuple[Any, Any]]
+    # (weights, sent, value), before tokens are gathered -> weights and what came, differentiable; sent; value
+    send_late: Callable[[Any, Any, Any], tuple[Any, Any, Any]]
     receive: Receive
 
 
@@ -96,7 +97,7 @@ def expert_parallel(
         most = lax.pmax(jnp.sum(gathered // slots_per_rank == rank, dtype=jnp.int32), axis_name)
     if others and capacity < most_ids:  # as many rounds for all devices that have copies of anything
         most = lax.pmax(_ffi.vary(most, frozenset(others)), others)
-    sent, (ids, gathered, most) = bring.send((ids, gathered, most))
+    sent, (ids, gathered, most) = bring.send_early(weights, (ids, gathered, most))
     if dispatch == "all_to_all":
         coming = lax.dynamic_index_in_dim(gathered, rank, axis=1, keepdims=False)
         length = jnp.sum(lax.dynamic_index_in_dim(gathered, rank, axis=0, keepdims=False), axis=1)
@@ -106,7 +107,7 @@ def expert_parallel(
         here = gathered // slots_per_rank == rank
         plan = _plan(gathered, jnp.where(here, 0, -1), jnp.sum(here, keepdims=True, dtype=jnp.int32), placement)
         way = _Way(partial(_ring_prepare, layout), partial(_ring, layout))
-    weights, sent, first = bring.send_rest(weights, sent, way.prepare(plan, jnp.int32(0)))
+    weights, sent, first = bring.send_late(weights, sent, way.prepare(plan, jnp.int32(0)))
     if dispatch == "all_to_all":
         first = first._replace(cells=_tokens_to_cells(lax.stop_gradient(tokens), first))
     if capacity >= most_ids:
@@ -138,14 +139,14 @@ class _Way(NamedTuple):
 
 
 class _Round(NamedTuple):
-    """Index arrays, small and many, of a round."""
+    """Index arrays, small and many, of a round; of the first, the tokens too."""
 
     pair_of_cell: jax.Array  # int32 [cells], out of range for an empty one
     cell_of_pair: jax.Array  # int32 [pairs], out of range where the pair is not of the round
     group_sizes: jax.Array  # int32 [slots], rows that come for each
     back: Any = None  # of all_to_all: int32 [cells], the place of each cell that comes among rows sorted by slot
     order: Any = None  # its inverse
-    cells: Any = None  # of the first round, the tokens in the cells: gathered before the branch, beside the copies
+    cells: Any = None  # of all_to_all's first: the tokens in its cells, gathered before the branch, beside the copies
 
 
 class _Plan(NamedTuple):
@@ -286,7 +287,7 @@ _permute.defvjp(
 
 @jax.custom_vjp
 def _tokens_to_cells(tokens: jax.Array, round_: _Round) -> jax.Array:
-    """The token of each cell, zeros where there is none."""
+    """The token of each cell, zeros where there is none; gathered already, it is the tokens' gradient that matters."""
     if round_.cells is not None:
         return round_.cells
     k = len(round_.cell_of_pair) // len(tokens)
@@ -307,16 +308,15 @@ def _tokens_to_cells_backward(residuals: Any, gradient: jax.Array) -> Any:
 _tokens_to_cells.defvjp(_tokens_to_cells_forward, _tokens_to_cells_backward)
 
 
-# GPUs wait for the host to learn of a condition: so there is one, right after the plan and before all that takes long,
-# and then either the usual single round or a loop. Then the host has to catch up, so that few launches come before what
-# takes long.
+# GPUs wait for the host to learn of a condition: so there is one, before tokens travel, and then either the usual
+# single round or a loop. Then the host has to catch up, so that few launches come before what takes long.
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _all_rounds(
     way: _Way, receive: Receive, dtype: Any, rounds: jax.Array, plan: _Plan, first: _Round, sent: Any, *operands: Any
 ) -> jax.Array:
     """The sum of all rounds' results.
 
-    `first`: index arrays of the first round. `operands`: weights, tokens and gates, by which it is differentiated.
+    `first`: the first round. `operands`: weights, tokens and gates, by which it is differentiated.
     """
     return lax.cond(
         rounds > 1,
@@ -344,8 +344,8 @@ def _slots_alone(receive: Receive, sent: Any, weights: Any) -> Any:
 
 # Of slots that are here.
 as_they_are = Bring(
-    send=lambda value: (None, value),
-    send_rest=lambda slots, sent, value: (slots, sent, value),
+    send_early=lambda slots, value: (None, value),
+    send_late=lambda slots, sent, value: (slots, sent, value),
     receive=lambda slots, sent, exchange, tokens: (slots, exchange(tokens)),
 )
 
@@ -403,5 +403,7 @@ def _sum_of(rounds: jax.Array, of_round: Callable[[jax.Array], Any]) -> Any:
     return lax.while_loop(lambda state: state[0] < rounds, add, (first, zeros))[1]
 
 
-def _zeros_like(array: Any) -> jax.Array:
-    return _ffi.vary(jnp.zeros(array.shape, array.dtype), _ffi.varying(array))
+def _zeros_like(array: jax.ShapeDtypeStruct) -> jax.Array:
+    # Not `jax.typeof(array)`: on a mesh with axes that are not manual that wants a sharding too.
+    kind = array.manual_axis_type
+    return _ffi.vary(jnp.zeros(array.shape, array.dtype), kind.varying if kind else frozenset())

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,7 @@ def replicate(home_weights: Any, placement: Placement, axis_name: AxisName, dtyp
     leaves of a dtype together, in two halves. Without one each rank takes its slots' rows from
     whoever has them, as all ranks show their rows in turn: more traffic, for any placement. Differentiable: the
     gradients of all copies are added up at home, so that an optimiser sees each expert once. All leaves of a call
-    travel: leave out those that you do not use.
+    travel, with their gradients: leave out those that you do not use.
 
     Args:
       home_weights: a pytree of this rank's rows [num_experts / num_ranks, ...], in the order of `placement.home_order`.
@@ -42,34 +42,47 @@ def replicate(home_weights: Any, placement: Placement, axis_name: AxisName, dtyp
       ValueError: `axis_name` is not bound or has another size than `num_ranks`, num_ranks does not divide the experts,
         or a leaf has another number of rows.
     """
-    sent, _ = send(home_weights, placement, axis_name, dtype, None)
-    weights, sent, _ = send_rest(home_weights, sent, None)
+    varying = _ffi.varying(*jax.tree.leaves(placement))
+    home_weights = jax.tree.map(lambda leaf: _ffi.vary(leaf, varying), home_weights)
+    sending, _ = send_early(home_weights, placement, axis_name, dtype, None)
+    weights, sent, _ = send_late(home_weights, sending, None)
     return receive(weights, sent, lambda nothing: nothing, None)[0]
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["rows", "copies", "waiting"],
-    meta_fields=["axis_name", "routes", "early", "late", "dtypes"],
+    data_fields=["rows"],
+    meta_fields=["axis_name", "routes", "early", "late", "dtypes", "whole"],
 )
 @dataclass(frozen=True)
-class Sent:
-    """Copies on their way to this rank."""
+class Travel:
+    """How copies travel, and their gradients back: in two halves."""
 
     rows: jax.Array  # int32, the rows that this rank sends; without a topology, the experts of its slots
-    copies: list[list[jax.Array]]  # what the early messages brought, each one array [copies, elements] for each dtype
-    waiting: list[list[jax.Array]]  # what the late ones will take, until `send_rest`
     axis_name: AxisName  # with routes: in the mesh's order
     routes: tuple[Route, ...] | None  # of each column of the topology; copy k takes route k % len(routes)
     early: tuple[tuple[int, ...], ...]  # messages: the numbers of the copies that travel together
     late: tuple[tuple[int, ...], ...]
     dtypes: tuple[Any, ...]  # of each leaf's slots
+    whole: bool  # leaves of a dtype side by side; over axes that are not manual each may be cut in its own way
+
+    @property
+    def back(self) -> tuple[Route, ...]:
+        return tuple(tuple((receiver, sender) for sender, receiver in route) for route in self.routes or ())
 
 
-def send(home_weights: Any, placement: Placement, axis_name: AxisName, dtype: Any, value: Any) -> tuple[Sent, Any]:
-    """Sends half of the copies, if along a topology; `send_rest` the others.
+Arrays = list[list[Any]]  # what each message takes or brings: an array for leaves that go side by side
+
+
+def send_early(
+    home_weights: Any, placement: Placement, axis_name: AxisName, dtype: Any, value: Any
+) -> tuple[tuple[Travel, Arrays, Arrays], Any]:
+    """Sends half of the copies, if along a topology.
 
     What is sent waits for the value, which comes back for what shall not overtake the preparation of what is sent.
+
+    Returns:
+      What `send_late` takes: how copies travel, the arrays that came, and those that wait; and the value.
     """
     _check("placement", placement)
     ranks = axis_size(axis_name, placement.num_ranks)
@@ -81,11 +94,12 @@ def send(home_weights: Any, placement: Placement, axis_name: AxisName, dtype: An
         for path, leaf in jax.tree_util.tree_leaves_with_path(home_weights)
     ]
     dtypes = tuple(leaf.dtype if dtype is None else jnp.dtype(dtype) for leaf in leaves)
+    whole = jax.sharding.get_abstract_mesh().are_all_axes_manual
     slots, topology, rank = placement.slots_per_rank, placement.topology, lax.axis_index(axis_name)
     of_slots = jnp.asarray(placement.phy2log).reshape(ranks, slots)
     if topology is None:
         rows = jnp.clip(of_slots[rank], 0, placement.num_experts - 1)
-        return Sent(rows, [], [], axis_name, None, (), (), dtypes), value
+        return (Travel(rows, axis_name, None, (), (), dtypes, whole), [], []), value
     owner, number = copied(topology, ranks, slots - home)
     copier = np.empty_like(owner)  # of each rank's k-th copied expert
     copier[owner, number] = np.arange(ranks)[:, None]
@@ -101,149 +115,151 @@ def send(home_weights: Any, placement: Placement, axis_name: AxisName, dtype: An
         tuple(numbers for column in columns if (numbers := tuple(k for k in some if k % len(routes) == column)))
         for some in (range(half), range(half, len(rows)))
     )
+    travel = Travel(rows, axes, routes, early, late, dtypes, whole)
+
+    def taken(numbers: tuple[int, ...]) -> list[Any]:
+        of_leaves = [lax.stop_gradient(leaf).at[rows[np.array(numbers)]].get(mode="clip") for leaf in leaves]
+        return _side_by_side(of_leaves, travel)
+
     with jax.named_scope("lplb_send"):
-        now, waiting = (
-            [
-                _side_by_side(
-                    [lax.stop_gradient(leaf).at[rows[np.array(numbers)]].get(mode="clip") for leaf in leaves], dtypes
-                )
-                for numbers in messages
-            ]
-            for messages in (early, late)
-        )
-        now, value = lax.optimization_barrier((now, value))
-        copies = _along(axes, routes, early, now)
-    return Sent(rows, copies, waiting, axes, routes, early, late, dtypes), value
+        arrays, waiting = [taken(numbers) for numbers in early], [taken(numbers) for numbers in late]
+        arrays, value = lax.optimization_barrier((arrays, value))
+        copies = _along(axes, routes, early, arrays)
+    return (travel, copies, waiting), value
 
 
-def send_rest(home_weights: Any, sent: Sent, value: Any) -> tuple[tuple[Any, Any], Sent, Any]:
+def send_late(
+    home_weights: Any, sent: tuple[Travel, Arrays, Arrays], value: Any
+) -> tuple[tuple[Any, Arrays], tuple[Travel, Arrays], Any]:
     """Sends the other half, once the first has come and the value is known, and before what follows from it.
-
-    Returns what `receive` takes: the home weights with what came; and of what was sent, what is not differentiated.
 
     In the backward pass the gradients of this half travel where XLA finds time for them: from the end of that of
     `receive` until the sums are needed, the optimiser's step maybe.
+
+    Returns:
+      What `receive` takes: the home weights with what came, differentiable; what else was sent; and the value.
     """
-    if not sent.routes:
-        return (home_weights, []), sent, value
-    sent, value = lax.optimization_barrier((sent, value))
+    if not sent[0].late:
+        return (home_weights, []), sent[:2], value
+    (travel, copies, waiting), value = lax.optimization_barrier((sent, value))
     leaves, tree = jax.tree.flatten(home_weights)
-    leaves, late = _send_late(leaves, replace(sent, copies=[]))
-    return (jax.tree.unflatten(tree, leaves), late), replace(sent, waiting=[]), value
+    leaves, arrays = _send_late(leaves, waiting, travel)
+    return (jax.tree.unflatten(tree, leaves), arrays), (travel, copies), value
 
 
-# Differentiated by hand, as `_receive` is: the gradients of copies are added to the rows' own in place, where JAX would
-# scatter them into zeros and add up whole leaves.
+# This and `_receive` are differentiated by hand, so that the gradients of copies are added to the rows' own in place;
+# JAX would scatter them into zeros and add up whole leaves.
 @jax.custom_vjp
-def _send_late(leaves: list[jax.Array], sent: Sent) -> tuple[list[jax.Array], list[list[jax.Array]]]:
-    return _send_late_forward(leaves, sent)[0]
+def _send_late(leaves: list[jax.Array], waiting: Arrays, travel: Travel) -> tuple[list[jax.Array], Arrays]:
+    """The leaves, from here on without the gradients of these copies, and what came."""
+    return _send_late_forward(leaves, waiting, travel)[0]
 
 
-def _send_late_forward(leaves: list[jax.Array], sent: Sent) -> Any:
+def _send_late_forward(leaves: list[jax.Array], waiting: Arrays, travel: Travel) -> Any:
     with jax.named_scope("lplb_send"):
-        late = _along(sent.axis_name, sent.routes or (), sent.late, sent.waiting)
-    return (leaves, late), replace(sent, waiting=[])
+        return (leaves, _along(travel.axis_name, travel.routes or (), travel.late, waiting)), travel
 
 
-def _send_late_backward(sent: Sent, gradients: Any) -> Any:
-    of_leaves, of_late = gradients
-    sums, of_late = jax.tree.map(lambda one: None if one.dtype == jax.dtypes.float0 else one, (of_leaves, of_late))
+def _send_late_backward(travel: Travel, gradients: Any) -> Any:
+    sums, arrays = jax.tree.map(lambda one: None if one.dtype == jax.dtypes.float0 else one, gradients)
     with jax.named_scope("lplb_send"):
-        of_late = _along(sent.axis_name, _reverse(sent.routes), sent.late, of_late)
-    for numbers, arrays in zip(sent.late, of_late, strict=True):
-        for i, of_rows in enumerate(_apart(arrays, of_leaves, sent.dtypes)):
+        arrays = _along(travel.axis_name, travel.back, travel.late, arrays)
+    for numbers, of_message in zip(travel.late, arrays, strict=True):
+        for i, of_rows in enumerate(_apart(of_message, gradients[0], travel)):
             if sums[i] is not None and of_rows is not None:
-                sums[i] = _add_rows(_flat(sums[i]), sent.rows, numbers, of_rows).reshape(sums[i].shape)
-    return sums, None
+                sums[i] = _add_rows(_flat(sums[i], travel), travel.rows, numbers, of_rows).reshape(sums[i].shape)
+    return sums, None, None
 
 
 _send_late.defvjp(_send_late_forward, _send_late_backward)
 
 
-def receive(weights: tuple[Any, Any], sent: Sent, exchange: Callable[[Any], Any], tokens: Any) -> tuple[Any, Any]:
+def receive(
+    weights: tuple[Any, Arrays], sent: tuple[Travel, Arrays], exchange: Callable[[Any], Any], tokens: Any
+) -> tuple[Any, Any]:
     """The slots of this rank, copies included, and `exchange(tokens)`: along a topology tokens travel beside the cast.
 
-    In the backward pass gradients of the first half of copies travel first, then those of tokens, beside the cast of
-    the rows' own. That cast takes about as long as tokens travel, and needs no links; where the order is left to XLA,
-    it does it while the few copies travel, and nothing while tokens do.
+    In the backward pass gradients of the early copies travel first, then those of tokens, beside the cast of the rows'
+    own. That cast takes about as long as tokens travel, and needs no links; where the order is left to XLA, it does it
+    while the few copies travel, and nothing while tokens do.
     """
-    home_weights, late = weights
+    (home_weights, late), (travel, early) = weights, sent
     leaves, tree = jax.tree.flatten(home_weights)
-    if sent.routes == () and all(leaf.dtype == dtype for leaf, dtype in zip(leaves, sent.dtypes, strict=True)):
+    if travel.routes == () and all(leaf.dtype == dtype for leaf, dtype in zip(leaves, travel.dtypes, strict=True)):
         return home_weights, exchange(tokens)
     with jax.named_scope("lplb_receive"):
-        if sent.routes is None:
-            casted = [leaf.astype(dtype) for leaf, dtype in zip(leaves, sent.dtypes, strict=True)]
-            slots, tokens = [_rows_of_all(leaf, sent.rows, sent.axis_name) for leaf in casted], exchange(tokens)
+        if travel.routes is None:
+            casted = [leaf.astype(dtype) for leaf, dtype in zip(leaves, travel.dtypes, strict=True)]
+            slots, tokens = [_rows_of_all(leaf, travel.rows, travel.axis_name) for leaf in casted], exchange(tokens)
         else:
-            slots, tokens = _receive(exchange, leaves, late, sent, tokens)
+            slots, tokens = _receive(exchange, leaves, late, early, travel, tokens)
     return jax.tree.unflatten(tree, slots), tokens
 
 
 # The barriers make the order: what comes out of them waits for all that goes in.
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _receive(
-    exchange: Callable[[Any], Any], leaves: list[jax.Array], late: list[list[jax.Array]], sent: Sent, tokens: Any
+    exchange: Callable[[Any], Any], leaves: list[jax.Array], late: Arrays, early: Arrays, travel: Travel, tokens: Any
 ) -> tuple[list[jax.Array], Any]:
     """The leaves with the copies below, and exchange(tokens)."""
-    return _receive_forward(exchange, leaves, late, sent, tokens)[0]
+    return _receive_forward(exchange, leaves, late, early, travel, tokens)[0]
 
 
 def _receive_forward(
-    exchange: Callable[[Any], Any], leaves: list[jax.Array], late: list[list[jax.Array]], sent: Sent, tokens: Any
+    exchange: Callable[[Any], Any], leaves: list[jax.Array], late: Arrays, early: Arrays, travel: Travel, tokens: Any
 ) -> Any:
-    number = len(sent.rows)
-    copies, tokens = lax.optimization_barrier(([*sent.copies, *late], tokens))
+    copies, tokens = lax.optimization_barrier(([*early, *late], tokens))
     leaves, tokens = lax.optimization_barrier((leaves, tokens))
     tokens, pull = jax.vjp(exchange, tokens)
-    slots = [
-        jnp.pad(_flat(leaf).astype(dtype), ((0, number), (0, 0)))
-        for leaf, dtype in zip(leaves, sent.dtypes, strict=True)
-    ]
+    slots = []
+    for leaf, dtype in zip(leaves, travel.dtypes, strict=True):
+        casted = _flat(leaf, travel).astype(dtype)
+        slots.append(jnp.pad(casted, [(0, len(travel.rows)), *[(0, 0)] * (casted.ndim - 1)]))
     slots = lax.optimization_barrier(slots)  # or one kernel would cast and add copies, and take 1.7 times as long
-    for numbers, arrays in zip(sent.early + sent.late, copies, strict=True):
+    for numbers, arrays in zip(travel.early + travel.late, copies, strict=True):
         # Not by dynamic_update_slice, which XLA does asynchronously on GPUs, and then starts the exchange late.
         slots = [
             of_leaf.at[len(leaf) + np.array(numbers)].set(rows, mode="promise_in_bounds", unique_indices=True)
-            for of_leaf, leaf, rows in zip(slots, leaves, _apart(arrays, leaves, sent.dtypes), strict=True)
+            for of_leaf, leaf, rows in zip(slots, leaves, _apart(arrays, leaves, travel), strict=True)
         ]
     slots = [of_leaf.reshape(len(of_leaf), *leaf.shape[1:]) for of_leaf, leaf in zip(slots, leaves, strict=True)]
     slots, tokens = lax.optimization_barrier((slots, tokens))
-    sent = replace(sent, copies=[])  # not kept for the backward pass
-    return (slots, tokens), (sent, pull, [jnp.zeros(0, leaf.dtype) for leaf in leaves])
+    return (slots, tokens), (travel, pull, [jnp.zeros(0, leaf.dtype) for leaf in leaves])
 
 
 def _receive_backward(exchange: Callable[[Any], Any], residuals: Any, gradients: Any) -> Any:
-    (sent, pull, like), (of_slots, of_tokens) = residuals, gradients
+    (travel, pull, like), (of_slots, of_tokens) = residuals, gradients
     of_slots = {i: of_leaf for i, of_leaf in enumerate(of_slots) if of_leaf.dtype != jax.dtypes.float0}
-    first = {i: len(of_leaf) - len(sent.rows) for i, of_leaf in of_slots.items()}  # slot of copies
 
     def of_message(i: int, numbers: tuple[int, ...]) -> jax.Array:
-        return of_slots[i][first[i] + numbers[0] : first[i] + numbers[-1] + 1 : len(sent.routes or ())]
+        home = len(of_slots[i]) - len(travel.rows)
+        return of_slots[i][home + numbers[0] : home + numbers[-1] + 1 : len(travel.back)]
 
     # Leaf by leaf, the last first: its gradient is known before the others' where leaves are used in their order, as
     # w_in and w_out are. But for the barrier XLA makes one message of several, which waits until all are known.
-    back = _reverse(sent.routes)
-    of_copies: dict[int, list[list[jax.Array]]] = {}
+    of_early: dict[int, Arrays] = {}
     for i in sorted(of_slots, reverse=True):
-        messages = [[of_message(i, numbers)] for numbers in sent.early]
-        of_copies, messages = lax.optimization_barrier((of_copies, messages))
-        of_copies[i] = _along(sent.axis_name, back, sent.early, messages)
-    of_copies, of_tokens = lax.optimization_barrier((of_copies, of_tokens))
+        messages = [[of_message(i, numbers)] for numbers in travel.early]
+        of_early, messages = lax.optimization_barrier((of_early, messages))
+        of_early[i] = _along(travel.axis_name, travel.back, travel.early, messages)
+    of_early, of_tokens = lax.optimization_barrier((of_early, of_tokens))
     of_slots, of_tokens = lax.optimization_barrier((of_slots, of_tokens))
     (of_tokens,) = pull(of_tokens)
-    known = [jnp.issubdtype(leaf.dtype, jnp.inexact) and i in of_slots for i, leaf in enumerate(like)]
-    sums = {i: of_leaf[: first[i]].astype(like[i].dtype) for i, of_leaf in of_slots.items() if known[i]}
+    sums = {
+        i: of_leaf[: len(of_leaf) - len(travel.rows)].astype(like[i].dtype)
+        for i, of_leaf in of_slots.items()
+        if jnp.issubdtype(like[i].dtype, jnp.inexact)
+    }
     of_late = [
-        _side_by_side([of_message(i, numbers) if i in of_slots else None for i in range(len(like))], sent.dtypes)
-        for numbers in sent.late
+        _side_by_side([of_message(i, numbers) if i in of_slots else None for i in range(len(like))], travel)
+        for numbers in travel.late
     ]
     sums = lax.optimization_barrier(sums)
     for i in sums:
-        for numbers, (of_rows,) in zip(sent.early, of_copies[i], strict=True):
-            sums[i] = _add_rows(sums[i], sent.rows, numbers, of_rows)
+        for numbers, (of_rows,) in zip(travel.early, of_early[i], strict=True):
+            sums[i] = _add_rows(sums[i], travel.rows, numbers, of_rows)
     sums, of_late, of_tokens = lax.optimization_barrier((sums, of_late, of_tokens))
-    return [sums.get(i) for i in range(len(like))], of_late, None, of_tokens
+    return [sums.get(i) for i in range(len(like))], of_late, None, None, of_tokens
 
 
 _receive.defvjp(_receive_forward, _receive_backward)
@@ -257,55 +273,45 @@ def _add_rows(leaf: jax.Array, rows: jax.Array, numbers: tuple[int, ...], values
     return leaf
 
 
-def _reverse(routes: tuple[Route, ...] | None) -> tuple[Route, ...]:
-    return tuple(tuple((receiver, sender) for sender, receiver in route) for route in routes or ())
-
-
-def _along(
-    axis_name: AxisName, routes: Sequence[Route], messages: Sequence[tuple[int, ...]], sent: list[list[Any]]
-) -> list[list[Any]]:
+def _along(axis_name: AxisName, routes: Sequence[Route], messages: Sequence[tuple[int, ...]], arrays: Arrays) -> Arrays:
     """What comes of each of the messages; of those of which nothing is sent, None."""
     return [
-        [rows if rows is None else lax.ppermute(rows, axis_name, routes[numbers[0] % len(routes)]) for rows in arrays]
-        for numbers, arrays in zip(messages, sent, strict=True)
+        [rows if rows is None else lax.ppermute(rows, axis_name, routes[numbers[0] % len(routes)]) for rows in of_one]
+        for numbers, of_one in zip(messages, arrays, strict=True)
     ]
 
 
-def _side_by_side(leaves: Sequence[Any], dtypes: Sequence[Any]) -> list[Any]:
-    """Leaves [rows, ...] as one array [rows, elements] for each dtype, for one collective; None of a dtype of None."""
-    # Flat: XLA would lay them out transposed, as products of the backward pass may take them, and back again.
-    arrays: dict[Any, list[jax.Array]] = {}
-    for leaf, dtype, array in zip(leaves, dtypes, _arrays_of(dtypes), strict=True):
-        parts = arrays.setdefault(array, [])
-        if leaf is not None:
-            parts.append(_flat(leaf.astype(dtype)))
-    return [jnp.concatenate(parts, axis=1) if parts else None for parts in arrays.values()]
+def _side_by_side(leaves: Sequence[Any], travel: Travel) -> list[Any]:
+    """Leaves [rows, ...] as one array [rows, elements] for each dtype; of leaves that are None, None."""
+    parts = [
+        leaf if leaf is None else _flat(leaf, travel).astype(dtype)
+        for leaf, dtype in zip(leaves, travel.dtypes, strict=True)
+    ]
+    if not travel.whole:
+        return parts
+    arrays: dict[Any, list[jax.Array]] = {dtype: [] for dtype in travel.dtypes}
+    for part, dtype in zip(parts, travel.dtypes, strict=True):
+        arrays[dtype] += [] if part is None else [part]
+    return [jnp.concatenate(of_dtype, axis=1) if of_dtype else None for of_dtype in arrays.values()]
 
 
-def _flat(leaf: jax.Array) -> jax.Array:
-    """[rows, elements]."""
-    return leaf.reshape(len(leaf), math.prod(leaf.shape[1:]))
-
-
-def _apart(arrays: list[Any], like: Sequence[Any], dtypes: Sequence[Any]) -> list[Any]:
-    """The rows [rows, elements] of each leaf, from what `_side_by_side` made of leaves [rows, ...] like these."""
-    array_of = _arrays_of(dtypes)
-    left = dict(zip(dict.fromkeys(array_of), arrays, strict=True))
+def _apart(arrays: list[Any], like: Sequence[Any], travel: Travel) -> list[Any]:
+    """What `_side_by_side` made of leaves [rows, ...] like these: for each its rows, flat."""
+    if not travel.whole:
+        return arrays
+    left = dict(zip(dict.fromkeys(travel.dtypes), arrays, strict=True))
     parts: list[Any] = []
-    for leaf, array in zip(like, array_of, strict=True):
-        if left[array] is None:
-            parts.append(None)
-            continue
-        part, left[array] = jnp.split(left[array], [math.prod(leaf.shape[1:])], axis=1)
+    for leaf, dtype in zip(like, travel.dtypes, strict=True):
+        part = None
+        if left[dtype] is not None:
+            part, left[dtype] = jnp.split(left[dtype], [math.prod(leaf.shape[1:])], axis=1)
         parts.append(part)
     return parts
 
 
-def _arrays_of(dtypes: Sequence[Any]) -> list[Any]:
-    """Something that is the same for leaves that go side by side."""
-    # Over axes that are not manual each leaf may be cut in its own way: XLA would have to bring the pieces together.
-    whole = jax.sharding.get_abstract_mesh().are_all_axes_manual
-    return list(dtypes) if whole else list(range(len(dtypes)))
+def _flat(leaf: jax.Array, travel: Travel) -> jax.Array:
+    """[rows, elements], where leaves are whole: laid out so, XLA copies rows as they are."""
+    return leaf.reshape(len(leaf), math.prod(leaf.shape[1:])) if travel.whole else leaf
 
 
 def _in_mesh_order(axis_name: AxisName, num_ranks: int) -> tuple[AxisName, np.ndarray]:

@@ -17,7 +17,7 @@ from jax_lplb._grouped_matmul import GroupedMatmul, has_tokamax
 from jax_lplb._placement import Placement
 from jax_lplb._status import Status
 from jax_lplb._swiglu import swiglu
-from jax_lplb._weights import Sent, from_logical, receive, replicate, send, send_rest
+from jax_lplb._weights import from_logical, receive, replicate, send_early, send_late
 
 _log = logging.getLogger(__name__)
 
@@ -239,18 +239,20 @@ class MoE(nnx.Module):
         out = balance(expert_ids, placement, axis_name=self.axis_name, **dict(self.balance_options))
         metrics = self._metrics(out, expert_ids, scores, placement)
 
-        def send_copies(value: Any) -> tuple[Sent | None, Any]:
+        def send_first(weights: Any, value: Any) -> tuple[Any, Any]:
             # The metrics' means, of which XLA makes one collective, come before what is sent: not last, and exposed.
             value, _ = lax.optimization_barrier((value, metrics.moved))
-            return (None, value) if prepared else send(weights, placement, self.axis_name, self.dtype, value)
+            if prepared:
+                return as_they_are.send_early(weights, value)
+            return send_early(weights, placement, self.axis_name, self.dtype, value)
 
-        bring = as_they_are if prepared else Bring(send_copies, send_rest, receive)
+        late, brought = (as_they_are.send_late, as_they_are.receive) if prepared else (send_late, receive)
         result, rounds = expert_parallel(
             tokens.astype(self.dtype),
             out.physical_ids,
             gates,
             weights,
-            bring._replace(send=send_copies),
+            Bring(send_first, late, brought),
             partial(swiglu, implementation=self.grouped_matmul),
             placement,
             axis_name=self.axis_name,

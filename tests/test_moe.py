@@ -28,7 +28,7 @@ def placements() -> dict[str, lplb.Placement]:
     return {
         "none": along(topology.ring(8), redundants_per_rank=0),
         "cube": along(topology.cube(), redundants_per_rank=2),
-        "rings by load": along(topology.ring(4), redundants_per_rank=1, load=load),
+        "rings by load": along(topology.ring(4), redundants_per_rank=2, load=load),
         "eplb": lplb.Placement.from_eplb(load, num_ranks=RANKS, redundants_per_rank=2),
     }
 
@@ -313,6 +313,20 @@ def test_data_and_expert_axes(rng, dispatch, buffer_factor, prepared):
     x = x.at[: len(x) // 2].set(x[0])  # all tokens of one row pick the same experts
     metrics = check_against_dense(layer, x, weight, prepared)
     assert int(metrics.load.sum()) == len(x) * TOP_K
+
+
+@pytest.mark.parametrize("buffer_factor", [0.3, 4.0])
+def test_partly_manual_mesh(rng, buffer_factor):
+    """Weights cut along another axis too: by XLA, which makes the layer's other axes of it."""
+    mesh = mesh_of((4, "ep"), (2, "tp"))
+    place = lplb.Placement.from_topology(
+        topology.ring(4), num_experts=EXPERTS, num_ranks=4, redundants_per_rank=2, load=rng.lognormal(0, 1, EXPERTS)
+    )
+    layer = make(place, mesh, buffer_factor=buffer_factor)
+    layer.w_in[...] = jax.device_put(layer.w_in[...], jax.NamedSharding(mesh, P("ep", None, "tp")))
+    layer.w_out[...] = jax.device_put(layer.w_out[...], jax.NamedSharding(mesh, P("ep", "tp")))
+    metrics = check_against_dense(layer, *inputs(rng))
+    assert (metrics.rounds > 1) == (buffer_factor < 1)
 
 
 def test_sigmoid_router_with_bias_and_prepared_slots(rng):

@@ -202,8 +202,10 @@ def test_copies_in_another_dtype(rng, name):
     np.testing.assert_array_equal(of_home, np.broadcast_to(256 + copies[:, None], home.shape))
 
 
-@pytest.mark.parametrize("name", ["cube", "no copies", "eplb"])
-def test_leaves_that_have_no_gradient(rng, name):
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("cube", None), ("cube", jnp.bfloat16), ("cube", jnp.int8), ("no copies", None), ("eplb", None)]
+)
+def test_leaves_that_have_no_gradient(rng, name, dtype):
     """Masks and integers travel like weights, and weights beside them, of a dtype or not, are differentiated."""
     place = placements(rng)[name]
     mesh = jax.make_mesh((RANKS,), ("ep",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -219,15 +221,17 @@ def test_leaves_that_have_no_gradient(rng, name):
     @jax.shard_map(mesh=mesh, in_specs=(P("ep"), P()), out_specs=(P("ep"), P("ep")))
     def step(home, place):
         def loss(w):
-            slots = lplb.replicate({**home, "w": w}, place, "ep")
-            return jnp.sum(slots["w"] * slots["q"].astype(jnp.float32)), slots
+            slots = lplb.replicate({**home, "w": w}, place, "ep", dtype)
+            return jnp.sum(slots["w"].astype(jnp.float32) * slots["q"].astype(jnp.float32)), slots
 
         (_, slots), gradient = jax.value_and_grad(loss, has_aux=True)(home["w"])
         return slots, gradient
 
     slots, gradient = step(lplb.from_logical(logical, place), place)
-    jax.tree.map(lambda got, leaf: np.testing.assert_array_equal(got, leaf[np.asarray(place.phy2log)]), slots, logical)
-    copies = np.bincount(place.phy2log, minlength=EXPERTS)[:, None]
+    for name in ("mask", "more", "q", "w"):
+        expected = jnp.asarray(logical[name], dtype)[np.asarray(place.phy2log)]
+        np.testing.assert_array_equal(slots[name], expected, strict=True)
+    copies = np.bincount(place.phy2log, minlength=EXPERTS)[:, None] * (dtype != jnp.int8)
     np.testing.assert_array_equal(lplb.to_logical(gradient, place), logical["q"] * copies.astype(np.float32))
 
 
@@ -258,6 +262,7 @@ def test_partly_manual_mesh(rng):
         np.testing.assert_array_equal(slots[name], leaf[place.phy2log])
         np.testing.assert_array_equal(gradient[name], np.broadcast_to(copies, leaf.shape))
     assert "all-to-all" not in step.as_text()
+    assert "all-gather" not in step.as_text()
 
 
 def test_nothing_to_bring(rng):
