@@ -44,7 +44,7 @@ def replicate(home_weights: Any, placement: Placement, axis_name: AxisName, dtyp
     """
     varying = _ffi.varying(*jax.tree.leaves(placement))
     home_weights = jax.tree.map(lambda leaf: _ffi.vary(leaf, varying), home_weights)
-    sending, _ = send_early(home_weights, placement, axis_name, dtype, None)
+    sending, _ = send_early(home_weights, None, placement, axis_name, dtype)
     weights, sent, _ = send_late(home_weights, sending, None)
     return receive(weights, sent, lambda nothing: nothing, None)[0]
 
@@ -75,7 +75,7 @@ Arrays = list[list[Any]]  # what each message takes or brings: an array for leav
 
 
 def send_early(
-    home_weights: Any, placement: Placement, axis_name: AxisName, dtype: Any, value: Any
+    home_weights: Any, value: Any, placement: Placement, axis_name: AxisName, dtype: Any
 ) -> tuple[tuple[Travel, Arrays, Arrays], Any]:
     """Sends half of the copies, if along a topology.
 

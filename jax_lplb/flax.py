@@ -239,20 +239,19 @@ class MoE(nnx.Module):
         out = balance(expert_ids, placement, axis_name=self.axis_name, **dict(self.balance_options))
         metrics = self._metrics(out, expert_ids, scores, placement)
 
-        def send_first(weights: Any, value: Any) -> tuple[Any, Any]:
-            # The metrics' means, of which XLA makes one collective, come before what is sent: not last, and exposed.
-            value, _ = lax.optimization_barrier((value, metrics.moved))
-            if prepared:
-                return as_they_are.send_early(weights, value)
-            return send_early(weights, placement, self.axis_name, self.dtype, value)
+        early = partial(send_early, placement=placement, axis_name=self.axis_name, dtype=self.dtype)
+        bring = as_they_are if prepared else Bring(early, send_late, receive)
 
-        late, brought = (as_they_are.send_late, as_they_are.receive) if prepared else (send_late, receive)
+        def after_metrics(weights: Any, value: Any) -> tuple[Any, Any]:
+            # Their means, of which XLA makes one collective, come before what is sent: not last, and exposed.
+            return bring.send_early(weights, lax.optimization_barrier((value, metrics.moved))[0])
+
         result, rounds = expert_parallel(
             tokens.astype(self.dtype),
             out.physical_ids,
             gates,
             weights,
-            Bring(send_first, late, brought),
+            bring._replace(send_early=after_metrics),
             partial(swiglu, implementation=self.grouped_matmul),
             placement,
             axis_name=self.axis_name,
