@@ -215,13 +215,13 @@ def _receive_forward(
     for leaf, dtype in zip(leaves, travel.dtypes, strict=True):
         casted = _flat(leaf, travel).astype(dtype)
         slots.append(jnp.pad(casted, [(0, len(travel.rows)), *[(0, 0)] * (casted.ndim - 1)]))
-    slots = lax.optimization_barrier(slots)  # or one kernel would cast and add copies, and take 1.7 times as long
+    # The barrier, or one kernel would cast and put copies below, and take 1.7 times as long; the numbers with it, since
+    # what goes to a constant place XLA copies asynchronously on GPUs, and then starts the exchange late.
+    slots, first = lax.optimization_barrier((slots, [jnp.int32(len(leaf)) for leaf in leaves]))
     for numbers, arrays in zip(travel.early + travel.late, copies, strict=True):
-        # Not by dynamic_update_slice, which XLA does asynchronously on GPUs, and then starts the exchange late.
-        slots = [
-            of_leaf.at[len(leaf) + np.array(numbers)].set(rows, mode="promise_in_bounds", unique_indices=True)
-            for of_leaf, leaf, rows in zip(slots, leaves, _apart(arrays, leaves, travel), strict=True)
-        ]
+        for i, rows in enumerate(_apart(arrays, leaves, travel)):
+            for k, row in zip(numbers, rows, strict=True):
+                slots[i] = lax.dynamic_update_index_in_dim(slots[i], row, first[i] + k, 0)
     slots = [of_leaf.reshape(len(of_leaf), *leaf.shape[1:]) for of_leaf, leaf in zip(slots, leaves, strict=True)]
     slots, tokens = lax.optimization_barrier((slots, tokens))
     return (slots, tokens), (travel, pull, [jnp.zeros(0, leaf.dtype) for leaf in leaves])
