@@ -42,6 +42,7 @@ def replicate(home_weights: Any, placement: Placement, axis_name: AxisName, dtyp
       ValueError: `axis_name` is not bound or has another size than `num_ranks`, num_ranks does not divide the experts,
         or a leaf has another number of rows.
     """
+    _check("placement", placement)
     varying = _ffi.varying(*jax.tree.leaves(placement))
     home_weights = jax.tree.map(lambda leaf: _ffi.vary(leaf, varying), home_weights)
     sending, _ = send_early(home_weights, None, placement, axis_name, dtype)
@@ -84,7 +85,6 @@ def send_early(
     Returns:
       What `send_late` takes: how copies travel, the arrays that came, and those that wait; and the value.
     """
-    _check("placement", placement)
     ranks = axis_size(axis_name, placement.num_ranks)
     home, rest = divmod(placement.num_experts, ranks)
     if rest:
