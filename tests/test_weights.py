@@ -319,6 +319,8 @@ def test_copies_under_remat_and_scan_over_layers(rng):
 
 def test_replicate_refuses(rng):
     place = by_load(rng)
+    with pytest.raises(TypeError, match=r"placement must be a jax_lplb.Placement, got ndarray"):
+        lplb.replicate(np.zeros((4, 2)), place.phy2log, "ep")
     with pytest.raises(ValueError, match="axis_name = 'ep' is not bound here"):
         lplb.replicate(np.zeros((4, 2)), place, "ep")
     mesh = jax.make_mesh((RANKS,), ("ep",), axis_types=(jax.sharding.AxisType.Auto,))
