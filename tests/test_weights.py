@@ -265,6 +265,24 @@ def test_partly_manual_mesh(rng):
     assert "all-gather" not in step.as_text()
 
 
+def test_placements_of_their_own_along_a_data_axis(rng):
+    """Each row of the mesh has copies of other experts; gradients of all are added up at home."""
+    mesh = jax.make_mesh((2, 4), ("data", "ep"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    place = placement(topology.ring(4), 16, 4, 2)
+    places = [place.select(rng.lognormal(0, 1, 16).astype(np.float32)) for _ in range(2)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *places)
+    home = rng.normal(size=(16, 3)).astype(np.float32)
+
+    @jax.jit
+    @jax.shard_map(mesh=mesh, in_specs=(P("ep"), P("data")), out_specs=P("ep"))
+    def gradient(home, stacked):
+        mine = jax.tree.map(lambda leaf: leaf[0], stacked)
+        return jax.grad(lambda home: jnp.sum(lplb.replicate(home, mine, "ep")))(home)
+
+    copies = sum(np.bincount(of_row.phy2log, minlength=16)[of_row.home_order] for of_row in places)
+    np.testing.assert_array_equal(gradient(home, stacked), np.broadcast_to(copies[:, None], home.shape))
+
+
 def test_nothing_to_bring(rng):
     """Without copies and casts weights stay the arrays that they are: no residuals for the backward pass."""
     place = placements(rng)["no copies"]
