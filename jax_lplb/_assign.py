@@ -9,6 +9,7 @@ from jax import lax
 
 from jax_lplb import _ffi
 from jax_lplb._count import check_expert_ids, check_num_sms, chunking, count, flat_ids
+from jax_lplb._mesh import spec_of, with_auto_axes
 from jax_lplb._placement import Placement
 from jax_lplb._solve import check_load, check_placement
 
@@ -74,14 +75,20 @@ def assign(
         raise TypeError(f"offset must have dtype int32, got {offset.dtype}")
     if offset.shape not in ((), (placement.num_experts,)):
         raise ValueError(f"offset must have shape [num_experts] = [{placement.num_experts}], got {offset.shape}")
-    offset = jnp.broadcast_to(offset, (placement.num_experts,))
-    with jax.named_scope("lplb_assign"):
+
+    def run(
+        expert_ids: jax.Array, split: jax.Array, placement: Placement, load: jax.Array, offset: jax.Array
+    ) -> jax.Array:
         flat = flat_ids(expert_ids)
         _, starts = count(flat, placement.num_experts, num_sms, implementation)
+        offset = jnp.broadcast_to(offset, (placement.num_experts,))
         physical_ids, _ = assign_with_starts(
             flat, starts, lax.stop_gradient(split), placement, load, offset, num_sms, implementation
         )
         return physical_ids[: expert_ids.size].reshape(expert_ids.shape)
+
+    with jax.named_scope("lplb_assign"):
+        return with_auto_axes(run, spec_of(expert_ids), expert_ids, split, placement, load, offset)
 
 
 def assign_with_starts(

@@ -11,10 +11,12 @@ from jax_lplb._assign import assign_tokens, assign_with_starts
 from jax_lplb._assign import ffi_attributes as assign_attributes
 from jax_lplb._assign import ffi_results as assign_results
 from jax_lplb._count import check_expert_ids, check_num_sms, count, flat_ids
+from jax_lplb._mesh import spec_of, with_auto_axes
 from jax_lplb._placement import Placement
 from jax_lplb._solve import (
     Options,
     Solver,
+    certified_bound,
     check_load,
     check_options,
     check_placement,
@@ -41,6 +43,8 @@ class Balanced(NamedTuple):
         prediction otherwise.
       gap: float32 [num_groups], certified relative gap of each group's split to the optimum.
       status: int32 [num_groups], values of `Status`.
+      lower_bound: float32 [num_groups], certified: tokens that the busiest rank of each group has at the least, however
+        the load is split over these replicas. Of the solve, before rounding to whole tokens; a prediction with `load=`.
     """
 
     physical_ids: jax.Array
@@ -48,6 +52,7 @@ class Balanced(NamedTuple):
     rank_load: jax.Array
     gap: jax.Array
     status: jax.Array
+    lower_bound: jax.Array
 
 
 def balance(
@@ -111,6 +116,25 @@ def balance(
         raise ValueError(
             f"expert_ids: {expert_ids.size} ids on {num_shards} shards are more than {_MOST_TOKENS}, the largest count"
         )
+    of_ids = spec_of(expert_ids) if axis_name is None else jax.P()
+
+    def run(expert_ids: jax.Array, load: jax.Array | None, placement: Placement) -> Balanced:
+        return _balance(expert_ids, load, placement, axis_name, num_shards, sync, options, num_sms, implementation)
+
+    return with_auto_axes(run, Balanced(of_ids, *[jax.P()] * (len(Balanced._fields) - 1)), expert_ids, load, placement)
+
+
+def _balance(
+    expert_ids: jax.Array,
+    load: jax.Array | None,
+    placement: Placement,
+    axis_name: AxisName | None,
+    num_shards: int,
+    sync: Literal["all_gather", "psum"],
+    options: Options,
+    num_sms: int | None,
+    implementation: _ffi.Implementation,
+) -> Balanced:
     shape, size, expert_ids = expert_ids.shape, expert_ids.size, flat_ids(expert_ids)
 
     with jax.named_scope("lplb_count"):
@@ -146,7 +170,8 @@ def balance(
             predicted = jnp.where(load > 0, load, 0)
             if load.dtype == jnp.float32:
                 predicted = jnp.rint(predicted).astype(jnp.int32)
-    return Balanced(physical_ids[:size].reshape(shape), predicted, rank_load, gap, status)
+        lower_bound = certified_bound(solved_rank_load, gap)
+    return Balanced(physical_ids[:size].reshape(shape), predicted, rank_load, gap, status, lower_bound)
 
 
 def _solve_assign(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_lplb import _ffi
+from jax_lplb._mesh import with_auto_axes
 
 # Thread blocks count and assign chunks of ids: enough chunks to fill a GPU, few enough to add up fast.
 _LEAST_CHUNK = 256
@@ -38,7 +39,9 @@ def count_load(
     check_num_experts(num_experts, implementation)
     check_num_sms(num_sms)
     with jax.named_scope("lplb_count"):
-        return count(flat_ids(expert_ids), num_experts, num_sms, implementation)[0]
+        return with_auto_axes(
+            lambda ids: count(flat_ids(ids), num_experts, num_sms, implementation)[0], jax.P(), expert_ids
+        )
 
 
 def flat_ids(expert_ids: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from jax_lplb import eplb
+from jax_lplb._mesh import with_auto_axes
 from jax_lplb.topology import Topology
 
 
@@ -297,14 +298,18 @@ class Placement:
         if load.ndim == 0 or load.shape[-1] != self.num_experts:
             raise ValueError(f"load must have shape [..., num_experts] = [..., {self.num_experts}], got {load.shape}")
         with jax.named_scope("lplb_select"):
-            choose = jnp.vectorize(self._select, signature="(p),(e,r),(e)->(p),(e,r)")
-            leading = np.broadcast_shapes(load.shape[:-1], self.phy2log.shape[:-1])
-            phy2log, log2phy = choose(
-                jnp.broadcast_to(self.phy2log, (*leading, self.num_physical)),
-                jnp.broadcast_to(self.log2phy, (*leading, self.num_experts, self.max_replicas)),
-                jnp.broadcast_to(load, (*leading, self.num_experts)),
-            )
+            phy2log, log2phy = with_auto_axes(self._select_all, jax.P(), self.phy2log, self.log2phy, load)
         return dataclasses.replace(self, phy2log=phy2log, log2phy=log2phy)
+
+    def _select_all(self, phy2log: jax.Array, log2phy: jax.Array, load: jax.Array) -> tuple[jax.Array, jax.Array]:
+        choose = jnp.vectorize(self._select, signature="(p),(e,r),(e)->(p),(e,r)")
+        leading = np.broadcast_shapes(load.shape[:-1], phy2log.shape[:-1])
+        return choose(
+            *(
+                jnp.broadcast_to(x, (*leading, *x.shape[x.ndim - n :]))
+                for x, n in ((phy2log, 1), (log2phy, 2), (load, 1))
+            )
+        )
 
     def _select(self, phy2log: jax.Array, log2phy: jax.Array, load: jax.Array) -> tuple[jax.Array, jax.Array]:
         if self.max_replicas == 1:

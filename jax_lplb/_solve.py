@@ -15,10 +15,12 @@ import numpy as np
 from jax import lax
 
 from jax_lplb import _edge_balance, _ffi, _interior_point
+from jax_lplb._mesh import with_auto_axes
 from jax_lplb._placement import Placement
 from jax_lplb._status import Status
 
 Solver = Literal["auto", "ipm", "edge_balance"]
+_ROUNDING = 1e-6  # of rank loads and their bounds, relative
 
 
 class Solution(NamedTuple):
@@ -79,13 +81,19 @@ def solve(
     options = check_options(placement, solver, tol, threshold)
     load = lax.stop_gradient(jnp.asarray(load))
     with jax.named_scope("lplb_solve"):
-        fraction, rank_load, gap, iterations, status = solve_fractions(load, placement, options, implementation)
-        if load.dtype == jnp.float32:
-            # What is too little beside the other loads to count stays at home.
-            home = (jnp.asarray(placement.log2phy) >= 0) & (jnp.arange(placement.max_replicas) == 0)[None, :]
-            fraction = jnp.where(jnp.any(fraction > 0, axis=1, keepdims=True), fraction, home.astype(jnp.float32))
-        split = fraction * jnp.where(load > 0, load.astype(jnp.float32), 0)[:, None]
-        return Solution(split, rank_load, gap, iterations, status)
+        return with_auto_axes(
+            lambda load, placement: _solve(load, placement, options, implementation), jax.P(), load, placement
+        )
+
+
+def _solve(load: jax.Array, placement: Placement, options: "Options", implementation: _ffi.Implementation) -> Solution:
+    fraction, rank_load, gap, iterations, status = solve_fractions(load, placement, options, implementation)
+    if load.dtype == jnp.float32:
+        # What is too little beside the other loads to count stays at home.
+        home = (jnp.asarray(placement.log2phy) >= 0) & (jnp.arange(placement.max_replicas) == 0)[None, :]
+        fraction = jnp.where(jnp.any(fraction > 0, axis=1, keepdims=True), fraction, home.astype(jnp.float32))
+    split = fraction * jnp.where(load > 0, load.astype(jnp.float32), 0)[:, None]
+    return Solution(split, rank_load, gap, iterations, status)
 
 
 class Options(NamedTuple):
@@ -194,6 +202,16 @@ def in_tokens(rank_load: jax.Array, unit: Unit | None) -> jax.Array:
     if unit is None:
         return rank_load
     return rank_load * 2.0**-unit.coarse_bits * _power_of_two(-unit.more_bits) * _power_of_two(unit.exponent)
+
+
+def certified_bound(rank_load: jax.Array, gap: jax.Array) -> jax.Array:
+    """float32 [num_groups]: what the busiest rank of each group has at the least, in any split over these replicas.
+
+    Of the rank loads that the solver gave, which are not rounded to whole tokens, and their certified gap; less what
+    the sums of float32 numbers behind both may have lost.
+    """
+    busiest = jnp.max(rank_load.reshape(len(gap), -1), axis=1)
+    return busiest * jnp.maximum(1 - gap - _ROUNDING, 0)
 
 
 def _power_of_two(exponent: jax.Array) -> jax.Array:

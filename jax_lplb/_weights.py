@@ -13,6 +13,7 @@ from jax import lax
 
 from jax_lplb import _ffi
 from jax_lplb._balance import AxisName, axis_size
+from jax_lplb._mesh import spec_of, with_auto_axes
 from jax_lplb._placement import Placement, copied
 
 Route = tuple[tuple[int, int], ...]  # (sender, receiver), as `ppermute` takes them
@@ -378,26 +379,43 @@ def _take_rows(tree: Any, source: Any, axis_name: AxisName | None, num_ranks: in
         raise ValueError(f"axis_name = {axis_name!r}: its {ranks} ranks do not divide the {len(source)} experts evenly")
 
     source = jnp.asarray(source)
+    if axis_name is not None:
+        source = lax.dynamic_slice_in_dim(source, lax.axis_index(axis_name) * rows, rows)
 
     def take(path: Any, leaf: Any) -> jax.Array:
         leaf = _with_rows(leaf, rows, f"tree{jax.tree_util.keystr(path)}")
-        # Floats as integers: what moves bfloat16 by way of float32 may change the bits of a NaN.
-        width = jnp.finfo(leaf.dtype).bits if jnp.issubdtype(leaf.dtype, jnp.floating) else 0
-        bits = lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{width}")) if width >= 8 else leaf
-        if axis_name is not None:
-            bits = _rows_of_all(
-                bits, lax.dynamic_slice_in_dim(source, lax.axis_index(axis_name) * rows, rows), axis_name
-            )
-        else:
-            sharding = jax.typeof(leaf).sharding
-            explicit = any(kind == jax.sharding.AxisType.Explicit for kind in sharding.mesh.axis_types)
-            bits = bits.at[source].get(
-                mode="promise_in_bounds", unique_indices=True, out_sharding=sharding if explicit else None
-            )
-        return lax.bitcast_convert_type(bits, leaf.dtype) if width >= 8 else bits
+        return _take_bits(leaf, source, axis_name)
 
     with jax.named_scope("lplb_permute"):
         return jax.tree_util.tree_map_with_path(take, tree)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _take_bits(leaf: jax.Array, source: jax.Array, axis_name: AxisName | None) -> jax.Array:
+    """`_take`, with floats as integers: what moves bfloat16 by way of float32 may change the bits of a NaN."""
+    width = jnp.finfo(leaf.dtype).bits if jnp.issubdtype(leaf.dtype, jnp.floating) else 0
+    if width < 8:
+        return _take(leaf, source, axis_name)
+    bits = lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{width}"))
+    return lax.bitcast_convert_type(_take(bits, source, axis_name), leaf.dtype)
+
+
+@_take_bits.defjvp
+def _take_bits_jvp(axis_name: AxisName | None, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    # A bitcast has no derivative, and the rows' is their permutation.
+    leaf, source = primals
+    return _take_bits(leaf, source, axis_name), _take(tangents[0], source, axis_name)
+
+
+def _take(leaf: jax.Array, source: jax.Array, axis_name: AxisName | None) -> jax.Array:
+    if axis_name is not None:
+        return _rows_of_all(leaf, source, axis_name)
+    return with_auto_axes(
+        lambda leaf, source: leaf.at[source].get(mode="promise_in_bounds", unique_indices=True),
+        spec_of(leaf),
+        leaf,
+        source,
+    )
 
 
 def _rows_of_all(leaf: jax.Array, source: jax.Array, axis_name: AxisName) -> jax.Array:
