@@ -103,11 +103,15 @@ def balance(
         named in the message, when tracing.
     """
     check_expert_ids(expert_ids)
-    check_placement(placement, implementation)
-    options = check_options(placement, solver, tol, threshold)
-    check_num_sms(num_sms)
-    if sync not in ("all_gather", "psum"):
-        raise ValueError(f"sync must be 'all_gather' or 'psum', got {sync!r}")
+    options = check_balance_options(
+        placement,
+        sync=sync,
+        solver=solver,
+        tol=tol,
+        threshold=threshold,
+        num_sms=num_sms,
+        implementation=implementation,
+    )
     if load is not None:
         check_load(load, placement)
         load = lax.stop_gradient(jnp.asarray(load))
@@ -116,12 +120,13 @@ def balance(
         raise ValueError(
             f"expert_ids: {expert_ids.size} ids on {num_shards} shards are more than {_MOST_TOKENS}, the largest count"
         )
-    of_ids = spec_of(expert_ids) if axis_name is None else jax.P()
+    out_specs: Any = Balanced(*[jax.P()] * len(Balanced._fields))
+    out_specs = out_specs._replace(physical_ids=spec_of(expert_ids))
 
     def run(expert_ids: jax.Array, load: jax.Array | None, placement: Placement) -> Balanced:
         return _balance(expert_ids, load, placement, axis_name, num_shards, sync, options, num_sms, implementation)
 
-    return with_auto_axes(run, Balanced(of_ids, *[jax.P()] * (len(Balanced._fields) - 1)), expert_ids, load, placement)
+    return with_auto_axes(run, out_specs, expert_ids, load, placement)
 
 
 def _balance(
@@ -172,6 +177,24 @@ def _balance(
                 predicted = jnp.rint(predicted).astype(jnp.int32)
         lower_bound = certified_bound(solved_rank_load, gap)
     return Balanced(physical_ids[:size].reshape(shape), predicted, rank_load, gap, status, lower_bound)
+
+
+def check_balance_options(
+    placement: Placement,
+    *,
+    sync: str = "all_gather",
+    solver: Solver = "auto",
+    tol: float = 1e-4,
+    threshold: float | None = None,
+    num_sms: int | None = None,
+    implementation: _ffi.Implementation = None,
+) -> Options:
+    """Checks what `balance` takes beside a batch."""
+    check_placement(placement, implementation)
+    check_num_sms(num_sms)
+    if sync not in ("all_gather", "psum"):
+        raise ValueError(f"sync must be 'all_gather' or 'psum', got {sync!r}")
+    return check_options(placement, solver, tol, threshold)
 
 
 def _solve_assign(

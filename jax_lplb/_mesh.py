@@ -17,10 +17,21 @@ def with_auto_axes(function: Callable[..., Any], out_specs: Any, *operands: Any)
     if mesh is None:
         return function(*operands)
     shardings = jax.tree.map(
-        lambda spec: jax.NamedSharding(mesh, spec), out_specs, is_leaf=lambda spec: isinstance(spec, jax.P)
+        lambda spec: jax.NamedSharding(mesh, _part_of(spec, mesh, AxisType.Explicit)),
+        out_specs,
+        is_leaf=lambda spec: isinstance(spec, jax.P),
     )
-    explicit = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if is_explicit(kind))
-    return jax.sharding.auto_axes(function, axes=explicit, out_sharding=shardings)(*operands)
+    return jax.sharding.auto_axes(function, axes=_axes_of(mesh, AxisType.Explicit), out_sharding=shardings)(*operands)
+
+
+def shard(array: jax.Array, mesh: jax.sharding.Mesh, spec: jax.P) -> jax.Array:
+    """The array, sharded so over Auto and Explicit axes; under jit and vmap too, behind the mapped axes."""
+    explicit, auto = (_part_of(spec, mesh, kind) for kind in (AxisType.Explicit, AxisType.Auto))
+    if has_explicit_axes(mesh):
+        array = jax.sharding.reshard(array, jax.NamedSharding(mesh, explicit))
+    if _axes_of(mesh, AxisType.Auto):
+        array = jax.lax.with_sharding_constraint(array, jax.NamedSharding(mesh, auto))
+    return array
 
 
 def spec_of(array: Any) -> jax.P:
@@ -28,8 +39,24 @@ def spec_of(array: Any) -> jax.P:
     return jax.typeof(array).sharding.spec
 
 
-def is_explicit(kind: AxisType) -> bool:
-    return kind == AxisType.Explicit
+def has_explicit_axes(mesh: Any) -> bool:
+    return bool(_axes_of(mesh, AxisType.Explicit))
+
+
+def _axes_of(mesh: Any, kind: AxisType) -> tuple[str, ...]:
+    return tuple(name for name, of_axis in zip(mesh.axis_names, mesh.axis_types, strict=True) if of_axis == kind)
+
+
+def _part_of(spec: jax.P, mesh: Any, kind: AxisType) -> jax.P:
+    """What a spec says of the axes of a kind."""
+    axes = _axes_of(mesh, kind)
+
+    def of_dimension(names: Any) -> Any:
+        if isinstance(names, tuple):
+            return tuple(name for name in names if name in axes) or None
+        return names if names in axes else None
+
+    return jax.P(*map(of_dimension, spec))
 
 
 def _explicit_mesh(operands: Any) -> Any:
@@ -37,4 +64,4 @@ def _explicit_mesh(operands: Any) -> Any:
     meshes = [jax.sharding.get_abstract_mesh()]
     if meshes[0].empty:
         meshes += [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(operands)]
-    return next((mesh for mesh in meshes if any(map(is_explicit, mesh.axis_types))), None)
+    return next((mesh for mesh in meshes if has_explicit_axes(mesh)), None)

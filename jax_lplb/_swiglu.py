@@ -71,6 +71,11 @@ def _swiglu_backward(implementation: GroupedMatmul | None, residuals: Any, gradi
 _swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
+def dense_swiglu(w_in: jax.Array, w_out: jax.Array, rows: jax.Array) -> jax.Array:
+    """Rows [n, d_model] through one expert, in plain JAX: w_in [d_model, 2 * d_expert], w_out [d_expert, d_model]."""
+    return jnp.dot(_gated(jnp.dot(rows, w_in)), w_out)
+
+
 def _gated(gate_and_up: jax.Array) -> jax.Array:
     gate, up = jnp.split(gate_and_up, 2, axis=1)
     return jax.nn.silu(gate) * up

@@ -1,23 +1,31 @@
 """A Mixture-of-Experts layer for Flax NNX: expert parallel, balanced by `jax_lplb.balance`."""
 
+import inspect
 import logging
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 
 from jax_lplb import _ffi
-from jax_lplb._balance import balance
-from jax_lplb._expert_parallel import Bring, Dispatch, as_they_are, expert_parallel
+from jax_lplb._balance import Balanced, balance, check_balance_options
+from jax_lplb._expert_parallel import Bring, as_they_are, expert_parallel
 from jax_lplb._grouped_matmul import GroupedMatmul, has_tokamax
-from jax_lplb._placement import Placement
+from jax_lplb._mesh import has_explicit_axes, shard, spec_of, with_auto_axes
+from jax_lplb._placement import Placement, check_count
+from jax_lplb._reverse_only import reverse_only
+from jax_lplb._router import Router
 from jax_lplb._status import Status
-from jax_lplb._swiglu import swiglu
+from jax_lplb._swiglu import dense_swiglu, swiglu
 from jax_lplb._weights import from_logical, receive, replicate, send_early, send_late
+
+Dispatch = Literal["all_to_all", "ring", "dense"]
 
 _log = logging.getLogger(__name__)
 
@@ -25,11 +33,14 @@ _log = logging.getLogger(__name__)
 class Metrics(NamedTuple):
     """What a layer's step was like; the same on all ranks.
 
+    Imbalances are the largest rank load over the mean.
+
     Attributes:
-      home: float32 [], imbalance (largest / mean rank load) with all tokens at home.
+      contiguous: float32 [], imbalance without any placement: experts in logical order, as many on each rank.
+      home: float32 [], imbalance without copies: each expert where its weights are, `placement.home_rank`.
       optimum: float32 [], a certified lower bound on the imbalance that the copies allow.
       balanced: float32 [], imbalance as it was.
-      moved: float32 [], share of the tokens' choices that went to copies.
+      moved: float32 [], share of the tokens' choices that did not go to their expert's first slot.
       gap: float32 [], certified relative gap of the split to the optimum, of the worst group.
       status: int32 [], the largest `jax_lplb.Status` of the groups.
       rounds: int32 [], rounds through the dispatch's buffers; 1 unless they were too small.
@@ -38,6 +49,7 @@ class Metrics(NamedTuple):
         the classic balancing loss, 1 where all is even. Differentiable; adding it to the loss is the caller's choice.
     """
 
+    contiguous: jax.Array
     home: jax.Array
     optimum: jax.Array
     balanced: jax.Array
@@ -54,7 +66,18 @@ class RouterBias(nnx.Variable):
 
 
 class PlacementState(nnx.Variable):
-    """A layer's placement; replace its value by one of equal shapes without recompiling."""
+    """A layer's placement; replace its value by one of equal shapes without recompiling.
+
+    Its arrays are copies: layers with equal placements share none, and so may all be donated to one function.
+    """
+
+    def __init__(self, value: Any, **metadata: Any) -> None:
+        """Copies the placement."""
+        super().__init__(_copied(value), **metadata)
+
+    def set_value(self, value: Any, **options: Any) -> None:
+        """Copies the placement."""
+        super().set_value(_copied(value), **options)
 
 
 class MoE(nnx.Module):
@@ -63,7 +86,11 @@ class MoE(nnx.Module):
     Each token's results are those of its top-k experts, whatever copy computes them: balancing changes where, not what.
     Parameters are float32: `router` [d_model, num_experts], `w_in` [num_experts, d_model, 2 * d_expert] (gate and up)
     and `w_out` [num_experts, d_expert, d_model], the latter two in the order of `placement.home_order`, each expert
-    once, their first axis sharded over the expert axis. The router is computed in float32, experts in `dtype`.
+    once, their first axis sharded over the expert axis. Shared experts are one wide expert that all tokens go to, on
+    every device: `shared_in` [d_model, 2 * n_shared_experts * d_expert] and `shared_out`. The router is computed in
+    float32, experts in `dtype`.
+
+    Stacks of layers, made by `nnx.vmap` or `nnx.scan`, have these axes behind the layers'.
     """
 
     def __init__(
@@ -78,7 +105,12 @@ class MoE(nnx.Module):
         axis_name: str | tuple[str, ...],
         token_axes: tuple[str, ...] | None = None,
         router: Literal["softmax", "sigmoid"] = "softmax",
+        norm_topk_prob: bool | None = None,
+        routed_scaling_factor: float = 1.0,
+        n_group: int = 1,
+        topk_group: int = 1,
         router_bias: bool = False,
+        n_shared_experts: int = 0,
         dispatch: Dispatch = "all_to_all",
         buffer_factor: float = 1.25,
         grouped_matmul: GroupedMatmul | None = None,
@@ -95,112 +127,151 @@ class MoE(nnx.Module):
           d_expert: hidden width of an expert.
           top_k: experts of each token.
           placement: slots of the experts, over the ranks of `axis_name`. One without copies: no balancing.
-          mesh: the mesh.
+          mesh: the mesh. Its axes may be Auto or Explicit ones.
           axis_name: its axis, or axes, of the experts.
           token_axes: its axes that shard the first axis of the layer's input, those of `axis_name` among them; by
             default just those. On a data x expert mesh: both.
-          router: scores are the softmax of the logits, or their sigmoid; a token's gates are the scores of its experts,
-            scaled to sum 1.
+          router: scores are the softmax of the logits, or their sigmoid; a token's gates are the scores of its experts.
+          norm_topk_prob: whether a token's gates are scaled to sum 1. None: unless `top_k` is 1, where the one gate
+            would be 1 whatever the router says, and the router would learn nothing.
+          routed_scaling_factor: what gates are multiplied by.
+          n_group: groups of neighbouring experts, of equal size, for routing limited to groups (DeepSeek-V2 and V3).
+          topk_group: how many groups a token's experts may be in: those whose best expert scores highest, or with a
+            sigmoid the sum of the two best.
           router_bias: balancing without a loss (DeepSeek-V3): a bias, changed by `update_bias`, added to the scores
             when experts are picked.
-          dispatch: "all_to_all" or "ring" (all_gather and psum_scatter).
+          n_shared_experts: experts that all tokens go to beside their routed ones, as one of that many times the width.
+          dispatch: "all_to_all" or "ring" (all_gather and psum_scatter). Or "dense": all ranks gather the weights, and
+            compute every expert on each of their tokens. Slow, and the only one with forward-mode derivatives and
+            derivatives of derivatives.
           buffer_factor: size of the dispatch's buffers over what they would hold if all ranks sent and received the
             same. Where a batch needs more, it takes several rounds; no token is dropped.
           grouped_matmul: "tokamax" (https://github.com/openxla/tokamax), "ragged_dot" (jax.lax), or None: the former
             on NVIDIA GPUs, where it is installed. Or a function that is called as `jax.lax.ragged_dot_general`, with
             four arguments, for three products: rows by the weights of their groups, by those transposed, and sums of
             outer products. It is not differentiated, and what it returns beyond the groups' rows is not looked at.
-          balance_options: further arguments of `jax_lplb.balance`, such as solver, tol, sync.
+          balance_options: further arguments of `jax_lplb.balance`: sync, solver, tol, threshold, num_sms,
+            implementation.
           dtype: in which experts compute.
           param_dtype: of the parameters.
           rngs: randomness for the parameters, `rngs.params()`.
 
         Raises:
-          ValueError: sizes do not fit together, or a choice is unknown.
+          TypeError, ValueError: an argument has the wrong type, sizes do not fit together, or a choice is unknown;
+            named in the message.
         """
-        if placement.num_experts != num_experts:
-            raise ValueError(f"placement is one of {placement.num_experts} experts, but num_experts = {num_experts}")
-        if not 1 <= top_k <= num_experts:
-            raise ValueError(f"top_k must be from 1 to num_experts = {num_experts}, got {top_k}")
-        _check_choice("router", router, ("softmax", "sigmoid"))
-        _check_choice("dispatch", dispatch, ("all_to_all", "ring"))
+        for name, count in (("d_model", d_model), ("num_experts", num_experts), ("d_expert", d_expert)):
+            check_count(name, count)
+        check_count("n_shared_experts", n_shared_experts, least=0)
+        _check_choice("dispatch", dispatch, ("all_to_all", "ring", "dense"))
         if not callable(grouped_matmul):
             _check_choice("grouped_matmul", grouped_matmul, (None, "tokamax", "ragged_dot"))
-        if not buffer_factor > 0:
-            raise ValueError(f"buffer_factor must be positive, got {buffer_factor}")
         if grouped_matmul == "tokamax" and not has_tokamax():
             raise ValueError(
                 "grouped_matmul = 'tokamax' needs tokamax: pip install 'jax_lplb[moe]' (Python 3.12 or newer)"
             )
-        expert_axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
-        token_axes = expert_axes if token_axes is None else tuple(token_axes)
-        if not set(expert_axes) <= set(token_axes) <= set(mesh.axis_names):
-            raise ValueError(
-                f"token_axes must hold the axes of axis_name = {axis_name!r} and be axes of the mesh "
-                f"{mesh.axis_names}, got {token_axes}"
-            )
-        self.top_k, self.scores, self.dtype = top_k, router, dtype
+        _check_number("buffer_factor", buffer_factor)
+        options = _check_balance_options(balance_options, placement)
+        expert_axes, token_axes = _check_axes(mesh, axis_name, token_axes)
+        _check_ranks(placement, num_experts, mesh, axis_name, expert_axes)
+        for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):
+            if not jnp.issubdtype(value, jnp.floating):
+                raise TypeError(f"{name} must be a floating-point dtype, got {value!r}")
+        if not isinstance(rngs, nnx.Rngs):
+            raise TypeError(f"rngs must be flax.nnx.Rngs, such as nnx.Rngs(0), got {type(rngs).__name__}")
+        self.top_k, self.dtype = top_k, dtype
+        self.route = _router(router, num_experts, top_k, norm_topk_prob, routed_scaling_factor, n_group, topk_group)
         self.mesh, self.axis_name, self.token_axes = mesh, axis_name, token_axes
         self.other_axes = tuple(axis for axis in token_axes if axis not in expert_axes)
         self.slot_axes = (*self.other_axes, *expert_axes)
         self.dispatch, self.buffer_factor, self.grouped_matmul = dispatch, buffer_factor, grouped_matmul
-        self.balance_options = tuple(sorted((balance_options or {}).items()))  # hashable, as static attributes must be
+        self.balance_options = options
         self.placement = PlacementState(placement)
         init = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=0)
+        scale = nnx.initializers.lecun_normal()
 
-        def experts(*shape: int) -> jax.Array:
+        def experts(*shape: int) -> nnx.Param:
             # Drawn in logical order: an expert starts out the same in every placement.
             drawn = from_logical(init(rngs.params(), (num_experts, *shape), param_dtype), placement)
-            return jax.device_put(drawn, jax.NamedSharding(mesh, jax.P(axis_name)))
+            return nnx.Param(shard(drawn, mesh, jax.P(axis_name)))
 
-        scale = nnx.initializers.lecun_normal()
-        everywhere = jax.NamedSharding(mesh, jax.P())
-        self.router = nnx.Param(jax.device_put(scale(rngs.params(), (d_model, num_experts), param_dtype), everywhere))
-        self.w_in = nnx.Param(experts(d_model, 2 * d_expert))
-        self.w_out = nnx.Param(experts(d_expert, d_model))
-        self.bias = RouterBias(jax.device_put(jnp.zeros(num_experts, jnp.float32), everywhere)) if router_bias else None
+        def everywhere(array: jax.Array) -> jax.Array:
+            return jax.device_put(array, jax.NamedSharding(mesh, jax.P()))
+
+        def dense(*shape: int) -> nnx.Param:
+            return nnx.Param(everywhere(scale(rngs.params(), shape, param_dtype)))
+
+        self.router = dense(d_model, num_experts)
+        self.w_in = experts(d_model, 2 * d_expert)
+        self.w_out = experts(d_expert, d_model)
+        width = n_shared_experts * d_expert
+        self.shared_in = dense(d_model, 2 * width) if width else None
+        self.shared_out = dense(width, d_model) if width else None
+        self.bias = RouterBias(everywhere(jnp.zeros(num_experts, jnp.float32))) if router_bias else None
         _log.info("MoE: dispatch %s, grouped matmul %s", dispatch, grouped_matmul or "by platform")
 
     def prepare(self) -> dict[str, jax.Array]:
         """The weights of all slots in `dtype`, copies included, for several calls: `layer(x, slots)`.
 
-        For micro-batches between two updates of the parameters: copies then travel once. Differentiable. Each device
-        has its slots; the first axis of the arrays counts those of all, [devices * slots_per_rank, ...].
+        For micro-batches between two updates of the parameters: copies then travel once. Differentiable, once and in
+        reverse mode. Each device has its slots; the first axis of the arrays counts those of all,
+        [devices * slots_per_rank, ...].
         """
-        run = jax.shard_map(
+        message = "MoE.prepare can be differentiated once, in reverse mode; for more, leave it out and call layer(x)"
+        run = self._on_each_device(
             lambda home, placement: replicate(self._varying(home), placement, self.axis_name, self.dtype),
-            mesh=self.mesh,
-            in_specs=(jax.P(self.axis_name), jax.P()),
-            out_specs=jax.P(self.slot_axes),
-            axis_names=set(self.token_axes),
+            (jax.P(self.axis_name), jax.P()),
+            jax.P(self.slot_axes),
         )
-        return run(self._home_weights(), self.placement.get_value())
+        weights = reverse_only(self._home_weights(), message)
+        return with_auto_axes(run, jax.P(self.slot_axes), weights, self.placement.get_value())
 
     def __call__(self, x: jax.Array, slots: dict[str, jax.Array] | None = None) -> tuple[jax.Array, Metrics]:
         """Runs the layer.
 
         Args:
-          x: [tokens, ..., d_model], its first axis sharded over `token_axes`.
+          x: float [tokens, ..., d_model], its first axis sharded over `token_axes`; where their devices do not divide
+            it, padding is added within, and counts as no tokens.
           slots: what `prepare` returned; by default copies travel within the call.
 
         Returns:
           The result, of the shape and dtype of `x`, and `Metrics`.
+
+        Raises:
+          TypeError, ValueError: `x` or `slots` has another dtype or shape.
+          NotImplementedError: it is differentiated in forward mode or twice, and dispatch is not "dense".
         """
+        self._check_call(x, slots)
         if x.size == 0:  # for GPUs, jax 0.11.2 crashes as it compiles a shard_map over empty arrays
             return x, self._metrics_of_nothing()
         if slots is None:
             weights, axes = self._home_weights(), self.axis_name
         else:
             weights, axes = slots, self.slot_axes
-        run = jax.shard_map(
-            partial(self._on_rank, slots is not None),
-            mesh=self.mesh,
-            in_specs=(jax.P(self.token_axes), jax.P(axes), jax.P(), jax.P(), jax.P()),
-            out_specs=(jax.P(self.token_axes), jax.P()),
-            axis_names=set(self.token_axes),
-        )
+        dense = {"router": self.router[...]}
+        if self.shared_in is not None and self.shared_out is not None:
+            dense |= {"shared_in": self.shared_in[...], "shared_out": self.shared_out[...]}
         bias = None if self.bias is None else self.bias[...]
-        return run(x, weights, self.router[...], bias, self.placement.get_value())
+        given = (x, weights, dense)
+        if self.dispatch != "dense":
+            given = reverse_only(
+                given,
+                f"a MoE layer with dispatch = {self.dispatch!r} can be differentiated once, in reverse mode (jax.grad, "
+                "jax.vjp); for forward mode and derivatives of derivatives make it with dispatch='dense'",
+            )
+        run = self._on_each_device(
+            partial(self._on_rank, slots is not None, len(x)),
+            (jax.P(self.token_axes), jax.P(axes), jax.P(), jax.P(), jax.P()),
+            (jax.P(self.token_axes), jax.P()),
+        )
+
+        def padded(x: jax.Array, *rest: Any) -> tuple[jax.Array, Metrics]:
+            extra = -len(x) % math.prod(self.mesh.shape[axis] for axis in self.token_axes)
+            y, metrics = run(jnp.pad(x, [(0, extra), *[(0, 0)] * (x.ndim - 1)]) if extra else x, *rest)
+            return y[: len(x)], metrics
+
+        operands = (*given, bias, self.placement.get_value())
+        return with_auto_axes(padded, (spec_of(x), jax.P()), *operands)
 
     def update_bias(self, load: jax.Array, rate: float = 1e-3) -> None:
         """Moves the bias of each expert by `rate`, up where it had fewer tokens than the mean, down where more.
@@ -209,6 +280,8 @@ class MoE(nnx.Module):
         """
         if self.bias is None:
             raise ValueError("update_bias needs a layer made with router_bias=True")
+        if load.shape != self.bias.shape:
+            raise ValueError(f"load must have the shape of the bias, {self.bias.shape}, got {load.shape}")
         load = load.astype(jnp.float32)
         self.bias[...] = self.bias[...] + rate * jnp.sign(jnp.mean(load, axis=-1, keepdims=True) - load)
 
@@ -219,26 +292,86 @@ class MoE(nnx.Module):
         """Over the other axes too, so that gradients are added up over those in the parameters' dtype."""
         return jax.tree.map(lambda leaf: _ffi.vary(leaf, frozenset(self.other_axes)), weights)
 
+    def _check_call(self, x: Any, slots: Any) -> None:
+        if self.router.ndim != 2:
+            raise ValueError(
+                f"the layer is a stack of layers, with a router of shape {self.router.shape}: run them one by one, "
+                "with nnx.scan or nnx.vmap"
+            )
+        d_model = self.router.shape[0]
+        if not isinstance(x, (jax.Array, np.ndarray)) or not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(f"x must be a floating-point array, got {getattr(x, 'dtype', type(x).__name__)}")
+        if x.ndim < 2 or x.shape[-1] != d_model:
+            raise ValueError(f"x must have shape [tokens, ..., d_model] = [..., {d_model}], got {x.shape}")
+        if slots is None:
+            return
+        if self.dispatch == "dense":
+            raise ValueError("slots: a layer with dispatch = 'dense' uses no copies; leave slots out")
+        rows = math.prod(self.mesh.shape[axis] for axis in self.slot_axes) * self.placement.get_value().slots_per_rank
+        expected = {name: (rows, *leaf.shape[1:]) for name, leaf in self._home_weights().items()}
+        got = jax.tree.map(jnp.shape, slots)
+        if got != expected:
+            raise ValueError(f"slots must be what prepare() returns, of shapes {expected}, got {got}")
+
+    def _on_each_device(self, function: Any, in_specs: Any, out_specs: Any) -> Any:
+        """The function within shard_map. Axes of the mesh that do not shard tokens are left to XLA there."""
+        return jax.shard_map(
+            function,
+            mesh=None if has_explicit_axes(self.mesh) else self.mesh,  # None: the one that with_auto_axes makes of it
+            in_specs=in_specs,
+            out_specs=out_specs,
+            axis_names=set(self.token_axes),
+        )
+
     def _on_rank(
         self,
         prepared: bool,
+        num_rows: int,
         x: jax.Array,
         weights: dict[str, jax.Array],
-        router: jax.Array,
+        dense: dict[str, jax.Array],
         bias: jax.Array | None,
         placement: Placement,
     ) -> tuple[jax.Array, Metrics]:
+        """`num_rows`: of the whole batch along its first axis; rows beyond them are padding."""
         weights = self._varying(weights)
         tokens = x.reshape(-1, x.shape[-1])
-        logits = jnp.dot(tokens.astype(jnp.float32), router.astype(jnp.float32), precision=lax.Precision.HIGHEST)
-        scores = jax.nn.softmax(logits) if self.scores == "softmax" else jax.nn.sigmoid(logits)
-        _, expert_ids = lax.top_k(lax.stop_gradient(scores if bias is None else scores + bias[None, :]), self.top_k)
-        gates = jnp.take_along_axis(scores, expert_ids, axis=1)
-        gates = gates / jnp.sum(gates, axis=1, keepdims=True)
+        num_tokens = num_rows * (len(tokens) // len(x))
+        router = dense["router"].astype(jnp.float32)
+        logits = jnp.dot(tokens.astype(jnp.float32), router, precision=lax.Precision.HIGHEST)
+        expert_ids, gates, probability = self.route(logits, bias)
+        if num_rows % math.prod(self.mesh.shape[axis] for axis in self.token_axes):
+            first = lax.axis_index(self.token_axes) * len(tokens)
+            padding = (first + jnp.arange(len(tokens), dtype=jnp.int32) >= num_tokens)[:, None]
+            expert_ids, probability = jnp.where(padding, -1, expert_ids), jnp.where(padding, 0, probability)
 
         out = balance(expert_ids, placement, axis_name=self.axis_name, **dict(self.balance_options))
-        metrics = self._metrics(out, expert_ids, scores, placement)
+        metrics = self._metrics(out, expert_ids, probability, num_tokens, placement)
+        tokens = tokens.astype(self.dtype)
+        if self.dispatch == "dense":
+            result, rounds = self._every_expert(tokens, expert_ids, gates, weights, placement), jnp.int32(1)
+        else:
+            result, rounds = self._dispatch(prepared, tokens, out, gates, weights, metrics, placement, x.dtype)
+        if "shared_in" in dense:
+            axes = _ffi.varying(tokens)  # first: gradients are added up over these in the parameters' dtype
+            shared_in, shared_out = (
+                _ffi.vary(dense[name], axes).astype(self.dtype) for name in ("shared_in", "shared_out")
+            )
+            shared = dense_swiglu(shared_in, shared_out, tokens)
+            result = (result.astype(jnp.float32) + shared.astype(jnp.float32)).astype(x.dtype)
+        return result.reshape(x.shape), metrics._replace(rounds=rounds)
 
+    def _dispatch(
+        self,
+        prepared: bool,
+        tokens: jax.Array,
+        out: Balanced,
+        gates: jax.Array,
+        weights: dict[str, jax.Array],
+        metrics: Metrics,
+        placement: Placement,
+        dtype: Any,
+    ) -> tuple[jax.Array, jax.Array]:
         early = partial(send_early, placement=placement, axis_name=self.axis_name, dtype=self.dtype)
         bring = as_they_are if prepared else Bring(early, send_late, receive)
 
@@ -246,8 +379,8 @@ class MoE(nnx.Module):
             # Their means, of which XLA makes one collective, come before what is sent: not last, and exposed.
             return bring.send_early(weights, lax.optimization_barrier((value, metrics.moved))[0])
 
-        result, rounds = expert_parallel(
-            tokens.astype(self.dtype),
+        return expert_parallel(
+            tokens,
             out.physical_ids,
             gates,
             weights,
@@ -255,47 +388,157 @@ class MoE(nnx.Module):
             partial(swiglu, implementation=self.grouped_matmul),
             placement,
             axis_name=self.axis_name,
-            dispatch=self.dispatch,
+            dispatch="ring" if self.dispatch == "ring" else "all_to_all",
             buffer_factor=self.buffer_factor,
-            dtype=x.dtype,
+            dtype=dtype,
         )
-        return result.reshape(x.shape), metrics._replace(rounds=rounds)
+
+    def _every_expert(
+        self,
+        tokens: jax.Array,
+        expert_ids: jax.Array,
+        gates: jax.Array,
+        weights: dict[str, jax.Array],
+        placement: Placement,
+    ) -> jax.Array:
+        """All experts on all tokens of this rank, weighted by the gates, in plain JAX; float32 sums."""
+        experts = jax.tree.map(
+            lambda leaf: lax.all_gather(leaf, self.axis_name, tiled=True).astype(self.dtype), weights
+        )
+        picked = expert_ids[:, :, None] == jnp.asarray(placement.home_order)[None, None, :]
+        of_experts = jnp.sum(jnp.where(picked, gates[:, :, None], 0), axis=1).T  # [rows of weights, tokens]
+
+        def add(total: jax.Array, expert: Any) -> tuple[jax.Array, None]:
+            of_expert, one = expert
+            return total + of_expert[:, None] * dense_swiglu(one["w_in"], one["w_out"], tokens).astype(
+                jnp.float32
+            ), None
+
+        zeros = _ffi.vary(jnp.zeros(tokens.shape, jnp.float32), _ffi.varying(tokens, of_experts, *experts.values()))
+        return lax.scan(add, zeros, (of_experts, experts))[0]
 
     def _metrics_of_nothing(self) -> Metrics:
         load = jnp.zeros(self.router.shape[1], jnp.int32)
         kinds = {"status": jnp.int32(Status.SKIPPED), "rounds": jnp.int32(1), "load": load}
         return Metrics(**{name: kinds.get(name, jnp.float32(0)) for name in Metrics._fields})
 
-    def _metrics(self, out: Any, expert_ids: jax.Array, scores: jax.Array, placement: Placement) -> Metrics:
+    def _metrics(
+        self, out: Balanced, expert_ids: jax.Array, probability: jax.Array, num_tokens: int, placement: Placement
+    ) -> Metrics:
         """Over all ranks, and the worst or the mean over other token axes; `rounds` is left to the caller."""
-        others = self.other_axes
-        ranks, groups = placement.num_ranks, placement.num_groups
-        home_slot = jnp.asarray(placement.log2phy)[:, 0]
+        others, ranks = self.other_axes, placement.num_ranks
         load = out.load.astype(jnp.float32)
-        mean = jnp.maximum(jnp.sum(load) / ranks, 1e-9)
-        at_home = jnp.zeros_like(load, shape=(ranks,)).at[home_slot // placement.slots_per_rank].add(load)
-        by_group = out.rank_load.reshape(groups, -1).max(axis=1).astype(jnp.float32)
-        moved = jnp.mean(out.physical_ids != home_slot[expert_ids], dtype=jnp.float32)
+        mean = jnp.maximum(jnp.sum(out.load).astype(jnp.float32) / ranks, 1e-9)
+        contiguous = jnp.sum(load.reshape(ranks, -1), axis=1)
+        home = jnp.zeros_like(load, shape=(ranks,)).at[placement.home_rank].add(load)
+        first_slot = jnp.asarray(placement.log2phy)[:, 0].at[expert_ids].get(mode="fill", fill_value=-1)
+        moved = jnp.sum((out.physical_ids >= 0) & (out.physical_ids != first_slot), dtype=jnp.int32)
         chosen = load / jnp.maximum(jnp.sum(load), 1)
-        probability = lax.pmean(jnp.mean(scores / jnp.sum(scores, axis=1, keepdims=True), axis=0), self.token_axes)
         total = out.load
         if others:
             chosen, total = lax.pmean(chosen, others), lax.psum(total, others)
+        moved, probability = lax.psum((moved.astype(jnp.float32), jnp.sum(probability, axis=0)), self.token_axes)
 
         def worst(value: jax.Array) -> jax.Array:
             return lax.pmax(value, others) if others else value
 
         return Metrics(
-            home=worst(jnp.max(at_home) / mean),
-            optimum=worst(jnp.max(by_group * (1 - out.gap)) / mean),
-            balanced=worst(jnp.max(by_group) / mean),
-            moved=lax.pmean(moved, self.token_axes),
+            contiguous=worst(jnp.max(contiguous) / mean),
+            home=worst(jnp.max(home) / mean),
+            optimum=worst(jnp.max(out.lower_bound) / mean),
+            balanced=worst(jnp.max(out.rank_load).astype(jnp.float32) / mean),
+            moved=moved / (num_tokens * self.route.top_k),
             gap=worst(jnp.max(out.gap)),
             status=worst(jnp.max(out.status)),
             rounds=jnp.int32(1),
             load=total,
-            aux_loss=len(chosen) * jnp.sum(lax.stop_gradient(chosen) * probability),
+            aux_loss=len(chosen) * jnp.sum(lax.stop_gradient(chosen) * probability / num_tokens),
         )
+
+
+def _copied(placement: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf, placement)
+
+
+def _check_axes(mesh: Any, axis_name: Any, token_axes: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The mesh's axes of experts, and those of tokens, as tuples."""
+    if not isinstance(mesh, jax.sharding.Mesh):
+        raise TypeError(f"mesh must be a jax.sharding.Mesh, such as jax.make_mesh returns, got {type(mesh).__name__}")
+    named = []
+    for name, axes in (("axis_name", axis_name), ("token_axes", axis_name if token_axes is None else token_axes)):
+        one = (axes,) if isinstance(axes, str) else axes
+        if not isinstance(one, tuple) or not one or not all(isinstance(axis, str) for axis in one):
+            raise TypeError(f"{name} must be the name of an axis of the mesh, or a tuple of names, got {axes!r}")
+        if not set(one) <= set(mesh.axis_names) or len(set(one)) < len(one):
+            raise ValueError(f"{name} must name axes of the mesh, which are {mesh.axis_names}, each once; got {axes!r}")
+        named.append(one)
+    expert_axes, token_axes = named
+    if not set(expert_axes) <= set(token_axes):
+        raise ValueError(f"token_axes must hold the axes of axis_name = {axis_name!r}, got {token_axes}")
+    return expert_axes, token_axes
+
+
+def _check_ranks(placement: Placement, num_experts: int, mesh: Any, axis_name: Any, axes: tuple[str, ...]) -> None:
+    ranks = math.prod(mesh.shape[axis] for axis in axes)
+    if placement.num_experts != num_experts:
+        raise ValueError(f"placement is one of {placement.num_experts} experts, but num_experts = {num_experts}")
+    if placement.num_ranks != ranks:
+        raise ValueError(
+            f"placement is one of {placement.num_ranks} ranks, but axis_name = {axis_name!r} spans {ranks} devices of "
+            "the mesh"
+        )
+    if num_experts % ranks:
+        raise ValueError(
+            f"num_experts = {num_experts} must be a multiple of the {ranks} ranks, which hold as many experts each"
+        )
+
+
+def _check_balance_options(options: Mapping[str, Any] | None, placement: Placement) -> tuple[tuple[str, Any], ...]:
+    """The options, hashable, as static attributes of a layer must be."""
+    if options is not None and not isinstance(options, Mapping):
+        raise TypeError(f"balance_options must be a mapping of names to values, got {options!r}")
+    options = dict(options or {})
+    known = list(inspect.signature(check_balance_options).parameters)[1:]
+    for name in options:
+        if name not in known:
+            raise ValueError(f"balance_options: {name!r} is none of the options that a layer passes on, {known}")
+    check_balance_options(placement, **options)
+    return tuple(sorted(options.items()))
+
+
+def _router(
+    scores: Literal["softmax", "sigmoid"],
+    num_experts: int,
+    top_k: int,
+    norm_topk_prob: bool | None,
+    routed_scaling_factor: float,
+    n_group: int,
+    topk_group: int,
+) -> Router:
+    _check_choice("router", scores, ("softmax", "sigmoid"))
+    _check_choice("norm_topk_prob", norm_topk_prob, (None, True, False))
+    _check_number("routed_scaling_factor", routed_scaling_factor)
+    for name, count in (("top_k", top_k), ("n_group", n_group), ("topk_group", topk_group)):
+        check_count(name, count)
+    if num_experts % n_group:
+        raise ValueError(f"n_group must divide num_experts = {num_experts}, got {n_group}")
+    if topk_group > n_group:
+        raise ValueError(f"topk_group must be at most n_group = {n_group}, got {topk_group}")
+    reachable = num_experts // n_group * topk_group
+    if top_k > reachable:
+        of = (
+            f"num_experts = {num_experts}" if n_group == topk_group else f"the {reachable} experts of topk_group groups"
+        )
+        raise ValueError(f"top_k must be at most {of}, got {top_k}")
+    norm = top_k > 1 if norm_topk_prob is None else bool(norm_topk_prob)
+    return Router(scores, top_k, norm, float(routed_scaling_factor), n_group, topk_group)
+
+
+def _check_number(name: str, value: Any) -> None:
+    if not isinstance(value, (float, int, np.floating, np.integer)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
 def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:

@@ -1,0 +1,68 @@
+"""The router: which experts a token goes to, and the weights of their results.
+
+Scores are only ever compared, or normalised as logarithms: they may be too small for a float32, logits are not.
+"""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+class Router(NamedTuple):
+    """What is static of it; names as in the configurations of published checkpoints (DeepSeek-V2 and V3).
+
+    Attributes:
+      scores: "softmax" or "sigmoid" of the logits.
+      top_k: experts of each token.
+      norm_topk_prob: gates are the scores of a token's experts, scaled to sum 1; or, if False, the scores.
+      routed_scaling_factor: what gates are multiplied by.
+      n_group: groups of neighbouring experts, of equal size.
+      topk_group: groups in which a token's experts may be.
+    """
+
+    scores: Literal["softmax", "sigmoid"]
+    top_k: int
+    norm_topk_prob: bool
+    routed_scaling_factor: float
+    n_group: int
+    topk_group: int
+
+    def __call__(self, logits: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Routes each token.
+
+        Args:
+          logits: float32 [tokens, num_experts].
+          bias: float32 [num_experts], added to the scores when experts are picked; or None.
+
+        Returns:
+          expert_ids int32 [tokens, top_k]; gates float32 [tokens, top_k]; and probability float32
+          [tokens, num_experts], the scores scaled to sum 1. Of a token whose logits are finite all are finite, and so
+          are their gradients.
+        """
+        log_scores = jax.nn.log_softmax(logits) if self.scores == "softmax" else jax.nn.log_sigmoid(logits)
+        expert_ids = self._pick(lax.stop_gradient(log_scores), bias)
+        log_gates = jnp.take_along_axis(log_scores, expert_ids, axis=1)
+        gates = jax.nn.softmax(log_gates) if self.norm_topk_prob else jnp.exp(log_gates)
+        return expert_ids, gates * self.routed_scaling_factor, jax.nn.softmax(log_scores)
+
+    def _pick(self, log_scores: jax.Array, bias: jax.Array | None) -> jax.Array:
+        # Logarithms have the order of the scores, and no two of them become one 0.
+        choice = log_scores if bias is None else jnp.exp(log_scores) + bias[None, :]
+        if self.topk_group < self.n_group:
+            choice = jnp.where(self._in_groups(log_scores, bias), choice, -jnp.inf)
+        return lax.top_k(choice, self.top_k)[1]
+
+    def _in_groups(self, log_scores: jax.Array, bias: jax.Array | None) -> jax.Array:
+        """Whether each expert [tokens, num_experts] is of the token's best groups.
+
+        A group counts as much as its best expert with a softmax (DeepSeek-V2), as its two best with a sigmoid (V3).
+        """
+        tokens, num_experts = log_scores.shape
+        scores = jnp.exp(log_scores) + (0 if bias is None else bias[None, :])
+        by_group = scores.reshape(tokens, self.n_group, num_experts // self.n_group)
+        best = lax.top_k(by_group, min(1 if self.scores == "softmax" else 2, by_group.shape[2]))[0]
+        groups = lax.top_k(jnp.sum(best, axis=2), self.topk_group)[1]
+        chosen = jnp.any(groups[:, :, None] == jnp.arange(self.n_group, dtype=jnp.int32)[None, None, :], axis=1)
+        return jnp.repeat(chosen, num_experts // self.n_group, axis=1)
