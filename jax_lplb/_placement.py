@@ -19,7 +19,7 @@ from jax_lplb.topology import Topology
     data_fields=["phy2log", "log2phy"],
     meta_fields=["num_ranks", "num_groups", "topology"],
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Placement:
     """Where each logical expert lives, and where its copies are.
 
@@ -28,8 +28,13 @@ class Placement:
     change within a jitted step without recompiling; shapes, ranks, groups and topology are static. Leaves may have
     leading axes (one entry for each layer) to be mapped or scanned over.
 
+    Equal, and of one hash, where contents, ranks, groups and topology are, whether leaves are NumPy's or JAX's; so it
+    may be a key, or a static argument of `jax.jit` (which recompiles for other contents). Of leaves that are traced
+    neither can be told: TypeError.
+
     Attributes:
-      phy2log: int32 [num_physical], the logical expert that each slot holds.
+      phy2log: int32 [num_physical], the logical expert that each slot holds. It alone does not make a placement: made
+        again of it by `from_phy2log`, one along a topology has no topology, and so another `home_order`.
       log2phy: int32 [num_experts, max_replicas], the slots of each logical expert, its home first, padded with -1.
       num_ranks: ranks of the expert-parallel axis.
       num_groups: groups of num_ranks / num_groups neighbouring ranks that copy experts among themselves only.
@@ -71,7 +76,12 @@ class Placement:
     def home_order(self) -> Any:
         """int32 [num_experts], the logical expert of each row of weights as the ranks hold them, rank after rank.
 
-        Along a topology these are the home slots. Without one, rows are in logical order.
+        Along a topology these are the home slots; they are in logical order, unless `from_topology` was given a load.
+        Without a topology (`from_eplb`, `from_phy2log`) rows are in logical order, whatever the slots hold.
+
+        Weights and optimiser state have to be in this order, and nothing checks it: rows in another give each expert
+        another's weights. Bring them into it once, by `from_logical`, or by `permute_experts` where a placement of
+        another home order replaces this one; never within a step.
         """
         xp: Any = np if isinstance(self.phy2log, np.ndarray) else jnp
         leading = self.phy2log.shape[:-1]
@@ -79,6 +89,36 @@ class Placement:
             return xp.broadcast_to(xp.arange(self.num_experts, dtype=np.int32), (*leading, self.num_experts))
         by_rank = self.phy2log.reshape(*leading, self.num_ranks, self.slots_per_rank)
         return by_rank[..., : self.num_experts // self.num_ranks].reshape(*leading, self.num_experts)
+
+    @property
+    def home_rank(self) -> Any:
+        """int32 [num_experts], the rank that keeps each logical expert's weights: that of its row in `home_order`."""
+        if self.topology is not None:
+            return self.log2phy[..., 0] // self.slots_per_rank
+        return self.home_order // -(-self.num_experts // self.num_ranks)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Placement):
+            return NotImplemented
+        return self is other or (self._static == other._static and all(map(_same, self._leaves, other._leaves)))
+
+    def __hash__(self) -> int:
+        return hash((self._static, *map(_contents, self._leaves)))
+
+    def __repr__(self) -> str:
+        phy2log, log2phy = map(_short, self._leaves)
+        return (
+            f"Placement(phy2log={phy2log}, log2phy={log2phy}, num_ranks={self.num_ranks}, "
+            f"num_groups={self.num_groups}, topology={self.topology})"
+        )
+
+    @property
+    def _leaves(self) -> tuple[Any, Any]:
+        return self.phy2log, self.log2phy
+
+    @property
+    def _static(self) -> tuple[int, int, Topology | None]:
+        return self.num_ranks, self.num_groups, self.topology
 
     @classmethod
     def from_topology(
@@ -97,7 +137,9 @@ class Placement:
         after group.
 
         Home experts are in logical order, n to a rank. With `load` they are packed onto ranks by past load (EPLB's
-        packing, no replicas yet) and each rank has its heaviest first: LPLB's way.
+        packing, no replicas yet) and each rank has its heaviest first: LPLB's way. Weights then have to follow, once,
+        before the first step: `params = jax_lplb.from_logical(params, placement)`, and optimiser state likewise; see
+        `home_order`. (`jax_lplb.flax.MoE` makes its parameters in the right order.)
 
         Args:
           topology: for groups of `topology.group_size` ranks.
@@ -164,10 +206,11 @@ class Placement:
     ) -> "Placement":
         """EPLB's placement for past load: any number of replicas, in one group of all ranks.
 
-        Where EPLB puts two replicas of an expert on one rank, the second gives way, in its slot, to the heaviest expert
-        that the rank does not hold (of the node's experts, where there are several nodes). So the optimal split of any
-        load is at least as even as EPLB's own placement with even splits: it can send to the first replica what the
-        second would have had. See `jax_lplb.eplb.rebalance_experts`.
+        Where EPLB puts two replicas of an expert on one rank, the second gives way, in its slot, to the expert with the
+        most load a replica of those that the rank does not hold (of the node's experts, where there are several nodes);
+        ties go to experts with few replicas, from ranks that have many such. So the optimal split of any load is at
+        least as even as EPLB's own placement with even splits: it can send to the first replica what the second would
+        have had. Weights stay in logical order. See `jax_lplb.eplb.rebalance_experts`.
 
         Args:
           load: [..., num_experts], past tokens of each logical expert, in any unit. Leading axes, one entry for each
@@ -227,6 +270,10 @@ class Placement:
         max_replicas: int | None = None,
     ) -> "Placement":
         """Any placement, with any number of replicas, in one group of all ranks.
+
+        Without a topology, and so with weights in logical order (`home_order`), wherever `phy2log` is from: that of a
+        placement along a topology does not make that placement again. Make it by `from_topology`, or keep both leaves:
+        `dataclasses.replace(placement, phy2log=phy2log, log2phy=log2phy)`.
 
         Args:
           phy2log: integers [num_physical], the logical expert of each slot. An expert's home is its first slot. May be
@@ -341,6 +388,31 @@ class Placement:
         )
 
 
+def _same(leaf: Any, other: Any) -> bool:
+    """Leaves by contents; trees that JAX makes may hold anything in their place."""
+    if leaf is other:
+        return True
+    contents, others = _contents(leaf), _contents(other)
+    return type(contents) is type(others) and bool(contents == others)
+
+
+def _contents(leaf: Any) -> Any:
+    if isinstance(leaf, jax.core.Tracer):
+        raise TypeError(
+            f"a placement with traced leaves has no contents to compare or hash yet, got {_short(leaf)}; compare its "
+            "leaves by jnp.array_equal, or pass it as an argument that is not static"
+        )
+    if not isinstance(leaf, (np.ndarray, jax.Array)):
+        return leaf
+    return leaf.shape, str(leaf.dtype), np.asarray(leaf).tobytes()
+
+
+def _short(leaf: Any) -> str:
+    if isinstance(leaf, (np.ndarray, jax.Array)):
+        return f"{'traced ' * isinstance(leaf, jax.core.Tracer)}{leaf.dtype}{list(leaf.shape)}"
+    return repr(leaf)
+
+
 def copied(topology: Topology, num_ranks: int, redundants_per_rank: int) -> tuple[np.ndarray, np.ndarray]:
     """Of each redundant slot [num_ranks, redundants_per_rank] the rank it copies from, and which of its experts."""
     ranks, copy = np.arange(num_ranks), np.arange(redundants_per_rank)
@@ -352,39 +424,47 @@ def copied(topology: Topology, num_ranks: int, redundants_per_rank: int) -> tupl
 def _give_way(by_rank: np.ndarray, load: np.ndarray, num_nodes: int, max_replicas: int) -> None:
     """Replaces, in [num_ranks, slots_per_rank], second replicas on a rank and those of an expert beyond max_replicas.
 
-    By the heaviest expert that the rank does not hold and that has not got max_replicas either; of those of the node,
-    where there are any.
+    By an expert that the rank does not hold and that has not got max_replicas either; of those of the node, where there
+    are any. Of these the one with the most load a replica, as EPLB chooses. A load that says little ties most of them:
+    then one with the fewest replicas, from the ranks that hold the most experts of so few, so that neither one expert
+    nor one rank gets all the copies; then the lowest.
     """
     num_ranks, slots = by_rank.shape
-    by_weight = np.argsort(-load, kind="stable")
     count = np.zeros(len(load), np.int64)
+    holds = np.zeros((num_ranks, len(load)), np.int64)
     vacant = np.zeros(by_rank.shape, bool)
     for rank, slot in np.ndindex(*by_rank.shape):
         expert = by_rank[rank, slot]
-        vacant[rank, slot] = expert in by_rank[rank, :slot] or count[expert] == max_replicas
+        vacant[rank, slot] = holds[rank, expert] or count[expert] == max_replicas
         count[expert] += not vacant[rank, slot]
+        holds[rank, expert] |= not vacant[rank, slot]
     of_node = np.zeros((num_nodes, len(load)), bool)
     of_node[np.repeat(np.arange(num_nodes), num_ranks // num_nodes)[:, None], by_rank] = True
     for rank, slot in np.argwhere(vacant):
-        free = count < max_replicas
-        free[by_rank[rank][~vacant[rank]]] = False
+        free = (count < max_replicas) & (holds[rank] == 0)
         on_node = free & of_node[rank * num_nodes // num_ranks]
-        candidates = by_weight[(on_node if on_node.any() else free)[by_weight]]
+        candidates = np.flatnonzero(on_node if on_node.any() else free)
         if not candidates.size:
             raise ValueError(
                 f"max_replicas = {max_replicas} is too small: every expert that rank {rank} does not hold has that "
-                f"many already, and {num_ranks * slots} slots are to be filled"
+                f"many already, and {num_ranks * slots} slots are to be filled; num_ranks = {num_ranks} is always enough"
             )
-        by_rank[rank, slot] = candidates[0]
-        vacant[rank, slot] = False
-        count[candidates[0]] += 1
+        each = load[candidates] / count[candidates]
+        candidates = candidates[each == each.max()]
+        fewest = count[candidates].min()
+        candidates = candidates[count[candidates] == fewest]
+        crowd = holds @ (count == fewest)
+        expert = candidates[np.argmax(crowd @ holds[:, candidates])]
+        by_rank[rank, slot] = expert
+        holds[rank, expert] = 1
+        count[expert] += 1
 
 
 def _past_load(load: ArrayLike) -> np.ndarray:
     if isinstance(load, jax.core.Tracer):
         raise TypeError(
-            "load must not be traced: it decides where weights live, on the host. Inside jit, Placement.select chooses "
-            "the copies alone"
+            "load must not be traced: it decides where weights live, on the host. Inside jit, Placement.select of a "
+            "placement along a topology chooses the copies alone"
         )
     load = np.asarray(load)
     if not (np.issubdtype(load.dtype, np.integer) or np.issubdtype(load.dtype, np.floating)):

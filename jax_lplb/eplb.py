@@ -7,6 +7,12 @@ NumPy, for all layers at once.
 import numpy as np
 from numpy.typing import ArrayLike
 
+__all__ = ["rebalance_experts"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 def rebalance_experts(
     weight: ArrayLike, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int

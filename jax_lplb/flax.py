@@ -26,8 +26,13 @@ from jax_lplb._swiglu import dense_swiglu, swiglu
 from jax_lplb._weights import from_logical, receive, replicate, send_early, send_late
 
 Dispatch = Literal["all_to_all", "ring", "dense"]
+__all__ = ["Metrics", "MoE", "PlacementState", "RouterBias"]
 
 _log = logging.getLogger(__name__)
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 class Metrics(NamedTuple):

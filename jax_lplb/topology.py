@@ -4,9 +4,20 @@ After DeepSeek's LPLB (https://github.com/deepseek-ai/LPLB), whose `r2o` arrays 
 """
 
 import dataclasses
+import reprlib
 
 import numpy as np
 from numpy.typing import ArrayLike
+
+__all__ = ["Topology", "cube", "from_r2o", "hypercube", "ring", "torus"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+_columns = reprlib.Repr()
+_columns.maxlist = 16
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -72,7 +83,7 @@ class Topology:
         return hash((self.r2o.shape, self.r2o.tobytes()))
 
     def __repr__(self) -> str:
-        return f"Topology({self.group_size} ranks, r2o columns {self.r2o.T.tolist()})"
+        return f"Topology({self.group_size} ranks, r2o columns {_columns.repr(self.r2o.T.tolist())})"
 
 
 def from_r2o(r2o: ArrayLike) -> Topology:
