@@ -120,8 +120,9 @@ def balance(
         raise ValueError(
             f"expert_ids: {expert_ids.size} ids on {num_shards} shards are more than {_MOST_TOKENS}, the largest count"
         )
-    out_specs: Any = Balanced(*[jax.P()] * len(Balanced._fields))
-    out_specs = out_specs._replace(physical_ids=spec_of(expert_ids))
+    replicated: Any = jax.P()
+    of_ids: Any = spec_of(expert_ids)
+    out_specs = Balanced(of_ids, *[replicated] * (len(Balanced._fields) - 1))
 
     def run(expert_ids: jax.Array, load: jax.Array | None, placement: Placement) -> Balanced:
         return _balance(expert_ids, load, placement, axis_name, num_shards, sync, options, num_sms, implementation)

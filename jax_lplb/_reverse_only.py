@@ -1,20 +1,31 @@
-"""An identity through which a program can be differentiated once, in reverse mode.
+"""Functions that can be differentiated once, in reverse mode.
 
 Derivatives that are written by hand have none themselves. Without this, JAX would say so from the inside of such a
-function, in words that do not help: of whatever it met first there.
+function, of whatever it met first there, and not what to do.
 """
 
-from functools import partial
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 
-def reverse_only(tree: Any, message: str) -> Any:
-    """The tree; what differentiates it in forward mode, or twice, ends in a NotImplementedError with the message."""
-    return jax.tree.map(lambda leaf: _forward.bind(leaf, message=message), tree)
+def reverse_only(function: Callable[..., Any], message: str, *operands: Any) -> Any:
+    """function(*operands); to differentiate it in forward mode, or twice, is a NotImplementedError with the message."""
+    try:
+        return function(*jax.tree.map(lambda leaf: _marked(leaf, message), operands))
+    except TypeError as error:
+        # Where tangents are traced before they are computed, JAX may come first.
+        if "forward-mode" in str(error) and "custom_vjp" in str(error):
+            raise NotImplementedError(message) from error
+        raise
+
+
+def _marked(leaf: Any, message: str) -> Any:
+    return _forward.bind(leaf, message=message) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf
 
 
 def _identity(name: str) -> Primitive:
@@ -44,4 +55,4 @@ ad.deflinear2(
         cotangent if isinstance(cotangent, ad.Zero) else _backward.bind(cotangent, message=message)
     ],
 )
-ad.primitive_jvps[_backward] = partial(_refuse)
+ad.primitive_jvps[_backward] = lambda primals, tangents, message: _refuse(message=message)

@@ -1,6 +1,6 @@
 """The router: which experts a token goes to, and the weights of their results.
 
-Scores are only ever compared, or normalised as logarithms: they may be too small for a float32, logits are not.
+Scores are normalised as logarithms, and compared as logits: in float32 they may all be 0.
 """
 
 from typing import Literal, NamedTuple
@@ -42,14 +42,15 @@ class Router(NamedTuple):
           are their gradients.
         """
         log_scores = jax.nn.log_softmax(logits) if self.scores == "softmax" else jax.nn.log_sigmoid(logits)
-        expert_ids = self._pick(lax.stop_gradient(log_scores), bias)
+        log_scores = jnp.maximum(log_scores, jnp.finfo(jnp.float32).min)  # a softmax of -inf alone is no number
+        expert_ids = self._pick(*lax.stop_gradient((logits, log_scores)), bias)
         log_gates = jnp.take_along_axis(log_scores, expert_ids, axis=1)
         gates = jax.nn.softmax(log_gates) if self.norm_topk_prob else jnp.exp(log_gates)
         return expert_ids, gates * self.routed_scaling_factor, jax.nn.softmax(log_scores)
 
-    def _pick(self, log_scores: jax.Array, bias: jax.Array | None) -> jax.Array:
-        # Logarithms have the order of the scores, and no two of them become one 0.
-        choice = log_scores if bias is None else jnp.exp(log_scores) + bias[None, :]
+    def _pick(self, logits: jax.Array, log_scores: jax.Array, bias: jax.Array | None) -> jax.Array:
+        # Logits have the order of their scores, of which many may be 0 or 1 in float32.
+        choice = logits if bias is None else jnp.exp(log_scores) + bias[None, :]
         if self.topk_group < self.n_group:
             choice = jnp.where(self._in_groups(log_scores, bias), choice, -jnp.inf)
         return lax.top_k(choice, self.top_k)[1]

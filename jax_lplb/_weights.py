@@ -15,6 +15,7 @@ from jax_lplb import _ffi
 from jax_lplb._balance import AxisName, axis_size
 from jax_lplb._mesh import spec_of, with_auto_axes
 from jax_lplb._placement import Placement, copied
+from jax_lplb._reverse_only import reverse_only
 
 Route = tuple[tuple[int, int], ...]  # (sender, receiver), as `ppermute` takes them
 
@@ -42,13 +43,25 @@ def replicate(home_weights: Any, placement: Placement, axis_name: AxisName, dtyp
       TypeError: `placement` is not a Placement.
       ValueError: `axis_name` is not bound or has another size than `num_ranks`, num_ranks does not divide the experts,
         or a leaf has another number of rows.
+      NotImplementedError: along a topology, it is differentiated in forward mode or twice.
     """
     _check("placement", placement)
     varying = _ffi.varying(*jax.tree.leaves(placement))
     home_weights = jax.tree.map(lambda leaf: _ffi.vary(leaf, varying), home_weights)
-    sending, _ = send_early(home_weights, None, placement, axis_name, dtype)
-    weights, sent, _ = send_late(home_weights, sending, None)
-    return receive(weights, sent, lambda nothing: nothing, None)[0]
+
+    def bring(home_weights: Any) -> Any:
+        sending, _ = send_early(home_weights, None, placement, axis_name, dtype)
+        weights, sent, _ = send_late(home_weights, sending, None)
+        return receive(weights, sent, lambda nothing: nothing, None)[0]
+
+    if placement.topology is None or (placement.num_physical == placement.num_experts and dtype is None):
+        return bring(home_weights)  # JAX differentiates it, or nothing is done
+    message = (
+        "replicate along a topology can be differentiated once, in reverse mode (jax.grad, jax.vjp); for forward mode "
+        "and derivatives of derivatives pass Placement.from_phy2log(placement.phy2log, placement.num_ranks) instead, "
+        "and weights in its home_order, which is the logical one"
+    )
+    return reverse_only(bring, message, home_weights)
 
 
 @partial(

@@ -228,8 +228,8 @@ class MoE(nnx.Module):
             (jax.P(self.axis_name), jax.P()),
             jax.P(self.slot_axes),
         )
-        weights = reverse_only(self._home_weights(), message)
-        return with_auto_axes(run, jax.P(self.slot_axes), weights, self.placement.get_value())
+        run = partial(with_auto_axes, run, jax.P(self.slot_axes))
+        return reverse_only(run, message, self._home_weights(), self.placement.get_value())
 
     def __call__(self, x: jax.Array, slots: dict[str, jax.Array] | None = None) -> tuple[jax.Array, Metrics]:
         """Runs the layer.
@@ -257,13 +257,6 @@ class MoE(nnx.Module):
         if self.shared_in is not None and self.shared_out is not None:
             dense |= {"shared_in": self.shared_in[...], "shared_out": self.shared_out[...]}
         bias = None if self.bias is None else self.bias[...]
-        given = (x, weights, dense)
-        if self.dispatch != "dense":
-            given = reverse_only(
-                given,
-                f"a MoE layer with dispatch = {self.dispatch!r} can be differentiated once, in reverse mode (jax.grad, "
-                "jax.vjp); for forward mode and derivatives of derivatives make it with dispatch='dense'",
-            )
         run = self._on_each_device(
             partial(self._on_rank, slots is not None, len(x)),
             (jax.P(self.token_axes), jax.P(axes), jax.P(), jax.P(), jax.P()),
@@ -275,8 +268,15 @@ class MoE(nnx.Module):
             y, metrics = run(jnp.pad(x, [(0, extra), *[(0, 0)] * (x.ndim - 1)]) if extra else x, *rest)
             return y[: len(x)], metrics
 
-        operands = (*given, bias, self.placement.get_value())
-        return with_auto_axes(padded, (spec_of(x), jax.P()), *operands)
+        layer = partial(with_auto_axes, padded, (spec_of(x), jax.P()))
+        operands = (x, weights, dense, bias, self.placement.get_value())
+        if self.dispatch == "dense":
+            return layer(*operands)
+        message = (
+            f"a MoE layer with dispatch = {self.dispatch!r} can be differentiated once, in reverse mode (jax.grad, "
+            "jax.vjp); for forward mode and derivatives of derivatives make it with dispatch='dense'"
+        )
+        return reverse_only(layer, message, *operands)
 
     def update_bias(self, load: jax.Array, rate: float = 1e-3) -> None:
         """Moves the bias of each expert by `rate`, up where it had fewer tokens than the mean, down where more.

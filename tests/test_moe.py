@@ -1,5 +1,6 @@
 """The Flax layer against a dense one on a single device: results and gradients, whatever happens on the way."""
 
+import contextlib
 import subprocess
 import sys
 from functools import partial
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import topology
+from helpers import optimum, topology
 from hypothesis.extra.numpy import arrays
 
 import jax_lplb as lplb
@@ -34,8 +35,8 @@ def placements() -> dict[str, lplb.Placement]:
 
 
 def make(placement: lplb.Placement, mesh: jax.sharding.Mesh, seed: int = 0, **options) -> MoE:
-    options = {"axis_name": "ep", "dtype": jnp.float32} | options
-    layer = MoE(D_MODEL, EXPERTS, D_EXPERT, TOP_K, placement=placement, mesh=mesh, rngs=nnx.Rngs(seed), **options)
+    options = {"axis_name": "ep", "dtype": jnp.float32, "rngs": nnx.Rngs(seed), "top_k": TOP_K} | options
+    layer = MoE(D_MODEL, EXPERTS, D_EXPERT, placement=placement, mesh=mesh, **options)
     layer.router[...] = layer.router[...] * 4  # an uneven router
     return layer
 
@@ -45,27 +46,45 @@ def mesh_of(*sizes_and_names) -> jax.sharding.Mesh:
     return jax.make_mesh(sizes, names, axis_types=(jax.sharding.AxisType.Auto,) * len(sizes))
 
 
-def dense(params: dict, x: jax.Array, *, router: str = "softmax", bias: jax.Array | None = None) -> jax.Array:
+def dense(
+    params: dict,
+    x: jax.Array,
+    *,
+    router: str = "softmax",
+    bias: jax.Array | None = None,
+    top_k: int = TOP_K,
+    norm_topk_prob: bool = True,
+    routed_scaling_factor: float = 1.0,
+) -> jax.Array:
     """Every expert on every token, in logical order."""
     logits = x @ params["router"]
     scores = jax.nn.softmax(logits) if router == "softmax" else jax.nn.sigmoid(logits)
-    _, ids = jax.lax.top_k(scores if bias is None else scores + bias[None, :], TOP_K)
+    _, ids = jax.lax.top_k(scores if bias is None else scores + bias[None, :], top_k)
     gates = jnp.take_along_axis(scores, ids, axis=-1)
-    gates = gates / gates.sum(axis=-1, keepdims=True)
+    if norm_topk_prob:
+        gates = gates / gates.sum(axis=-1, keepdims=True)
     hidden = jnp.einsum("td,edh->teh", x, params["w_in"])
+    out = jnp.einsum("teh,ehd->ted", gated(hidden), params["w_out"])
+    routed = jnp.einsum("tk,tkd->td", gates * routed_scaling_factor, jnp.take_along_axis(out, ids[..., None], axis=1))
+    return routed + (gated(x @ params["shared_in"]) @ params["shared_out"] if "shared_in" in params else 0)
+
+
+def gated(hidden: jax.Array) -> jax.Array:
     gate, up = jnp.split(hidden, 2, axis=-1)
-    out = jnp.einsum("teh,ehd->ted", jax.nn.silu(gate) * up, params["w_out"])
-    return jnp.einsum("tk,tkd->td", gates, jnp.take_along_axis(out, ids[..., None], axis=1))
+    return jax.nn.silu(gate) * up
 
 
 def logical(state: dict, placement: lplb.Placement) -> dict:
     """Parameters or gradients of a layer, with experts in logical order."""
-    moved = lplb.to_logical({name: state[name] for name in ("w_in", "w_out")}, placement)
-    return {"router": jnp.asarray(state["router"]), **moved}
+    return state | lplb.to_logical({name: state[name] for name in ("w_in", "w_out")}, placement)
 
 
 def params_of(layer: MoE) -> dict:
-    return {"router": layer.router[...], "w_in": layer.w_in[...], "w_out": layer.w_out[...]}
+    return arrays_of(nnx.state(layer, nnx.Param))
+
+
+def arrays_of(state: nnx.State) -> dict:
+    return {name: variable[...] for name, variable in state.items()}
 
 
 @nnx.jit
@@ -109,7 +128,7 @@ def check_against_dense(layer: MoE, x, weight, prepared: bool = False, **options
     (_, expected), (expected_grads, expected_x) = reference(logical(params_of(layer), place), x)
     assert_close(result, expected)
     assert_close(x_grad, expected_x)
-    got = logical({name: grads[name][...] for name in ("router", "w_in", "w_out")}, place)
+    got = logical(arrays_of(grads), place)
     for name, value in expected_grads.items():
         assert_close(got[name], value)
     return metrics
@@ -448,9 +467,7 @@ def test_training_takes_the_same_course(rng):
         for name, layer in layers.items():
             value, grad = step(layer, x)
             losses[name].append(float(value))
-            grads[name] = logical(
-                {key: grad[key][...] for key in ("router", "w_in", "w_out")}, layer.placement.get_value()
-            )
+            grads[name] = logical(arrays_of(grad), layer.placement.get_value())
         if number % 100 == 0:
             for key, value in grads["none"].items():
                 assert_close(grads["ring"][key], value, 1e-3)
@@ -472,24 +489,359 @@ def test_new_placements_do_not_recompile(rng):
 
 
 @pytest.mark.parametrize(
-    ("changed", "message"),
+    ("changed", "error", "message"),
     [
-        ({"top_k": 17}, "top_k must be from 1 to num_experts = 16, got 17"),
-        ({"num_experts": 32}, "placement is one of 16 experts, but num_experts = 32"),
-        ({"router": "linear"}, "router must be one of .*, got 'linear'"),
-        ({"dispatch": "mail"}, "dispatch must be one of .*, got 'mail'"),
-        ({"grouped_matmul": "loop"}, "grouped_matmul must be one of .*, got 'loop'"),
-        ({"buffer_factor": 0.0}, "buffer_factor must be positive, got 0.0"),
-        ({"token_axes": ("data",)}, r"token_axes must hold the axes of axis_name = 'ep' .* got \('data',\)"),
+        ({"top_k": 17}, ValueError, "top_k must be at most num_experts = 16, got 17"),
+        ({"top_k": 4.0}, TypeError, "top_k must be an integer, got 4.0"),
+        ({"d_model": 8.0}, TypeError, "d_model must be an integer, got 8.0"),
+        ({"d_expert": 0}, ValueError, "d_expert must be at least 1, got 0"),
+        ({"num_experts": 32}, ValueError, "placement is one of 16 experts, but num_experts = 32"),
+        ({"placement": None}, TypeError, r"placement must be a jax_lplb\.Placement, got NoneType"),
+        ({"mesh": None}, TypeError, r"mesh must be a jax\.sharding\.Mesh, .*, got NoneType"),
+        ({"axis_name": ["ep"]}, TypeError, r"axis_name must be the name of an axis .*, got \['ep'\]"),
+        ({"axis_name": "expert"}, ValueError, r"axis_name must name axes of the mesh, which are \('ep',\), .*'expert'"),
+        ({"token_axes": ("data",)}, ValueError, r"token_axes must name axes of the mesh, .* got \('data',\)"),
+        ({"router": "linear"}, ValueError, "router must be one of .*, got 'linear'"),
+        ({"norm_topk_prob": 2}, ValueError, "norm_topk_prob must be one of .*, got 2"),
+        ({"routed_scaling_factor": "1"}, TypeError, "routed_scaling_factor must be a number, got '1'"),
+        ({"n_group": 3}, ValueError, "n_group must divide num_experts = 16, got 3"),
+        ({"n_group": 4, "topk_group": 5}, ValueError, "topk_group must be at most n_group = 4, got 5"),
+        (
+            {"n_group": 16, "topk_group": 1},
+            ValueError,
+            "top_k must be at most the 1 experts of topk_group groups, got 2",
+        ),
+        ({"n_shared_experts": -1}, ValueError, "n_shared_experts must be at least 0, got -1"),
+        ({"dispatch": "mail"}, ValueError, "dispatch must be one of .*, got 'mail'"),
+        ({"grouped_matmul": "loop"}, ValueError, "grouped_matmul must be one of .*, got 'loop'"),
+        ({"buffer_factor": 0.0}, ValueError, "buffer_factor must be positive and finite, got 0.0"),
+        (
+            {"balance_options": {"solve": "ipm"}},
+            ValueError,
+            "balance_options: 'solve' is none of the options .*'solver'",
+        ),
+        ({"balance_options": {"solver": "best"}}, ValueError, "solver must be .*, got 'best'"),
+        ({"balance_options": {"tol": "fine"}}, TypeError, "tol must be a Python float, got 'fine'"),
+        ({"balance_options": "ipm"}, TypeError, "balance_options must be a mapping of names to values, got 'ipm'"),
+        ({"dtype": jnp.int8}, TypeError, "dtype must be a floating-point dtype, got .*int8"),
+        ({"rngs": 0}, TypeError, r"rngs must be flax\.nnx\.Rngs, .*, got int"),
     ],
 )
-def test_refuses(changed, message):
+def test_refuses(changed, error, message):
     arguments = {"d_model": 8, "num_experts": EXPERTS, "d_expert": 8, "top_k": 2, "placement": placements()["cube"]}
     arguments |= {"mesh": mesh_of((8, "ep")), "axis_name": "ep", "rngs": nnx.Rngs(0)}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(error, match=message):
         MoE(**(arguments | changed))
+
+
+def test_refuses_a_placement_of_other_ranks():
+    with pytest.raises(ValueError, match="placement is one of 8 ranks, but axis_name = 'ep' spans 4 devices"):
+        make(placements()["cube"], mesh_of((4, "ep")))
+    uneven = lplb.Placement.from_phy2log(np.r_[np.arange(12), 0, 1, 2, 3], 8)
+    with pytest.raises(ValueError, match="num_experts = 12 must be a multiple of the 8 ranks"):
+        MoE(8, 12, 8, 2, placement=uneven, mesh=mesh_of((8, "ep")), axis_name="ep", rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (np.zeros((16, D_MODEL), np.int32), TypeError, "x must be a floating-point array, got int32"),
+        ([[0.0] * D_MODEL], TypeError, "x must be a floating-point array, got list"),
+        (np.zeros((16, 8), np.float32), ValueError, r"x must have shape .* = \[\.\.\., 12\], got \(16, 8\)"),
+        (np.zeros(D_MODEL, np.float32), ValueError, r"x must have shape .*, got \(12,\)"),
+    ],
+)
+def test_refuses_inputs(x, error, message):
+    layer = make(placements()["cube"], mesh_of((8, "ep")))
+    with pytest.raises(error, match=message):
+        layer(x)
+
+
+def test_refuses_slots():
+    layer = make(placements()["cube"], mesh_of((8, "ep")))
+    x = np.zeros((16, D_MODEL), np.float32)
+    with pytest.raises(ValueError, match=r"slots must be what prepare\(\) returns, of shapes .*32.*, got .*16"):
+        layer(x, layer._home_weights())
+    with pytest.raises(ValueError, match="dispatch = 'dense' uses no copies; leave slots out"):
+        make(placements()["cube"], mesh_of((8, "ep")), dispatch="dense")(x, {})
 
 
 def test_update_bias_needs_one():
     with pytest.raises(ValueError, match="update_bias needs a layer made with router_bias=True"):
         make(placements()["none"], mesh_of((8, "ep"))).update_bias(jnp.ones(EXPERTS))
+    layer = make(placements()["none"], mesh_of((8, "ep")), router_bias=True)
+    with pytest.raises(ValueError, match=r"load must have the shape of the bias, \(16,\), got \(8,\)"):
+        layer.update_bias(jnp.ones(8))
+
+
+# ---- Routers and shared experts --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("router", ["softmax", "sigmoid"])
+def test_a_single_expert_a_token(rng, router):
+    """By default its gate is its score, so that the router learns."""
+    layer = make(placements()["cube"], mesh_of((RANKS, "ep")), top_k=1, router=router)
+    x, weight = inputs(rng)
+    check_against_dense(layer, x, weight, router=router, top_k=1, norm_topk_prob=False)
+    (_, _), (grads, _) = value_and_grads(layer, x, weight)
+    assert np.any(grads["router"][...])
+
+
+def test_shared_experts_and_scaled_gates(rng):
+    """Beside the routed ones, on a mesh with a data axis; in several rounds."""
+    place = lplb.Placement.from_topology(topology.ring(4), num_experts=EXPERTS, num_ranks=4, redundants_per_rank=2)
+    layer = make(
+        place,
+        mesh_of((2, "data"), (4, "ep")),
+        token_axes=("data", "ep"),
+        n_shared_experts=2,
+        routed_scaling_factor=2.5,
+        norm_topk_prob=False,
+        buffer_factor=0.4,
+    )
+    assert layer.shared_in.shape == (D_MODEL, 4 * D_EXPERT)
+    check_against_dense(layer, *inputs(rng), norm_topk_prob=False, routed_scaling_factor=2.5)
+
+
+def test_experts_of_the_best_groups(rng):
+    """Group-limited routing picks no expert of other groups; with all groups it picks as without any."""
+    limited, whole, plain = (
+        make(placements()["cube"], mesh_of((RANKS, "ep")), router="sigmoid", n_group=4, topk_group=groups)
+        if groups
+        else make(placements()["cube"], mesh_of((RANKS, "ep")), router="sigmoid")
+        for groups in (1, 4, 0)
+    )
+    x, _ = inputs(rng, 64)
+    np.testing.assert_array_equal(run(whole, x)[0], run(plain, x)[0])
+    one = run(limited, x[:1])[1].load.reshape(4, -1).sum(axis=1)  # all of one token's experts are of one group
+    assert sorted(np.asarray(one)) == [0, 0, 0, TOP_K]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("router", ["softmax", "sigmoid"])
+def test_scores_that_underflow(rng, router, dtype):
+    """Logits of -100 and less: results, aux_loss and gradients are finite, and a NaN stays in its token."""
+    layer = make(placements()["cube"], mesh_of((RANKS, "ep")), router=router)
+    layer.router[...] = jnp.full((D_MODEL, EXPERTS), -10.0) + 0.1 * layer.router[...]
+    x = jnp.asarray(rng.uniform(0.5, 1.5, (64, D_MODEL)), dtype)
+
+    def loss(layer, x):
+        result, metrics = layer(x)
+        return jnp.sum(result.astype(jnp.float32)) + metrics.aux_loss, (result, metrics)
+
+    both = nnx.jit(nnx.value_and_grad(loss, argnums=(nnx.DiffState(0, nnx.Param), 1), has_aux=True))
+    (value, (result, _)), grads = both(layer, x)
+    assert np.isfinite(value)
+    assert all(np.isfinite(np.asarray(leaf, np.float32)).all() for leaf in jax.tree.leaves(grads))
+    assert np.any(result)
+    wrong = x.at[5, 0].set(jnp.nan)
+    np.testing.assert_array_equal(np.delete(run(layer, wrong)[0], 5, axis=0), np.delete(result, 5, axis=0))
+
+
+# ---- Batches, meshes and stacks --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dispatch", ["all_to_all", "ring", "dense"])
+@pytest.mark.parametrize("shape", [(12, D_MODEL), (3, 5, D_MODEL)])
+def test_uneven_batches(rng, shape, dispatch):
+    """Padded within: results and gradients are the dense layer's, and padding counts as no tokens."""
+    layer = make(placements()["cube"], mesh_of((RANKS, "ep")), dispatch=dispatch)
+    x, weight = (jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(2))
+    (result, metrics), (grads, x_grad) = value_and_grads(layer, x, weight)
+    params = logical(params_of(layer), layer.placement.get_value())
+    flat, flat_weight = x.reshape(-1, D_MODEL), weight.reshape(-1, D_MODEL)
+    reference = jax.value_and_grad(lambda params, x: jnp.sum(dense(params, x) * flat_weight), argnums=(0, 1))
+    _, (expected, expected_x) = jax.jit(reference)(params, flat)
+    assert_close(result, dense(params, flat).reshape(shape))
+    assert_close(x_grad, expected_x.reshape(shape))
+    for name, value in logical(arrays_of(grads), layer.placement.get_value()).items():
+        assert_close(value, expected[name])
+    assert int(metrics.load.sum()) == len(flat) * TOP_K
+    even = run(make(placements()["cube"], mesh_of((RANKS, "ep"))), jnp.concatenate([flat] * RANKS))[1]
+    np.testing.assert_allclose(metrics.aux_loss, even.aux_loss, rtol=1e-5)
+
+
+EXPLICIT, AUTO = jax.sharding.AxisType.Explicit, jax.sharding.AxisType.Auto
+
+
+@pytest.mark.parametrize("in_context", [False, True])
+@pytest.mark.parametrize(
+    ("axes", "token_axes", "cut"),
+    [
+        ([("ep", 8, EXPLICIT)], ("ep",), P("ep")),
+        ([("data", 2, EXPLICIT), ("ep", 4, EXPLICIT)], ("data", "ep"), P("ep")),
+        ([("data", 2, EXPLICIT), ("ep", 4, EXPLICIT)], ("data", "ep"), P("ep", "data")),  # FSDP
+        ([("ep", 4, EXPLICIT), ("tp", 2, EXPLICIT)], ("ep",), P("ep")),
+        ([("ep", 4, EXPLICIT), ("tp", 2, EXPLICIT)], ("ep",), P("ep", None, "tp")),
+        ([("ep", 4, EXPLICIT), ("tp", 2, AUTO)], ("ep",), P("ep")),
+        ([("data", 2, AUTO), ("ep", 4, EXPLICIT)], ("data", "ep"), P("ep")),
+    ],
+)
+def test_explicit_axes(rng, axes, token_axes, cut, in_context):
+    """As `jax.make_mesh` makes them: results and gradients are those on a mesh of Auto axes."""
+    names, sizes, kinds = zip(*axes, strict=True)
+    ranks = dict(zip(names, sizes, strict=True))["ep"]
+    place = lplb.Placement.from_topology(
+        topology.ring(ranks), num_experts=EXPERTS, num_ranks=ranks, redundants_per_rank=2
+    )
+    x, weight = inputs(rng, 64)
+    results = []
+    for of_axes in (kinds, (AUTO,) * len(kinds)):
+        mesh = jax.make_mesh(sizes, names, axis_types=of_axes)
+        with jax.set_mesh(mesh) if in_context else contextlib.nullcontext():
+            layer = make(place, mesh, token_axes=token_axes)
+            layer.w_in.set_value(jax.device_put(layer.w_in[...], jax.NamedSharding(mesh, cut)))
+            given = jax.device_put((x, weight), jax.NamedSharding(mesh, P(token_axes)))
+            results.append(value_and_grads(layer, *given, prepared=in_context))
+    for one, other in zip(*map(jax.tree.leaves, results), strict=True):
+        assert_close(one, other)
+    (result, _), (grads, _) = results[0]
+    if AUTO not in kinds:
+        assert result.sharding.spec[0] in (token_axes, token_axes[0])
+        assert grads["w_in"].sharding.is_equivalent_to(jax.NamedSharding(grads["w_in"].sharding.mesh, cut), 3)
+
+
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
+@pytest.mark.parametrize("how", ["constructor", "nnx.jit", "nnx.vmap", "nnx.scan", "nnx.jit of nnx.vmap"])
+@pytest.mark.parametrize("layers", [3, RANKS])
+def test_experts_are_sharded_however_layers_are_made(how, kind, layers):
+    """Behind the layer axis, if there is one; and a stack holds the layers that its keys make one by one."""
+    mesh, place = jax.make_mesh((RANKS,), ("ep",), axis_types=(kind,)), placements()["rings by load"]
+
+    def one(rngs: nnx.Rngs) -> MoE:
+        return MoE(
+            D_MODEL, EXPERTS, D_EXPERT, TOP_K, placement=place, mesh=mesh, axis_name="ep", router_bias=True, rngs=rngs
+        )
+
+    each = nnx.split_rngs(splits=layers)
+    stacked, create = {
+        "constructor": ((), one),
+        "nnx.jit": ((), nnx.jit(one)),
+        "nnx.vmap": ((layers,), each(nnx.vmap(one))),
+        "nnx.scan": ((layers,), each(nnx.scan(one, in_axes=0, out_axes=0))),
+        "nnx.jit of nnx.vmap": ((layers,), nnx.jit(each(nnx.vmap(one)))),
+    }[how]
+    layer = create(nnx.Rngs(0))
+    for leaf, shape in ((layer.w_in, (D_MODEL, 2 * D_EXPERT)), (layer.w_out, (D_EXPERT, D_MODEL))):
+        assert leaf.shape == (*stacked, EXPERTS, *shape)
+        assert leaf.sharding.shard_shape(leaf.shape) == (*stacked, EXPERTS // RANKS, *shape)
+    assert layer.router.sharding.is_fully_replicated
+    if stacked:
+        keys = nnx.Rngs(0).params.key[...]
+        del keys
+        flat = np.asarray(layer.w_in[...]).reshape(layers, -1)
+        assert len(np.unique(flat[:, 0])) == layers
+
+
+def test_a_stack_runs_as_its_layers(rng):
+    """Made by nnx.vmap, run by nnx.scan, on a mesh of default axes: against the dense layers in turn."""
+    mesh, place = jax.make_mesh((RANKS,), ("ep",)), placements()["rings by load"]
+
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap
+    def stack(rngs):
+        return make(place, mesh, rngs=rngs)
+
+    layers = stack(nnx.Rngs(0))
+    x, _ = inputs(rng, 64)
+    with pytest.raises(ValueError, match="the layer is a stack of layers"):
+        layers(x)
+
+    @nnx.jit
+    def through(layers, x):
+        return nnx.scan(lambda layer, x: x + layer(x)[0], in_axes=(0, nnx.Carry), out_axes=nnx.Carry)(layers, x)
+
+    expected = x
+    for number in range(3):
+        params = jax.tree.map(lambda leaf, number=number: jnp.asarray(np.asarray(leaf)[number]), params_of(layers))
+        expected = expected + dense(logical(params, place), expected)
+    assert_close(through(layers, x), expected)
+
+
+def test_layers_of_one_placement_are_donated_together(rng):
+    """Each has arrays of its own, from the start and after a new placement."""
+    mesh, place = mesh_of((RANKS, "ep")), placements()["cube"]
+    on_device = jax.device_put(place, jax.NamedSharding(mesh, P()))
+    layers = nnx.List([make(on_device, mesh, seed) for seed in range(2)])
+    step = nnx.jit(lambda layers, x: layers[1](layers[0](x)[0])[0], donate_argnums=0)
+    x, _ = inputs(rng, 64)
+    first = step(layers, x)
+    for layer in layers:
+        layer.placement.set_value(on_device)
+    np.testing.assert_array_equal(step(layers, x), first)
+    np.testing.assert_array_equal(on_device.phy2log, place.phy2log)  # and the caller's are not donated
+
+
+# ---- Derivatives beyond the first ------------------------------------------------------------------------------------
+
+
+def test_derivatives_of_any_order_by_the_dense_dispatch(rng):
+    """Hessian-vector products, forward over reverse and reverse over reverse, and a gradient penalty."""
+    layer = make(placements()["rings by load"], mesh_of((RANKS, "ep")), dispatch="dense")
+    x, weight = inputs(rng, 32)
+    graph, params, rest = nnx.split(layer, nnx.Param, ...)
+    place = layer.placement.get_value()
+
+    def loss(params, x):
+        return jnp.sum(nnx.merge(graph, params, rest)(x)[0] * weight)
+
+    def reference(params, x):
+        return jnp.sum(dense(logical(arrays_of(params), place), x) * weight)
+
+    def derivatives(loss):
+        def penalty(params):
+            return jnp.sum(jax.grad(loss, argnums=1)(params, x) ** 2)
+
+        def forward(x):
+            return jax.jvp(jax.grad(loss, argnums=1), (params, x), (params, weight))[1]
+
+        def backward(x):
+            return jax.grad(lambda x: jnp.sum(jax.grad(loss, argnums=1)(params, x) * weight))(x)
+
+        return jax.jit(lambda: (forward(x), backward(x), jax.grad(penalty)(params)))()
+
+    for got, want in zip(*(jax.tree.leaves(derivatives(one)) for one in (loss, reference)), strict=True):
+        assert_close(got, want, 1e-4)
+    check_against_dense(layer, x, weight)
+
+
+@pytest.mark.parametrize("dispatch", ["all_to_all", "ring"])
+def test_other_dispatches_refuse_derivatives_that_they_lack(rng, dispatch):
+    """In a sentence that says what to do, eager and under jit."""
+    layer = make(placements()["cube"], mesh_of((RANKS, "ep")), dispatch=dispatch)
+    x, weight = inputs(rng, 64)
+    result = jax.jit(lambda x: layer(x)[0])
+
+    def loss(x):
+        return jnp.sum(layer(x)[0] * weight)
+
+    for derivative in (
+        lambda: jax.jvp(result, (x,), (x,)),
+        lambda: jax.jit(jax.grad(lambda x: jnp.sum(jax.grad(loss)(x) ** 2)))(x),
+        lambda: jax.jit(jax.hessian(loss))(x),
+    ):
+        with pytest.raises(
+            NotImplementedError, match=rf"dispatch = '{dispatch}' can be .*make it with dispatch='dense'"
+        ):
+            derivative()
+
+
+# ---- Metrics ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["cube", "rings by load", "eplb"])
+def test_imbalances(rng, name):
+    """Without a placement, without copies, and the bound, which no split in whole tokens goes below."""
+    place = placements()[name]
+    layer = make(place, mesh_of((RANKS, "ep")))
+    for tokens in (8, 64, 512):
+        for _ in range(20):
+            x, _ = inputs(rng, tokens)
+            metrics = run(layer, x)[1]
+            load, mean = np.asarray(metrics.load, np.int64), tokens * TOP_K / RANKS
+            home = np.bincount(place.home_order.argsort() // (EXPERTS // RANKS), load, minlength=RANKS)
+            np.testing.assert_allclose(metrics.contiguous, load.reshape(RANKS, -1).sum(axis=1).max() / mean, rtol=1e-6)
+            np.testing.assert_allclose(metrics.home, home.max() / mean, rtol=1e-6)
+            best = optimum(load, place).max() / mean
+            assert best * (1 - 2e-4) <= metrics.optimum <= best
+            assert metrics.optimum <= metrics.balanced

@@ -349,3 +349,67 @@ def test_replicate_refuses(rng):
     run = jax.shard_map(lambda w: lplb.replicate(w, uneven, "ep"), mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
     with pytest.raises(ValueError, match="placement: its 8 ranks do not divide the 12 experts evenly"):
         run(np.zeros((16, 2)))
+
+
+# ---- Derivatives -----------------------------------------------------------------------------------------------------
+
+FLOATS = [jnp.float32, jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn]
+
+
+def loss_of_moved(weights, place, factor, axes):
+    moved = lplb.from_logical(weights, place, axis_name=axes)
+    there = lplb.permute_experts(moved, place, by_load(np.random.default_rng(7)), axis_name=axes)
+    back = lplb.to_logical(moved, place, axis_name=axes)
+    return sum(jnp.sum(leaf.astype(jnp.float32) * factor) for leaf in (moved, there, back))
+
+
+@pytest.mark.parametrize("where", ["unsharded", "Auto", "Explicit", "shard_map"])
+def test_gradients_of_moved_rows(rng, where):
+    """Weights in logical order, moved inside the loss: the gradients are moved back, for every float dtype."""
+    place, other = by_load(rng), by_load(np.random.default_rng(7))
+    kind = jax.sharding.AxisType.Explicit if where == "Explicit" else jax.sharding.AxisType.Auto
+    mesh = jax.make_mesh((RANKS,), ("ep",), axis_types=(kind,))
+    factor = rng.integers(1, 5, (EXPERTS, 2)).astype(np.float32)
+    loss = partial(loss_of_moved, axes=None)
+    if where == "shard_map":
+
+        @partial(jax.shard_map, mesh=mesh, in_specs=(P("ep"), P(), P("ep")), out_specs=P())
+        def loss(weights, place, factor):
+            return jax.lax.psum(loss_of_moved(weights, place, factor, "ep"), "ep")
+
+    step = jax.jit(jax.grad(loss))
+    expected = factor.copy()  # of to_logical(from_logical(w)), which is w
+    expected[place.home_order] += factor
+    expected[other.home_order] += factor
+    for dtype in FLOATS:
+        weights = jnp.asarray(rng.normal(size=(EXPERTS, 2)), dtype)
+        if where != "unsharded":
+            weights = jax.device_put(weights, jax.NamedSharding(mesh, P("ep")))
+        with jax.set_mesh(mesh):  # JAX forgets the mesh of an argument that the gradient does not depend on
+            gradient = step(weights, place, factor)
+        assert gradient.dtype == dtype
+        np.testing.assert_array_equal(gradient.astype(jnp.float32), expected)
+
+
+def test_derivatives_of_replicate(rng):
+    """Of any order without a topology; along one, what is refused names that as the cure."""
+    along = placements(rng)["cube"]
+    free = lplb.Placement.from_phy2log(along.phy2log, along.num_ranks)
+    mesh = jax.make_mesh((RANKS,), ("ep",), axis_types=(jax.sharding.AxisType.Auto,))
+    weights = jnp.asarray(rng.normal(size=(EXPERTS, 2)), jnp.float32)
+
+    def derivatives(slots_of):
+        def loss(weights):
+            return jnp.sum(jnp.sin(slots_of(weights)))
+
+        penalty = jax.jit(jax.grad(lambda weights: jnp.sum(jax.grad(loss)(weights) ** 2)))
+        return [lambda: penalty(weights), lambda: jax.jit(lambda w: jax.jvp(loss, (w,), (w,)))(weights)[1]]
+
+    def by(place):
+        return jax.shard_map(lambda w: lplb.replicate(w, place, "ep"), mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
+
+    for got, want in zip(derivatives(by(free)), derivatives(lambda w: w[along.phy2log]), strict=True):
+        np.testing.assert_allclose(got(), want(), rtol=1e-5, atol=1e-5)
+    for refused in derivatives(by(along)):
+        with pytest.raises(NotImplementedError, match=r"differentiated once, .* pass Placement\.from_phy2log"):
+            refused()
