@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
+from jax_lplb import _ffi
 from jax_lplb._assign import quota_rank_load
 from jax_lplb._placement import Placement, check_contents, check_count, slots_of_experts
 from jax_lplb._solve import Solver, check_options, check_placement, solve_fractions
@@ -21,13 +22,16 @@ class Evaluation(NamedTuple):
     """What `evaluate` returns: the imbalance of each load, largest rank load / mean rank load, float64 [...].
 
     Attributes:
-      home: all tokens of an expert go to its home, its first slot.
-      even: they are split evenly over its slots.
-      optimum: they are split by `solve`, in fractions of a token.
+      contiguous: no placement: experts in logical order, ceil(num_experts / num_ranks) to a rank, no copies.
+      home: no copies: all tokens of an expert go to the rank that keeps its weights, `placement.home_rank`.
+      even: they are split evenly over the expert's slots.
+      optimum: no split over the slots, even of fractions of a token, is better: a certified lower bound.
       assigned: they are split as `balance` does, in whole tokens.
-      gap: certified: `optimum` is at most a fraction `gap` of itself above the best there is.
+      gap: certified, before rounding to whole tokens: the split that `solve` found is at most a fraction `gap` of
+        itself above the best there is. That of the worst group, where there are several.
     """
 
+    contiguous: np.ndarray
     home: np.ndarray
     even: np.ndarray
     optimum: np.ndarray
@@ -42,114 +46,150 @@ def evaluate(
     num_ranks: int | None = None,
     solver: Solver = "auto",
     tol: float = 1e-4,
+    implementation: _ffi.Implementation = None,
     progress: bool = True,
 ) -> Evaluation:
-    """Tries a placement on recorded loads, before it is used.
+    """Tries a placement, or those of stacked layers, on recorded loads, before it is used.
 
     Args:
       placement: a placement; or integers [num_physical], the logical expert of each slot, such as a row of EPLB's
-        phy2log. Two slots of one rank may then hold one expert: an even split uses both, `solve` the first.
-      loads: integers [..., num_experts], the tokens of each logical expert; a trace is [steps, num_experts].
+        phy2log. Two slots of one rank may then hold one expert: an even split uses both, `solve` the first. Either may
+        have leading axes, one entry for each layer.
+      loads: integers [..., num_experts], the tokens of each logical expert; a trace is [steps, num_experts]. For
+        stacked layers [..., layers, num_experts]: each is judged by the placement of its layer.
       num_ranks: ranks, where `placement` is an array.
       solver: as of `solve`.
       tol: as of `solve`.
+      implementation: as of `solve`.
       progress: shows a progress bar on long traces, if standard error is a terminal and `rich` is installed.
 
     Returns:
-      An `Evaluation` of NumPy arrays [...]. A load of zeros has imbalance 1.
+      An `Evaluation` of NumPy arrays [...], of the shape of `loads` without its last axis. A load of zeros has
+      imbalance 1.
 
     Raises:
       TypeError: `loads` or the array do not hold integers, or they are traced.
       ValueError: shapes do not fit, a load is negative, loads sum to 2**31 or more, an expert has no slot, or the
         solver cannot solve the placement.
     """
+    _check_concrete("loads", loads)
     loads = np.asarray(loads)
     if not np.issubdtype(loads.dtype, np.integer):
         raise TypeError(f"loads must hold integers, tokens of each expert; got dtype {loads.dtype}")
     if loads.ndim == 0:
         raise ValueError("loads must have shape [..., num_experts], got shape ()")
     placement = _placement(placement, loads.shape[-1], num_ranks)
-    if loads.shape[-1] != placement.num_experts:
+    layers, experts, ranks = placement.phy2log.shape[:-1], placement.num_experts, placement.num_ranks
+    if loads.shape[-1 - len(layers) :] != (*layers, experts):
         raise ValueError(
-            f"loads must have shape [..., num_experts] = [..., {placement.num_experts}], got {loads.shape}"
+            f"loads must have shape [..., {'layers, ' * bool(layers)}num_experts] = "
+            f"[{', '.join(map(str, ['...', *layers, experts]))}], got {loads.shape}"
         )
     if np.any(loads < 0):
         raise ValueError(f"loads must not be negative, got {loads.min()}")
-    flat = loads.reshape(-1, placement.num_experts)
+    flat = loads.reshape(-1, experts)
     totals = flat.sum(axis=1, dtype=np.int64)
     if np.any(totals >= 2**31):
         raise ValueError(f"loads must have sums below 2**31, got {totals.max()}")
-    check_options(placement, solver, tol, None)
+    stacked = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[len(layers) :]), placement)
+    num_layers = len(stacked.phy2log)
+    alone = jax.tree.map(lambda leaf: leaf[0], stacked)
+    check_placement(alone, implementation)
+    check_options(alone, solver, tol, None)
 
-    ranks = placement.num_ranks
     mean = np.maximum(totals, 1) / ranks
 
-    def imbalance(rank_load: np.ndarray) -> np.ndarray:
-        return np.where(totals > 0, rank_load.max(axis=1) / mean, 1.0).reshape(loads.shape[:-1])
+    def imbalance(largest: np.ndarray) -> np.ndarray:
+        return np.where(totals > 0, largest / mean, 1.0).reshape(loads.shape[:-1])
 
-    rank = np.arange(placement.num_physical) // placement.slots_per_rank
-    of_slot = np.zeros((placement.num_experts, ranks))
-    np.add.at(of_slot, (placement.phy2log, rank), 1)
-    homes = np.zeros_like(of_slot)
-    homes[np.arange(placement.num_experts), rank[placement.log2phy[:, 0]]] = 1
+    def if_sent(share: np.ndarray) -> np.ndarray:
+        """Where each rank takes a share [layers, experts, ranks] of each expert's tokens."""
+        by_layer = flat.reshape(-1, num_layers, experts).swapaxes(0, 1)
+        return imbalance((by_layer @ share).swapaxes(0, 1).reshape(-1, ranks).max(axis=1))
 
-    optimum = np.empty((len(flat), ranks))
-    assigned = np.empty((len(flat), ranks), np.int64)
-    gap = np.empty(len(flat))
+    rank = np.arange(alone.num_physical) // alone.slots_per_rank
+    of_slot = np.zeros((num_layers, experts, ranks))
+    np.add.at(of_slot, (np.arange(num_layers)[:, None], stacked.phy2log, rank), 1)
+    in_order = np.arange(experts)[None] // -(-experts // ranks)
+
+    most, assigned, gap = np.empty(len(flat)), np.empty(len(flat), np.int64), np.empty(len(flat))
     for first in _track(range(0, len(flat), _AT_ONCE), progress):
         part = flat[first : first + _AT_ONCE]
         # The last part is filled up: one shape, compiled once.
-        padded = np.zeros((min(_AT_ONCE, len(flat)), placement.num_experts), np.int32)
+        padded = np.zeros((min(_AT_ONCE, len(flat)), experts), np.int32)
         padded[: len(part)] = part
+        layer = (first + np.arange(len(padded))) % num_layers
+        of_layer = jax.tree.map(lambda leaf, layer=layer: leaf[layer], stacked)
         here = slice(first, first + len(part))
-        optimum[here], assigned[here], gap[here] = (
-            np.asarray(result)[: len(part)] for result in _balance_all(padded, placement, solver, tol)
+        most[here], assigned[here], gap[here] = (
+            np.asarray(result)[: len(part)] for result in _balance_all(padded, of_layer, solver, tol, implementation)
         )
     return Evaluation(
-        imbalance(flat @ homes),
-        imbalance(flat @ (of_slot / of_slot.sum(axis=1, keepdims=True))),
-        imbalance(optimum),
-        imbalance(assigned),
-        gap.reshape(loads.shape[:-1]),
+        contiguous=if_sent(_one_hot(in_order, ranks)),
+        home=if_sent(_one_hot(stacked.home_rank, ranks)),
+        even=if_sent(of_slot / of_slot.sum(axis=2, keepdims=True)),
+        optimum=np.maximum(imbalance(most), 1),
+        assigned=imbalance(assigned),
+        gap=gap.reshape(loads.shape[:-1]),
     )
 
 
-@partial(jax.jit, static_argnames=("solver", "tol"))
+def _one_hot(rank: np.ndarray, num_ranks: int) -> np.ndarray:
+    return (rank[..., None] == np.arange(num_ranks)).astype(np.float64)
+
+
+@partial(jax.jit, static_argnames=("solver", "tol", "implementation"))
 def _balance_all(
-    loads: jax.Array, placement: Placement, solver: Solver, tol: float
+    loads: jax.Array, placements: Placement, solver: Solver, tol: float, implementation: _ffi.Implementation
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    options = check_options(placement, solver, tol, None)
+    """Of each load, by its own placement: a bound on the largest rank load, that in whole tokens, and the gap."""
 
-    def balance(load: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        fraction, rank_load, gap, _, _ = solve_fractions(load, placement, options, None)
-        return rank_load, quota_rank_load(fraction, load, placement), jnp.max(gap)
+    def balance(load: jax.Array, placement: Placement) -> tuple[jax.Array, jax.Array, jax.Array]:
+        options = check_options(placement, solver, tol, None)
+        fraction, rank_load, gap, _, _ = solve_fractions(load, placement, options, implementation)
+        most = jnp.max(rank_load.reshape(placement.num_groups, -1), axis=1)
+        # The certificate is made of float32 sums over experts, whose terms may each be off by half a unit in the last
+        # place; some more for the operations before and after.
+        rounded = (placement.num_experts + 16) * 2.0**-24
+        assigned = jnp.max(quota_rank_load(fraction, load, placement))
+        return jnp.max(most * (1 - gap - rounded)), assigned, jnp.max(gap)
 
-    return jax.vmap(balance)(loads)
+    return jax.vmap(balance)(loads, placements)
 
 
 def _placement(placement: Placement | ArrayLike, num_experts: int, num_ranks: int | None) -> Placement:
+    """On the host; checked, but for what a solver may need."""
+    _check_concrete("placement", placement)
     if isinstance(placement, Placement):
         if num_ranks is not None:
             raise ValueError("num_ranks must not be given beside a Placement, which knows it")
-        if isinstance(placement.phy2log, jax.core.Tracer):
-            raise TypeError("placement must not be traced: evaluate runs on the host")
-        check_placement(placement, None)
         return jax.tree.map(np.asarray, placement)
     if num_ranks is None:
         raise ValueError("num_ranks must be given where placement is an array")
     check_count("num_ranks", num_ranks)
     phy2log = np.asarray(placement)
-    if phy2log.ndim != 1 or phy2log.size == 0 or phy2log.size % num_ranks:
-        raise ValueError(
-            f"placement must have shape [num_physical], a multiple of num_ranks = {num_ranks}, got {phy2log.shape}"
-        )
     if not np.issubdtype(phy2log.dtype, np.integer):
         raise TypeError(f"placement must hold integers, got dtype {phy2log.dtype}")
-    _, max_replicas = check_contents(phy2log, num_ranks, num_experts, None, twice=True)
-    phy2log = phy2log.astype(np.int32)
-    placement = Placement(phy2log, slots_of_experts(phy2log, num_experts, max_replicas), num_ranks, 1, None)
-    check_placement(placement, None)
-    return placement
+    if phy2log.size == 0 or phy2log.shape[-1] % num_ranks:
+        raise ValueError(
+            f"placement must have shape [..., num_physical], a multiple of num_ranks = {num_ranks}, got {phy2log.shape}"
+        )
+    layers = phy2log.reshape(-1, phy2log.shape[-1])
+    replicas = max(check_contents(row, num_ranks, num_experts, None, twice=True)[1] for row in layers)
+    layers = layers.astype(np.int32)
+    log2phy = np.stack([slots_of_experts(row, num_experts, replicas) for row in layers])
+    return Placement(
+        layers.reshape(phy2log.shape),
+        log2phy.reshape(*phy2log.shape[:-1], num_experts, replicas),
+        num_ranks,
+        num_groups=1,
+        topology=None,
+    )
+
+
+def _check_concrete(name: str, value: object) -> None:
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value)):
+        raise TypeError(f"{name} must not be traced: evaluate runs on the host; call it outside of jit and vmap")
 
 
 def _track(steps: range, progress: bool) -> Iterable[int]:

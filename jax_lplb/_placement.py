@@ -447,7 +447,7 @@ def _give_way(by_rank: np.ndarray, load: np.ndarray, num_nodes: int, max_replica
         if not candidates.size:
             raise ValueError(
                 f"max_replicas = {max_replicas} is too small: every expert that rank {rank} does not hold has that "
-                f"many already, and {num_ranks * slots} slots are to be filled; num_ranks = {num_ranks} is always enough"
+                f"many already, and {num_ranks * slots} slots are to be filled; num_ranks = {num_ranks} is enough"
             )
         each = load[candidates] / count[candidates]
         candidates = candidates[each == each.max()]

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from helpers import many_replicas, optimum, skewed_ids, topology
+from helpers import many_replicas, optimum, placement, random_loads, skewed_ids, topology
 
 import jax_lplb as lplb
 from jax_lplb import eplb
@@ -31,18 +31,45 @@ def test_each_number(rng, loads, kind):
         place = many_replicas(rng, num_experts=64, num_ranks=8, redundants=3)
     result = lplb.evaluate(place, loads)
     assert all(isinstance(array, np.ndarray) and array.shape == (300,) for array in result)
-    assert [array[0] for array in result[:4]] == [1.0] * 4
+    assert [array[0] for array in result[:5]] == [1.0] * 5
     rank = np.arange(place.num_physical) // place.slots_per_rank
     for step in range(1, 300, 13):
         load, mean = loads[step], loads[step].sum() / 8
-        home = np.bincount(rank[place.log2phy[:, 0]], load, 8).max() / mean
+        contiguous = load.reshape(8, 8).sum(axis=1).max() / mean
+        home = load[place.home_order].reshape(8, 8).sum(axis=1).max() / mean
         even = np.bincount(rank, (load / np.bincount(place.phy2log))[place.phy2log], 8).max() / mean
         best = optimum(load, place).max() / mean
-        np.testing.assert_allclose([result.home[step], result.even[step]], [home, even], rtol=1e-12)
-        assert best * (1 - 1e-6) <= result.optimum[step] <= best * (1 + 1.1e-4)
+        got = [result.contiguous[step], result.home[step], result.even[step]]
+        np.testing.assert_allclose(got, [contiguous, home, even], rtol=1e-12)
+        assert best * (1 - 1.1e-4) <= result.optimum[step] <= best * (1 + 1e-9)
         assert result.gap[step] <= 1e-4
         # Whole tokens: a replica takes about one more or less.
-        assert result.optimum[step] - 1 / mean <= result.assigned[step] <= result.optimum[step] + 20 / mean
+        assert result.optimum[step] <= result.assigned[step] <= result.optimum[step] * (1 + 2e-4) + 20 / mean
+    if kind == "cube":
+        assert np.any(result.home != result.contiguous)
+    else:  # without a topology rows of weights are in logical order
+        np.testing.assert_array_equal(result.home, result.contiguous)
+
+
+@pytest.mark.parametrize("solver", ["ipm", "auto"])
+@pytest.mark.parametrize("kind", ["cube", "two groups", "eplb", "many"])
+def test_optimum_is_a_lower_bound(rng, kind, solver):
+    """Whatever rounding did: of few tokens, of many, of loads that upset solvers."""
+    place = {
+        "cube": cube,
+        "two groups": lambda: placement(topology.cube(), 64, 16, 2),
+        "eplb": lambda: lplb.Placement.from_eplb(rng.lognormal(0, 1, 64), num_ranks=8, redundants_per_rank=2),
+        "many": lambda: many_replicas(rng, num_experts=64, num_ranks=8, redundants=3),
+    }[kind]()
+    few = [rng.multinomial(tokens, rng.dirichlet(np.full(64, 0.3))) for tokens in [1, 8, 64, 512] * 10]
+    loads = np.concatenate([random_loads(rng, 64, 40), few]).astype(np.int64)
+    loads = loads[loads.sum(axis=1) > 0]
+    result = lplb.evaluate(place, loads, solver=solver)
+    best = np.array([optimum(load, place).max() for load in loads]) / (loads.sum(axis=1) / place.num_ranks)
+    assert np.all(result.optimum <= best * (1 + 1e-9))
+    assert np.all(result.optimum >= best * (1 - result.gap - 1e-5))
+    for reached in (result.assigned, result.even):
+        assert np.all(result.optimum <= reached * (1 + 1e-12))
 
 
 @pytest.mark.parametrize("solver", ["ipm", "edge_balance"])
@@ -59,7 +86,8 @@ def test_assigned_is_what_balance_sends(rng, solver):
 def test_never_worse_than_the_even_split(loads):
     for place in (cube(), lplb.Placement.from_eplb(loads[3], num_ranks=8, redundants_per_rank=4)):
         result = lplb.evaluate(place, loads)
-        assert np.all(result.optimum <= result.even * (1 + 1e-6))
+        found = result.optimum / (1 - result.gap)  # by `solve`: its certificate read the other way round
+        assert np.all(found <= result.even * (1 + 1e-4))
 
 
 def test_raw_eplb_with_two_replicas_on_a_rank(loads):
@@ -87,6 +115,44 @@ def test_leading_axes(loads):
     assert lplb.evaluate(place, loads[:0]).even.shape == (0,)
 
 
+@pytest.mark.parametrize("kind", ["cube", "eplb", "array"])
+def test_stacked_layers_are_judged_each_by_its_own_placement(rng, loads, kind):
+    """Over several parts, whose length the number of layers does not divide."""
+    trace = rng.permutation(np.concatenate([loads, loads])).reshape(100, 2, 3, 64)
+    past, options = trace[:20].mean(axis=0), {}
+    stacked = cube(past) if kind == "cube" else lplb.Placement.from_eplb(past, num_ranks=8, redundants_per_rank=2)
+    if kind == "array":
+        stacked = eplb.rebalance_experts(past.reshape(6, 64), 80, 1, 1, 8)[0].reshape(2, 3, 80)
+        options = {"num_ranks": 8}
+    together = lplb.evaluate(stacked, trace, **options)
+    for layer in np.ndindex(2, 3):
+        one = jax.tree.map(lambda leaf, layer=layer: leaf[layer], stacked)
+        for got, alone in zip(together, lplb.evaluate(one, trace[:, *layer], **options), strict=True):
+            assert got.shape == (100, 2, 3)
+            np.testing.assert_allclose(got[:, *layer], alone, rtol=1e-12)
+    np.testing.assert_array_equal(lplb.evaluate(stacked, trace[7], **options).assigned, together.assigned[7])
+
+
+def test_pure_jax_takes_what_the_custom_calls_do_not(rng):
+    """As the error says."""
+    place = placement(topology.ring(2), 4104, 8, 2)
+    loads = rng.integers(0, 100, (2, 4104))
+    with pytest.raises(ValueError, match=r"4104 experts.* pass implementation='xla'"):
+        lplb.evaluate(place, loads)
+    result = lplb.evaluate(place, loads, implementation="xla")
+    best = [optimum(load, place).max() / (load.sum() / 8) for load in loads]
+    np.testing.assert_allclose(result.optimum, best, rtol=4e-4)
+
+
+def test_traced_arguments_are_refused():
+    for kind, call in (
+        ("loads", lambda place, loads: lplb.evaluate(cube(), loads)),
+        ("placement", lambda place, loads: lplb.evaluate(place, np.ones((2, 64), int))),
+    ):
+        with pytest.raises(TypeError, match=f"{kind} must not be traced: evaluate runs on the host"):
+            jax.jit(call)(cube(), np.ones((2, 64), np.int32))
+
+
 def test_a_placement_of_device_arrays(loads):
     np.testing.assert_array_equal(
         lplb.evaluate(jax.device_put(cube()), loads[:5]).optimum, lplb.evaluate(cube(), loads[:5]).optimum
@@ -98,6 +164,13 @@ def test_a_placement_of_device_arrays(loads):
     [
         ({"loads": np.ones((2, 64))}, TypeError, "loads must hold integers, .* float64"),
         ({"loads": np.ones((2, 63), int)}, ValueError, r"loads must have shape \[..., num_experts\] = \[..., 64\]"),
+        ({"loads": np.array(3)}, ValueError, r"loads must have shape \[..., num_experts\], got shape \(\)"),
+        (
+            {"placement": cube(np.ones((3, 64)))},
+            ValueError,
+            r"loads must have shape \[..., layers, num_experts\] = \[..., 3, 64\], got \(2, 64\)",
+        ),
+        ({"implementation": "cuda"}, ValueError, "implementation must be None, 'ffi' or 'xla', got 'cuda'"),
         ({"loads": -np.ones((2, 64), int)}, ValueError, "loads must not be negative, got -1"),
         ({"loads": np.full((2, 64), 2**26)}, ValueError, "loads must have sums below 2"),
         ({"num_ranks": 8}, ValueError, "num_ranks must not be given beside a Placement"),

@@ -87,26 +87,33 @@ def test_topology_by_load_in_layers_and_without_copies(rng):
 @settings(deadline=None, max_examples=60)
 @given(data=st.data())
 def test_eplb_optimum_is_no_worse_than_its_even_split(data):
-    """Of any load: the one it was placed by, and others."""
+    """Of any load: the one it was placed by, and others; with ties, zeros and several nodes."""
     ranks, home = data.draw(st.sampled_from([(2, 3), (4, 2), (6, 4), (8, 8)]))
+    nodes = data.draw(st.sampled_from([1, 2]))
     experts = ranks * home
     redundants = data.draw(st.integers(0, min(4, experts - home)))
     load = st.one_of(
         st.lists(st.integers(0, 10**6), min_size=experts, max_size=experts),
         st.lists(st.integers(0, 3), min_size=experts, max_size=experts),
+        st.integers(0, 1).map(lambda each: np.full(experts, each)),
         st.lists(st.floats(-5, 5), min_size=experts, max_size=experts).map(lambda row: np.rint(np.exp(row) * 100)),
         st.integers(0, experts - 1).map(lambda hot: np.eye(experts)[hot] * 1000),
     )
     past = np.array(data.draw(load), np.float64)
-    place = lplb.Placement.from_eplb(past, num_ranks=ranks, redundants_per_rank=redundants)
+    place = lplb.Placement.from_eplb(
+        past, num_ranks=ranks, redundants_per_rank=redundants, num_groups=nodes, num_nodes=nodes
+    )
     check(place)
-    raw = eplb.rebalance_experts(past[None], experts + ranks * redundants, 1, 1, ranks)[0][0]
+    raw = eplb.rebalance_experts(past[None], experts + ranks * redundants, nodes, nodes, ranks)[0][0]
     for now in (past, np.array(data.draw(load), np.float64)):
         assert optimum(now, place).max() <= even_split(raw, now, ranks) * (1 + 1e-9) + 1e-9
 
 
 def test_second_replicas_give_way_in_place():
-    """Expert 0 has three replicas on two ranks: the second on one rank becomes the heaviest absent from there."""
+    """Expert 0 has three replicas on two ranks: the second on one becomes that with most a replica, absent from there.
+
+    All the others have one.
+    """
     load = np.array([100, 9, 8, 7])
     raw = eplb.rebalance_experts(load[None], 6, 1, 1, 2)[0][0]
     place = lplb.Placement.from_eplb(load, num_ranks=2, redundants_per_rank=1)
@@ -115,6 +122,48 @@ def test_second_replicas_give_way_in_place():
     rank = changed[0] // 3
     absent = sorted(set(range(4)) - set(raw.reshape(2, 3)[rank].tolist()), key=lambda e: -load[e])
     assert place.phy2log[changed[0]] == absent[0]
+
+
+def imbalance(place: lplb.Placement, loads: np.ndarray) -> float:
+    """The mean of the best that the copies allow."""
+    return float(np.mean([optimum(load, place).max() / (load.sum() / place.num_ranks) for load in loads]))
+
+
+SAYS_LITTLE = {
+    "equal loads": (np.ones(64), {}, 1.12),
+    "zeros": (np.zeros(64), {}, 1.25),
+    "zeros, at most two replicas": (np.zeros(64), {"max_replicas": 2}, 1.1),
+    "equal loads on two nodes": (np.ones(64), {"num_groups": 4, "num_nodes": 2}, 1.22),
+    "zeros on two nodes": (np.zeros(64), {"num_groups": 4, "num_nodes": 2}, 1.35),
+    "half three times the other": (np.repeat([3, 1], 32), {}, 1.6),
+}
+
+
+@pytest.mark.parametrize("case", SAYS_LITTLE)
+def test_copies_spread_over_experts_where_loads_tie(rng, case):
+    """64 experts, 4 copies on each of 16 ranks: not all of the lowest-numbered, and so of use to loads that come."""
+    past, options, most = SAYS_LITTLE[case]
+    place = lplb.Placement.from_eplb(past, num_ranks=16, redundants_per_rank=4, **options)
+    check(place)
+    loads = np.rint(rng.lognormal(0, 1, (40, 64)) * 100)
+    assert imbalance(place, loads) < most
+    if not options and past.all() and np.ptp(past) == 0:
+        replicas = np.bincount(place.phy2log, minlength=64)
+        assert replicas.max() <= 3
+        assert np.sum(replicas == 1) <= 1
+
+
+def test_as_many_replicas_as_ranks_always_have_room(rng):
+    """As the error of a smaller number says."""
+    for _ in range(100):
+        ranks, home = rng.choice([2, 4, 6]), rng.integers(1, 4)
+        experts = ranks * home
+        redundants = rng.integers(0, experts - home + 1)
+        load = rng.choice([rng.integers(0, 3, experts), np.zeros(experts), rng.lognormal(0, 2, experts)])
+        numbers = {"num_ranks": ranks, "redundants_per_rank": redundants}
+        check(lplb.Placement.from_eplb(load, **numbers, max_replicas=ranks))
+    with pytest.raises(ValueError, match=r"max_replicas = 1 is too small.* num_ranks = 4 is enough"):
+        lplb.Placement.from_eplb(np.arange(8), num_ranks=4, redundants_per_rank=1, max_replicas=1)
 
 
 def test_replacements_stay_on_their_node():

@@ -1,7 +1,8 @@
 """Placements: which slot holds which expert, as pytrees too, and what their constructors refuse."""
 
+import dataclasses
 import textwrap
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 
 import helpers
 import jax
@@ -243,6 +244,196 @@ def test_static_fields():
     assert len({jax.tree.structure(p) for p in (place, other, twice)}) == 3
     doubled = jax.tree.map(lambda leaf: 2 * leaf, place)
     assert (doubled.num_ranks, doubled.num_groups, doubled.topology) == (8, 1, topology.cube())
+
+
+# ---- A placement is a value ------------------------------------------------------------------------------------------
+
+PLACE = helpers.placement(topology.cube(), 64, 8, 2)
+LEAVES = [None, object(), True, 3, [1], jax.ShapeDtypeStruct((4,), np.int32), np.zeros(2)]
+
+
+def test_equal_by_contents_whatever_holds_them():
+    again = helpers.placement(topology.from_r2o(topology.cube().r2o), 64, 8, 2)
+    on_device = jax.device_put(again)
+    mixed = dataclasses.replace(again, phy2log=on_device.phy2log)
+    for other in (again, on_device, mixed, jax.tree.map(np.copy, again)):
+        assert other == PLACE
+        assert not (other != PLACE)  # noqa: SIM202
+        assert hash(PLACE) == hash(other)
+        assert other in [PLACE]
+    assert len({PLACE, again, on_device, mixed}) == 1
+
+    @lru_cache
+    def cached(place):
+        return object()
+
+    assert cached(PLACE) is cached(on_device)
+
+
+def test_other_contents_are_other_placements():
+    swapped = PLACE.phy2log.copy()
+    swapped[[8, 9]] = swapped[[9, 8]]
+    others = [
+        dataclasses.replace(PLACE, phy2log=swapped),
+        dataclasses.replace(PLACE, log2phy=PLACE.log2phy[:, ::-1]),
+        dataclasses.replace(PLACE, log2phy=np.pad(PLACE.log2phy, ((0, 0), (0, 1)), constant_values=-1)),
+        dataclasses.replace(PLACE, num_groups=2),
+        dataclasses.replace(PLACE, topology=None),
+        dataclasses.replace(PLACE, phy2log=PLACE.phy2log.reshape(2, 40)),
+        jax.tree.map(lambda leaf: leaf[None], PLACE),
+    ]
+    for other in others:
+        assert other != PLACE
+        assert not (other == PLACE)  # noqa: SIM201
+        assert other not in [PLACE]
+    assert len({PLACE, *others}) == 1 + len(others)
+    for other in (None, "placement", 3, topology.cube(), PLACE.phy2log.tolist()):
+        assert other != PLACE
+        assert PLACE.__eq__(other) is NotImplemented
+
+
+def test_a_placement_may_be_a_static_argument():
+    """Compiled once for equal contents, and anew for others."""
+    traces = []
+
+    @partial(jax.jit, static_argnames="place")
+    def homes(load, place):
+        traces.append(place)
+        return load[place.phy2log]
+
+    load = np.arange(64)
+    for place in (PLACE, helpers.placement(topology.cube(), 64, 8, 2), jax.device_put(PLACE)):
+        np.testing.assert_array_equal(homes(load, place=place), load[PLACE.phy2log])
+    assert len(traces) == 1
+    other = lplb.Placement.from_phy2log(np.roll(PLACE.phy2log, 10), 8)
+    np.testing.assert_array_equal(homes(load, place=other), load[other.phy2log])
+    assert len(traces) == 2
+
+
+def test_traced_placements_have_no_contents_to_compare():
+    """Each says so; and what the error names instead works."""
+    message = r"traced leaves has no contents .* got traced int32\[80\].* jnp\.array_equal"
+
+    @jax.jit
+    def compare(place):
+        for ask in (hash, lambda traced: traced == PLACE, lambda traced: PLACE.__ne__(traced), lambda t: t in [PLACE]):
+            with pytest.raises(TypeError, match=message):
+                ask(place)
+        assert place in [place]
+        assert place != helpers.placement(topology.ring(8), 64, 8, 2)  # of another topology, whatever they hold
+        return jax.numpy.array_equal(place.phy2log, PLACE.phy2log)
+
+    assert compare(PLACE)
+    assert not compare(jax.tree.map(lambda leaf: leaf + 1, PLACE))
+
+
+@pytest.mark.parametrize("leaf", LEAVES, ids=str)
+def test_trees_of_anything_in_place_of_leaves_compare(leaf):
+    """As transformations make: trees of axes, of shapes, of nothing."""
+    tree = jax.tree.map(lambda _: leaf, PLACE)
+    assert tree == jax.tree.map(lambda _: leaf, PLACE)
+    assert tree != PLACE
+    assert PLACE.__ne__(tree)
+    assert sum(tree == jax.tree.map(lambda _, other=other: other, PLACE) for other in LEAVES) == 1
+    assert "Placement(" in repr(tree)
+
+
+def test_comparing_changes_no_transformation():
+    """Trees of axes, scans, donation, and a variable of Flax take placements as before."""
+    nnx = pytest.importorskip("flax.nnx")
+    stacked = jax.tree.map(lambda leaf: np.stack([leaf, leaf[::-1]]), PLACE)
+    axes = jax.tree.map(lambda _: 0, PLACE)
+    summed = jax.vmap(lambda place: place.phy2log.sum(), in_axes=(axes,))(stacked)
+    np.testing.assert_array_equal(summed, stacked.phy2log.sum(axis=1))
+    last, _ = jax.lax.scan(lambda place, _: (jax.tree.map(lambda leaf: leaf + 1, place), None), PLACE, None, 3)
+    assert last == jax.tree.map(lambda leaf: leaf + np.int32(3), PLACE)
+    given = jax.tree.map(lambda leaf: jax.numpy.array(leaf), PLACE)
+    back = jax.jit(lambda place: jax.tree.map(lambda leaf: leaf + 1, place), donate_argnums=0)(given)
+    assert back == jax.tree.map(lambda leaf: leaf + np.int32(1), PLACE)
+    assert given.phy2log.is_deleted()
+    variable = nnx.Variable(PLACE)
+    assert variable == nnx.Variable(jax.device_put(PLACE))
+    assert variable != nnx.Variable(stacked)
+
+
+def test_repr_is_short_and_tells_kinds_apart():
+    assert repr(PLACE) == (
+        f"Placement(phy2log=int32[80], log2phy=int32[64, 2], num_ranks=8, num_groups=1, topology={topology.cube()})"
+    )
+    assert "topology=None" in repr(lplb.Placement.from_phy2log(PLACE.phy2log, 8))
+    assert len(repr(helpers.placement(topology.ring(128), 128, 128, 1))) < 300
+    seen = []
+    jax.make_jaxpr(lambda place: seen.append(repr(place)))(PLACE)
+    assert "phy2log=traced int32[80]" in seen[0]
+
+
+# ---- Where weights are -----------------------------------------------------------------------------------------------
+
+
+def by_load(rng, *shape) -> lplb.Placement:
+    return lplb.Placement.from_topology(
+        topology.cube(), num_experts=64, num_ranks=8, redundants_per_rank=2, load=rng.lognormal(0, 1, (*shape, 64))
+    )
+
+
+def test_home_rank_is_that_of_the_row_of_weights(rng):
+    """Of every kind; also where ranks do not divide the experts."""
+    places = [
+        PLACE,
+        by_load(rng),
+        helpers.placement(topology.ring(4), 64, 8, 0),
+        helpers.many_replicas(rng, num_experts=64, num_ranks=8, redundants=3),
+        lplb.Placement.from_eplb(rng.lognormal(0, 1, 64), num_ranks=8, redundants_per_rank=2),
+        lplb.Placement.from_phy2log([0, 1, 2, 4, 1, 3, 4, 2], 2),
+    ]
+    for place in places:
+        rows = -(-place.num_experts // place.num_ranks)
+        expected = np.empty(place.num_experts, int)
+        for row, expert in enumerate(place.home_order):
+            expected[expert] = row // rows
+        for got in (place.home_rank, jax.jit(lambda place: place.home_rank)(place)):
+            assert got.dtype == np.int32
+            assert got.tolist() == expected.tolist()
+
+
+def test_home_rank_of_layers(rng):
+    stacked = by_load(rng, 2, 3)
+    eplb = lplb.Placement.from_eplb(rng.lognormal(0, 1, (2, 3, 64)), num_ranks=8, redundants_per_rank=2)
+    for places in (stacked, eplb):
+        assert places.home_rank.shape == (2, 3, 64)
+        for index in np.ndindex(2, 3):
+            one = jax.tree.map(lambda leaf, index=index: leaf[index], places)
+            np.testing.assert_array_equal(places.home_rank[index], one.home_rank)
+
+
+def test_phy2log_alone_makes_another_placement(rng):
+    """It has no topology, and so its rows are in logical order; `==` and `repr` tell; both leaves make it again."""
+    place = by_load(rng)
+    assert not np.array_equal(place.home_order, np.arange(64))
+    other = lplb.Placement.from_phy2log(place.phy2log, 8)
+    assert other != place
+    assert repr(other) != repr(place)
+    np.testing.assert_array_equal(other.home_order, np.arange(64))
+    fresh = helpers.placement(topology.cube(), 64, 8, 2)
+    again = dataclasses.replace(fresh, phy2log=place.phy2log, log2phy=place.log2phy)
+    assert again == place
+    np.testing.assert_array_equal(again.home_order, place.home_order)
+
+
+def test_weights_of_a_placement_by_load_come_into_its_order_in_one_line(rng):
+    """Once; then every slot has its own expert's row, which rows left in logical order would not give."""
+    place = by_load(rng)
+    logical = np.arange(64, dtype=np.float32)[:, None]
+    params = lplb.from_logical({"w": logical}, place)
+    np.testing.assert_array_equal(params["w"][:, 0], place.home_order)
+    mesh = jax.sharding.Mesh(np.array(jax.devices("cpu")[:8]), ("ep",))
+    bring = jax.jit(
+        jax.shard_map(
+            lambda rows: lplb.replicate(rows, place, "ep"), mesh=mesh, in_specs=jax.P("ep"), out_specs=jax.P("ep")
+        )
+    )
+    np.testing.assert_array_equal(bring(params)["w"][:, 0], place.phy2log)
+    assert not np.array_equal(bring({"w": logical})["w"][:, 0], place.phy2log)
 
 
 def test_layers_stack(platform, implementation, rng):

@@ -95,6 +95,7 @@ def test_keeps_its_own_copy():
 def test_repr_shows_the_columns():
     assert "3 ranks" in repr(topology.ring(3))
     assert "[[1, 2, 0]]" in repr(topology.ring(3))
+    assert len(repr(topology.torus(16, 8))) < 200  # the first of each
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,9 @@
 """What users get wrong raises when tracing, and says what to do; what a batch holds never raises."""
 
 import contextlib
+import importlib
+import pathlib
+import re
 import textwrap
 from functools import cache
 
@@ -334,6 +337,97 @@ def test_beyond_the_limits_in_pure_jax(platform, rng, case):
     # Within the gap certified, and float32's rounding.
     assert np.all(most * (1 - np.asarray(solution.gap)) <= helpers.optimum(load, place) * (1 + 1e-6))
     assert np.all(solution.gap <= 1e-4)
+
+
+def test_layers_are_mapped_or_scanned_over_as_the_error_says(rng):
+    """All that refuse a stacked placement; each layer as alone."""
+    ids = rng.integers(0, 32, (2, 16, 4)).astype(np.int32)
+    rows = {"w": rng.normal(size=(2, 32, 3)).astype(np.float32)}
+    layers = lplb.Placement.from_topology(
+        topology.cube(), num_experts=32, num_ranks=8, redundants_per_rank=2, load=rng.lognormal(0, 1, (2, 32))
+    )
+    mesh = jax.sharding.Mesh(np.array(jax.devices("cpu")[:8]), ("ep",))
+    split = np.ones((32, 2), np.float32)
+    calls = {
+        "solve": (lambda ids, rows, place: lplb.solve(jnp.bincount(ids.ravel(), length=32), place).split),
+        "assign": (lambda ids, rows, place: lplb.assign(ids, split, place, load=jnp.bincount(ids.ravel(), length=32))),
+        "balance": (lambda ids, rows, place: lplb.balance(ids, place).physical_ids),
+        "from_logical": (lambda ids, rows, place: lplb.from_logical(rows, place)["w"]),
+        "to_logical": (lambda ids, rows, place: lplb.to_logical(rows, place)["w"]),
+        "permute_experts": (lambda ids, rows, place: lplb.permute_experts(rows, place, PLACE)["w"]),
+    }
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=r"jax\.vmap or jax\.lax\.scan"):
+            call(ids[0], jax.tree.map(lambda leaf: leaf[0], rows), layers)
+        mapped = jax.jit(jax.vmap(call))(ids, rows, layers)
+        scanned = jax.jit(lambda *xs, call=call: jax.lax.scan(lambda _, x: (None, call(*x)), None, xs)[1])(
+            ids, rows, layers
+        )
+        for layer in range(2):
+            alone = call(*jax.tree.map(lambda leaf, layer=layer: leaf[layer], (ids, rows, layers)))
+            np.testing.assert_array_equal(mapped[layer], alone, err_msg=name)
+            np.testing.assert_array_equal(scanned[layer], alone, err_msg=name)
+
+    def replicate(rows, places):
+        with pytest.raises(ValueError, match=r"jax\.vmap or jax\.lax\.scan"):
+            lplb.replicate(rows, places, "ep")
+        return jax.vmap(lambda rows, place: lplb.replicate(rows, place, "ep"))(rows, places)
+
+    spec = jax.P(None, "ep")
+    run = jax.jit(jax.shard_map(replicate, mesh=mesh, in_specs=(spec, jax.P()), out_specs=spec))
+    home = jax.vmap(lplb.from_logical)(rows, layers)
+    np.testing.assert_array_equal(
+        run(home, layers)["w"], np.take_along_axis(rows["w"], layers.phy2log[:, :, None], axis=1)
+    )
+
+
+def test_other_cures_that_errors_name_work(mesh):
+    """What to convert, to pass, or to use instead; the rest is tested beside the errors."""
+    np.testing.assert_array_equal(lplb.count_load(jnp.asarray(IDS, jnp.int8).astype(jnp.int32), 32), LOAD)
+    assert lplb.count_load(IDS, 5000, implementation="xla").shape == (5000,)
+    lplb.count_load(IDS, 32, num_sms=None)
+    plain = lplb.Placement.from_eplb(np.arange(32), num_ranks=8, redundants_per_rank=2)
+    with pytest.raises(ValueError, match="pass solver='ipm' or 'auto'"):
+        lplb.solve(LOAD, plain, solver="edge_balance")
+    for solver in ("ipm", "auto"):
+        assert lplb.solve(LOAD, plain, solver=solver).split.shape == plain.log2phy.shape
+    with pytest.raises(ValueError, match=r"make a new Placement\.from_eplb instead"):
+        plain.select(LOAD)
+    with pytest.raises(TypeError, match=r"Inside jit, Placement\.select of a placement along a topology"):
+        jax.jit(lambda load: lplb.Placement.from_eplb(load, num_ranks=8, redundants_per_rank=2))(LOAD)
+    assert jax.jit(PLACE.select)(LOAD).phy2log.shape == PLACE.phy2log.shape
+    with pytest.raises(ValueError, match="num_experts and max_replicas must be given where phy2log is traced"):
+        jax.jit(lambda v: lplb.Placement.from_phy2log(v, 8))(PLACE.phy2log)
+    with pytest.raises(ValueError, match=r"call this inside jax\.shard_map over a mesh with that axis"):
+        lplb.balance(IDS, PLACE, axis_name=("dp", "ep"))
+    assert sharded(mesh, PLACE, axis_name=("dp", "ep")).shape == (64, 4)
+
+
+# ---- Names -----------------------------------------------------------------------------------------------------------
+
+
+def test_public_names_are_those_documented():
+    """What `dir` shows, what a star brings, and what docs/api.md lists."""
+    for name in ("topology", "eplb", "flax"):
+        if name == "flax":
+            pytest.importorskip("flax")
+        module = importlib.import_module(f"jax_lplb.{name}")
+        assert dir(module) == sorted(module.__all__)
+        assert all(getattr(module, public).__module__ == module.__name__ for public in module.__all__)
+    star: dict[str, object] = {}
+    exec("from jax_lplb import *", star)
+    assert set(star) - {"__builtins__"} == set(lplb.__all__)
+    assert {name for name in dir(lplb) if not name.startswith("_")} - {"flax"} == set(lplb.__all__)
+    docs = pathlib.Path(__file__).parents[1] / "docs" / "api.md"
+    (listed,) = re.findall(r"^Public names: (.*?)\. Everything", docs.read_text(), re.MULTILINE)
+    assert set(re.findall(r"`([\w.]+)`", listed)) == {*lplb.__all__, "flax.MoE", "__version__"}
+
+
+def test_version_is_that_of_the_package():
+    assert re.fullmatch(r"\d+\.\d+\.\d+\S*", lplb.__version__)
+    project = (pathlib.Path(__file__).parents[1] / "pyproject.toml").read_text()
+    assert 'dynamic = ["version"]' in project  # of one source: jax_lplb/__init__.py
+    assert 'metadata.version.input = "jax_lplb/__init__.py"' in project
 
 
 def batches() -> dict[str, np.ndarray]:
