@@ -249,7 +249,15 @@ def test_static_fields():
 # ---- A placement is a value ------------------------------------------------------------------------------------------
 
 PLACE = helpers.placement(topology.cube(), 64, 8, 2)
-LEAVES = [None, object(), True, 3, [1], jax.ShapeDtypeStruct((4,), np.int32), np.zeros(2)]
+LEAVES = {
+    "None": None,
+    "object": object(),
+    "bool": True,
+    "int": 3,
+    "list": [1],
+    "shape": jax.ShapeDtypeStruct((4,), np.int32),
+    "other array": np.zeros(2),
+}
 
 
 def test_equal_by_contents_whatever_holds_them():
@@ -327,14 +335,15 @@ def test_traced_placements_have_no_contents_to_compare():
     assert not compare(jax.tree.map(lambda leaf: leaf + 1, PLACE))
 
 
-@pytest.mark.parametrize("leaf", LEAVES, ids=str)
-def test_trees_of_anything_in_place_of_leaves_compare(leaf):
+@pytest.mark.parametrize("kind", LEAVES)
+def test_trees_of_anything_in_place_of_leaves_compare(kind):
     """As transformations make: trees of axes, of shapes, of nothing."""
+    leaf = LEAVES[kind]
     tree = jax.tree.map(lambda _: leaf, PLACE)
     assert tree == jax.tree.map(lambda _: leaf, PLACE)
     assert tree != PLACE
     assert PLACE.__ne__(tree)
-    assert sum(tree == jax.tree.map(lambda _, other=other: other, PLACE) for other in LEAVES) == 1
+    assert sum(tree == jax.tree.map(lambda _, other=other: other, PLACE) for other in LEAVES.values()) == 1
     assert "Placement(" in repr(tree)
 
 
