@@ -176,7 +176,7 @@ def _balance(
             predicted = jnp.where(load > 0, load, 0)
             if load.dtype == jnp.float32:
                 predicted = jnp.rint(predicted).astype(jnp.int32)
-        lower_bound = certified_bound(solved_rank_load, gap)
+        lower_bound = certified_bound(solved_rank_load, gap, placement)
     return Balanced(physical_ids[:size].reshape(shape), predicted, rank_load, gap, status, lower_bound)
 
 

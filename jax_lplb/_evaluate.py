@@ -12,8 +12,9 @@ from numpy.typing import ArrayLike
 
 from jax_lplb import _ffi
 from jax_lplb._assign import quota_rank_load
-from jax_lplb._placement import Placement, check_contents, check_count, slots_of_experts
-from jax_lplb._solve import Solver, check_options, check_placement, solve_fractions
+from jax_lplb._checks import check_count
+from jax_lplb._placement import Placement, check_contents, slots_of_experts
+from jax_lplb._solve import Solver, certified_bound, check_options, check_placement, solve_fractions
 
 _AT_ONCE = 256  # loads of one call
 
@@ -147,12 +148,8 @@ def _balance_all(
     def balance(load: jax.Array, placement: Placement) -> tuple[jax.Array, jax.Array, jax.Array]:
         options = check_options(placement, solver, tol, None)
         fraction, rank_load, gap, _, _ = solve_fractions(load, placement, options, implementation)
-        most = jnp.max(rank_load.reshape(placement.num_groups, -1), axis=1)
-        # The certificate is made of float32 sums over experts, whose terms may each be off by half a unit in the last
-        # place; some more for the operations before and after.
-        rounded = (placement.num_experts + 16) * 2.0**-24
         assigned = jnp.max(quota_rank_load(fraction, load, placement))
-        return jnp.max(most * (1 - gap - rounded)), assigned, jnp.max(gap)
+        return jnp.max(certified_bound(rank_load, gap, placement)), assigned, jnp.max(gap)
 
     return jax.vmap(balance)(loads, placements)
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from jax_lplb import eplb
+from jax_lplb._checks import check_count
 from jax_lplb._mesh import with_auto_axes
 from jax_lplb.topology import Topology
 
@@ -533,10 +534,3 @@ def check_contents(
             f"max_replicas = {max_replicas} is too small: expert {replicas.argmax()} has {most} replicas in phy2log"
         )
     return num_experts, max_replicas
-
-
-def check_count(name: str, value: int, least: int = 1) -> None:
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")

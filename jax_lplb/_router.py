@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jax_lplb._checks import check_choice, check_count, check_positive
+
 
 class Router(NamedTuple):
     """What is static of it; names as in the configurations of published checkpoints (DeepSeek-V2 and V3).
@@ -16,7 +18,8 @@ class Router(NamedTuple):
     Attributes:
       scores: "softmax" or "sigmoid" of the logits.
       top_k: experts of each token.
-      norm_topk_prob: gates are the scores of a token's experts, scaled to sum 1; or, if False, the scores.
+      norm_topk_prob: gates are the scores of a token's experts, scaled to sum 1; or, if False, the scores. None: True
+        unless top_k is 1: then the gate would be 1 whatever the router says, and the router learn nothing.
       routed_scaling_factor: what gates are multiplied by.
       n_group: groups of neighbouring experts, of equal size.
       topk_group: groups in which a token's experts may be.
@@ -24,10 +27,25 @@ class Router(NamedTuple):
 
     scores: Literal["softmax", "sigmoid"]
     top_k: int
-    norm_topk_prob: bool
+    norm_topk_prob: bool | None
     routed_scaling_factor: float
     n_group: int
     topk_group: int
+
+    def check(self, num_experts: int) -> None:
+        """Raises TypeError or ValueError, with the name of what is wrong as `flax.MoE` calls it."""
+        check_choice("router", self.scores, ("softmax", "sigmoid"))
+        check_choice("norm_topk_prob", self.norm_topk_prob, (None, True, False))
+        check_positive("routed_scaling_factor", self.routed_scaling_factor)
+        for name, count in (("top_k", self.top_k), ("n_group", self.n_group), ("topk_group", self.topk_group)):
+            check_count(name, count)
+        if num_experts % self.n_group:
+            raise ValueError(f"n_group must divide num_experts = {num_experts}, got {self.n_group}")
+        if self.topk_group > self.n_group:
+            raise ValueError(f"topk_group must be at most n_group = {self.n_group}, got {self.topk_group}")
+        reachable = num_experts // self.n_group * self.topk_group
+        if self.top_k > reachable:
+            raise ValueError(f"top_k must be at most the {reachable} experts that a token can reach, got {self.top_k}")
 
     def __call__(self, logits: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Routes each token.
@@ -45,7 +63,8 @@ class Router(NamedTuple):
         log_scores = jnp.maximum(log_scores, jnp.finfo(jnp.float32).min)  # a softmax of -inf alone is no number
         expert_ids = self._pick(*lax.stop_gradient((logits, log_scores)), bias)
         log_gates = jnp.take_along_axis(log_scores, expert_ids, axis=1)
-        gates = jax.nn.softmax(log_gates) if self.norm_topk_prob else jnp.exp(log_gates)
+        scaled_to_1 = self.top_k > 1 if self.norm_topk_prob is None else self.norm_topk_prob
+        gates = jax.nn.softmax(log_gates) if scaled_to_1 else jnp.exp(log_gates)
         return expert_ids, gates * self.routed_scaling_factor, jax.nn.softmax(log_scores)
 
     def _pick(self, logits: jax.Array, log_scores: jax.Array, bias: jax.Array | None) -> jax.Array:

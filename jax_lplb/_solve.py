@@ -20,7 +20,6 @@ from jax_lplb._placement import Placement
 from jax_lplb._status import Status
 
 Solver = Literal["auto", "ipm", "edge_balance"]
-_ROUNDING = 1e-6  # of rank loads and their bounds, relative
 
 
 class Solution(NamedTuple):
@@ -204,14 +203,16 @@ def in_tokens(rank_load: jax.Array, unit: Unit | None) -> jax.Array:
     return rank_load * 2.0**-unit.coarse_bits * _power_of_two(-unit.more_bits) * _power_of_two(unit.exponent)
 
 
-def certified_bound(rank_load: jax.Array, gap: jax.Array) -> jax.Array:
+def certified_bound(rank_load: jax.Array, gap: jax.Array, placement: Placement) -> jax.Array:
     """float32 [num_groups]: what the busiest rank of each group has at the least, in any split over these replicas.
 
-    Of the rank loads that the solver gave, which are not rounded to whole tokens, and their certified gap; less what
-    the sums of float32 numbers behind both may have lost.
+    Of the rank loads that the solver gave, which are not rounded to whole tokens, and their certified gap.
     """
-    busiest = jnp.max(rank_load.reshape(len(gap), -1), axis=1)
-    return busiest * jnp.maximum(1 - gap - _ROUNDING, 0)
+    busiest = jnp.max(rank_load.reshape(placement.num_groups, -1), axis=1)
+    # The certificate is made of float32 sums over experts, whose terms may each be off by half a unit in the last
+    # place; some more for the operations before and after.
+    rounded = (placement.num_experts + 16) * 2.0**-24
+    return busiest * jnp.maximum(1 - gap - rounded, 0)
 
 
 def _power_of_two(exponent: jax.Array) -> jax.Array:

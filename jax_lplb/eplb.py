@@ -7,6 +7,8 @@ NumPy, for all layers at once.
 import numpy as np
 from numpy.typing import ArrayLike
 
+from jax_lplb._checks import check_count
+
 __all__ = ["rebalance_experts"]
 
 
@@ -118,10 +120,7 @@ def _replicate(load: np.ndarray, num_replicas: int) -> tuple[np.ndarray, np.ndar
 def _check(weight: np.ndarray, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int) -> None:
     numbers = {"num_replicas": num_replicas, "num_groups": num_groups, "num_nodes": num_nodes, "num_gpus": num_gpus}
     for name, value in numbers.items():
-        if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
-            raise TypeError(f"{name} must be an integer, got {value!r}")
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        check_count(name, value)
     if weight.ndim != 2 or 0 in weight.shape:
         raise ValueError(f"weight must have shape [num_layers, num_experts], got shape {weight.shape}")
     if not np.all((weight >= 0) & (weight < np.inf)):

@@ -15,10 +15,11 @@ from jax import lax
 
 from jax_lplb import _ffi
 from jax_lplb._balance import Balanced, balance, check_balance_options
+from jax_lplb._checks import check_choice, check_count, check_positive
 from jax_lplb._expert_parallel import Bring, as_they_are, expert_parallel
 from jax_lplb._grouped_matmul import GroupedMatmul, has_tokamax
 from jax_lplb._mesh import has_explicit_axes, shard, spec_of, with_auto_axes
-from jax_lplb._placement import Placement, check_count
+from jax_lplb._placement import Placement
 from jax_lplb._reverse_only import reverse_only
 from jax_lplb._router import Router
 from jax_lplb._status import Status
@@ -168,14 +169,14 @@ class MoE(nnx.Module):
         for name, count in (("d_model", d_model), ("num_experts", num_experts), ("d_expert", d_expert)):
             check_count(name, count)
         check_count("n_shared_experts", n_shared_experts, least=0)
-        _check_choice("dispatch", dispatch, ("all_to_all", "ring", "dense"))
+        check_choice("dispatch", dispatch, ("all_to_all", "ring", "dense"))
         if not callable(grouped_matmul):
-            _check_choice("grouped_matmul", grouped_matmul, (None, "tokamax", "ragged_dot"))
+            check_choice("grouped_matmul", grouped_matmul, (None, "tokamax", "ragged_dot"))
         if grouped_matmul == "tokamax" and not has_tokamax():
             raise ValueError(
                 "grouped_matmul = 'tokamax' needs tokamax: pip install 'jax_lplb[moe]' (Python 3.12 or newer)"
             )
-        _check_number("buffer_factor", buffer_factor)
+        check_positive("buffer_factor", buffer_factor)
         options = _check_balance_options(balance_options, placement)
         expert_axes, token_axes = _check_axes(mesh, axis_name, token_axes)
         _check_ranks(placement, num_experts, mesh, axis_name, expert_axes)
@@ -184,8 +185,9 @@ class MoE(nnx.Module):
                 raise TypeError(f"{name} must be a floating-point dtype, got {value!r}")
         if not isinstance(rngs, nnx.Rngs):
             raise TypeError(f"rngs must be flax.nnx.Rngs, such as nnx.Rngs(0), got {type(rngs).__name__}")
-        self.top_k, self.dtype = top_k, dtype
-        self.route = _router(router, num_experts, top_k, norm_topk_prob, routed_scaling_factor, n_group, topk_group)
+        self.dtype = dtype
+        self.route = Router(router, top_k, norm_topk_prob, routed_scaling_factor, n_group, topk_group)
+        self.route.check(num_experts)
         self.mesh, self.axis_name, self.token_axes = mesh, axis_name, token_axes
         self.other_axes = tuple(axis for axis in token_axes if axis not in expert_axes)
         self.slot_axes = (*self.other_axes, *expert_axes)
@@ -509,43 +511,3 @@ def _check_balance_options(options: Mapping[str, Any] | None, placement: Placeme
             raise ValueError(f"balance_options: {name!r} is none of the options that a layer passes on, {known}")
     check_balance_options(placement, **options)
     return tuple(sorted(options.items()))
-
-
-def _router(
-    scores: Literal["softmax", "sigmoid"],
-    num_experts: int,
-    top_k: int,
-    norm_topk_prob: bool | None,
-    routed_scaling_factor: float,
-    n_group: int,
-    topk_group: int,
-) -> Router:
-    _check_choice("router", scores, ("softmax", "sigmoid"))
-    _check_choice("norm_topk_prob", norm_topk_prob, (None, True, False))
-    _check_number("routed_scaling_factor", routed_scaling_factor)
-    for name, count in (("top_k", top_k), ("n_group", n_group), ("topk_group", topk_group)):
-        check_count(name, count)
-    if num_experts % n_group:
-        raise ValueError(f"n_group must divide num_experts = {num_experts}, got {n_group}")
-    if topk_group > n_group:
-        raise ValueError(f"topk_group must be at most n_group = {n_group}, got {topk_group}")
-    reachable = num_experts // n_group * topk_group
-    if top_k > reachable:
-        of = (
-            f"num_experts = {num_experts}" if n_group == topk_group else f"the {reachable} experts of topk_group groups"
-        )
-        raise ValueError(f"top_k must be at most {of}, got {top_k}")
-    norm = top_k > 1 if norm_topk_prob is None else bool(norm_topk_prob)
-    return Router(scores, top_k, norm, float(routed_scaling_factor), n_group, topk_group)
-
-
-def _check_number(name: str, value: Any) -> None:
-    if not isinstance(value, (float, int, np.floating, np.integer)) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be positive and finite, got {value}")
-
-
-def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
