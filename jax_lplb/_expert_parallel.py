@@ -97,7 +97,8 @@ def expert_parallel(
         most = lax.pmax(jnp.sum(gathered // slots_per_rank == rank, dtype=jnp.int32), axis_name)
     if others and capacity < most_ids:  # as many rounds for all devices that have copies of anything
         most = lax.pmax(_ffi.vary(most, frozenset(others)), others)
-    sent, (ids, gathered, most) = bring.send_early(weights, (ids, gathered, most))
+    number = jnp.maximum(-(-most // capacity), 1)
+    sent, (ids, gathered, rounds) = bring.send_early(weights, (ids, gathered, number))
     if dispatch == "all_to_all":
         coming = lax.dynamic_index_in_dim(gathered, rank, axis=1, keepdims=False)
         length = jnp.sum(lax.dynamic_index_in_dim(gathered, rank, axis=0, keepdims=False), axis=1)
@@ -112,8 +113,8 @@ def expert_parallel(
         first = first._replace(cells=_tokens_to_cells(lax.stop_gradient(tokens), first))
     if capacity >= most_ids:
         return _round(way, bring.receive, first, sent, weights, tokens, gates).astype(dtype), jnp.int32(1)
-    rounds = jnp.maximum(-(-most // capacity), 1)
-    return _all_rounds(way, bring.receive, dtype, rounds, plan, first, sent, weights, tokens, gates), rounds
+    # Before JAX 0.11.1 what comes out of a barrier varies over the mesh as all that went in, so the number does not.
+    return _all_rounds(way, bring.receive, dtype, rounds, plan, first, sent, weights, tokens, gates), number
 
 
 def _capacity(wanted: float, most: int, peers: int) -> int:
