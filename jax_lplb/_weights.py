@@ -433,16 +433,20 @@ def _take(leaf: jax.Array, source: jax.Array, axis_name: AxisName | None) -> jax
 
 def _rows_of_all(leaf: jax.Array, source: jax.Array, axis_name: AxisName) -> jax.Array:
     """The rows `source` of all ranks' rows: all ranks show one of theirs at a time, and each takes what it needs."""
-    rows = leaf.shape[0]
-    result = jnp.zeros((len(source), *leaf.shape[1:]), leaf.dtype)
 
-    @jax.checkpoint  # else the backward pass would keep a mask of the result's size for each row
-    def show(row: jax.Array, result: jax.Array) -> jax.Array:
-        shown = lax.all_gather(lax.dynamic_index_in_dim(leaf, row, keepdims=False), axis_name)
-        taken = (source % rows == row).reshape(-1, *[1] * (leaf.ndim - 1))
-        return jnp.where(taken, shown[source // rows], result)
+    def run(leaf: jax.Array, source: jax.Array) -> jax.Array:
+        rows = leaf.shape[0]
+        result = jnp.zeros((len(source), *leaf.shape[1:]), leaf.dtype)
 
-    return lax.fori_loop(0, rows, show, _ffi.vary(result, _ffi.varying(leaf, source)))
+        @jax.checkpoint  # else the backward pass would keep a mask of the result's size for each row
+        def show(row: jax.Array, result: jax.Array) -> jax.Array:
+            shown = lax.all_gather(lax.dynamic_index_in_dim(leaf, row, keepdims=False), axis_name)
+            taken = (source % rows == row).reshape(-1, *[1] * (leaf.ndim - 1))
+            return jnp.where(taken, shown[source // rows], result)
+
+        return lax.fori_loop(0, rows, show, _ffi.vary(result, _ffi.varying(leaf, source)))
+
+    return with_auto_axes(run, spec_of(leaf), leaf, source)
 
 
 def _with_rows(leaf: Any, rows: int, where: str) -> jax.Array:

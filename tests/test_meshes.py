@@ -4,6 +4,7 @@ import contextlib
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import placement, skewed_ids, topology
@@ -81,3 +82,36 @@ def test_pure_jax_equals_unsharded(rng):
     sharded = jax.device_put(ids, jax.NamedSharding(mesh_of("explicit"), jax.P("ep")))
     for got, want in zip(run(sharded), run(ids), strict=True):
         np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("cut", [jax.P("ep"), jax.P("ep", None, "tp")])
+@pytest.mark.parametrize("axes", ["explicit x explicit", "auto x explicit"])
+def test_within_a_partly_manual_shard_map(rng, axes, cut):
+    """Where an Explicit axis is left to JAX: rows, copies and their gradients, cut over it or not."""
+    mesh = mesh_of(axes)
+    load = rng.lognormal(0, 1, 16)
+    along = lplb.Placement.from_topology(
+        topology.ring(4), num_experts=16, num_ranks=4, redundants_per_rank=2, load=load
+    )
+    logical = rng.normal(size=(16, 3, 4)).astype(np.float32)
+    ids = skewed_ids(rng, 64, 2, 16)
+    for place in (along, lplb.Placement.from_eplb(load, num_ranks=4, redundants_per_rank=2)):
+
+        @jax.jit
+        @partial(jax.shard_map, mesh=mesh, in_specs=jax.P("ep"), out_specs=jax.P("ep"), axis_names={"ep"})
+        def step(home, ids, place=place):
+            def loss(home):
+                rows, slots = lplb.to_logical(home, place, axis_name="ep"), lplb.replicate(home, place, "ep")
+                return jnp.sum(rows) + jnp.sum(slots), (rows, slots)
+
+            gradient, (rows, slots) = jax.grad(loss, has_aux=True)(home)
+            return rows, slots, gradient, lplb.balance(ids, place, axis_name="ep").physical_ids
+
+        home = jax.device_put(logical[place.home_order], jax.NamedSharding(mesh, cut))
+        with jax.set_mesh(mesh):
+            rows, slots, gradient, physical_ids = step(home, jax.device_put(ids, jax.NamedSharding(mesh, jax.P("ep"))))
+        np.testing.assert_array_equal(rows, logical)
+        np.testing.assert_array_equal(slots, logical[place.phy2log])
+        copies = np.bincount(place.phy2log, minlength=16)[place.home_order]
+        np.testing.assert_array_equal(gradient, np.broadcast_to(1 + copies[:, None, None], logical.shape))
+        np.testing.assert_array_equal(physical_ids, lplb.balance(ids, place).physical_ids)

@@ -35,7 +35,7 @@ def mesh_of(devices: list, shape: dict[str, int], axis_type: AxisType = AxisType
 
 
 def specs(ids: P, *rest: str) -> lplb.Balanced:
-    return lplb.Balanced(ids, *[P(*rest)] * 4)
+    return lplb.Balanced(ids, *[P(*rest)] * 5)
 
 
 def make_ids(num_ranks: int) -> np.ndarray:
@@ -68,6 +68,8 @@ def check(
         assert np.sum(out.rank_load) == np.sum(load)
         if exact:
             np.testing.assert_array_equal(out.rank_load, ranks)
+        best = helpers.optimum(load, placement)
+        assert np.all((best * (1 - 2e-4) <= out.lower_bound) & (out.lower_bound <= best))
     assert ranks.max() <= helpers.optimum(load, placement)[0] * (1 + 1e-4) + placement.slots_per_rank
     np.testing.assert_array_equal(out.status, lplb.Status.CONVERGED)
 
