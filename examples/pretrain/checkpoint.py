@@ -1,13 +1,17 @@
 """Checkpoints by Orbax. What belongs to experts is in logical order: any number of ranks can load it."""
 
 import dataclasses
+import math
 import shutil
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from rich.filesize import decimal
 
 import jax_lplb as lplb
 from config import Config
@@ -21,8 +25,9 @@ class Checkpoints:
     def __init__(self, config: Config, ranks: int, trainer: Trainer) -> None:
         """Opens or makes the folder."""
         self._config, self._ranks, self._trainer = config, ranks, trainer
+        self._folder = _folder(config)
         self._manager = ocp.CheckpointManager(
-            (config.out / "checkpoints").absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=config.keep)
+            self._folder.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=config.keep)
         )
 
     def __enter__(self) -> "Checkpoints":
@@ -31,23 +36,12 @@ class Checkpoints:
     def __exit__(self, *_: object) -> None:
         self._manager.close()
 
-    @property
-    def latest(self) -> int | None:
-        """Updates that the newest checkpoint has, if there is one."""
-        return self._manager.latest_step()
-
     def save(self, step: int, state: State, placement: lplb.Placement) -> None:
         """Copies the state; its files are written in the background."""
-        if step == self.latest:
+        if step == self._manager.latest_step():
             return
         # Found out while writing, a full disk would be reported in hundreds of lines.
-        needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-        free = int(multihost_utils.broadcast_one_to_all(np.float64(shutil.disk_usage(self._config.out).free)))
-        if free < needed:
-            raise SystemExit(
-                f"train: {self._config.out}: no space left: a checkpoint takes {needed / 1e9:.3f} GB, and there are "
-                f"{free / 1e9:.3f} GB"
-            )
+        _require(self._config, self._trainer, 1)
         about = self._about() | {"phy2log": placement.phy2log, "log2phy": placement.log2phy}
         self._manager.save(
             step,
@@ -57,9 +51,44 @@ class Checkpoints:
             ),
         )
 
-    def restore(self) -> tuple[State, lplb.Placement]:
-        """The newest; with its placement, or one by its average of loads where ranks or settings are others now."""
-        step = self.latest
+    def restore(self, say: Callable[[str], None]) -> tuple[int, State, lplb.Placement] | None:
+        """The newest that is whole, with its step; those after it are moved away. None where there are none at all.
+
+        With its placement, or one by its average of loads where ranks or settings are others now.
+        """
+        damaged: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            result, reason = None, ""
+            try:
+                result = self._restore(step)
+            except jax.errors.JaxRuntimeError:
+                raise  # such as too little memory, for which files are not to blame
+            except Exception as error:  # of all kinds, by what is missing or cut
+                reason = str(error.args[0] if error.args else error).partition("\n")[0][:100]
+            if np.all(multihost_utils.process_allgather(result is not None)) and result is not None:
+                self._move_away(damaged, step, say)
+                return step, *result
+            damaged[step] = reason
+        if damaged:
+            newest = max(damaged)
+            raise SystemExit(
+                f"train: {self._folder}: no checkpoint can be read (the newest, of step {newest}: {damaged[newest]}); "
+                "choose another --out, or remove that folder to start again"
+            )
+        return None
+
+    def _move_away(self, damaged: dict[int, str], whole: int, say: Callable[[str], None]) -> None:
+        for step, reason in damaged.items():
+            away = self._config.out / "damaged" / str(step)
+            if jax.process_index() == 0:
+                shutil.rmtree(away, ignore_errors=True)
+                away.parent.mkdir(exist_ok=True)
+                (self._folder / str(step)).rename(away)
+            say(f"the checkpoint of step {step} cannot be read ({reason}), and is now {away}; taking that of {whole}")
+        multihost_utils.sync_global_devices("damaged checkpoints are away")
+        self._manager.reload()
+
+    def _restore(self, step: int) -> tuple[State, lplb.Placement]:
         about = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
         now = self._about()
         if about["model"] != now["model"]:
@@ -83,6 +112,7 @@ class Checkpoints:
                 log2phy=np.asarray(about["log2phy"], np.int32),
             )
         placement = self._trainer.put(placement)
+        # Checkpoints are in logical order: weights and moments are brought to where the placement has their experts.
         return self._trainer.from_logical(state, placement), placement
 
     def _about(self) -> dict[str, Any]:
@@ -92,3 +122,25 @@ class Checkpoints:
             **{name: getattr(placing, name) for name in ("balance", "placement", "redundants")},
         }
         return {"model": dataclasses.asdict(self._config.model), "placing": shape}
+
+
+def require_space(config: Config, trainer: Trainer) -> None:
+    """Ends with one line, before the first step, where the disk has no room for the checkpoints that are to come."""
+    done = [int(path.name) for path in _folder(config).glob("[0-9]*")]
+    to_come = math.ceil((config.steps - max(done, default=0)) / config.checkpoint_every)
+    _require(config, trainer, min(to_come, max(config.keep + 1 - len(done), 1)))  # the oldest goes after the newest
+
+
+def _require(config: Config, trainer: Trainer, number: int) -> None:
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(trainer.abstract))
+    disk = next(path for path in (config.out, *config.out.absolute().parents) if path.is_dir())
+    free = int(multihost_utils.broadcast_one_to_all(np.float64(shutil.disk_usage(disk).free)))
+    if free < number * size:
+        raise SystemExit(
+            f"train: {config.out}: no space left: a checkpoint takes {decimal(size)}, room for {number} is needed "
+            f"(--keep {config.keep}), and {decimal(free)} are free"
+        )
+
+
+def _folder(config: Config) -> Path:
+    return config.out / "checkpoints"

@@ -1,5 +1,6 @@
 """Loss, throughput and imbalance of runs in one figure, and a table: `python compare.py RUN... --out PNG`."""
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ import matplotlib.pyplot as plt
 
 COLOURS = ("#542788", "#e08214", "#1b7837", "#2166ac", "#b2182b", "#777777")
 SMOOTHED = 20  # steps
+# Of the metrics, by their names: experts in logical order, experts where they are but without copies, a certified lower
+# bound of what the copies allow, and what it was.
+IMBALANCES = {"contiguous": "contiguous", "home": "at home", "optimum": "optimum", "balanced": "balanced"}
 
 
 @dataclass(frozen=True)
@@ -30,21 +34,31 @@ class Arguments:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """A file of JSON lines; none where it does not exist. A last line that was cut off is left out."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """A file of JSON lines; none where it does not exist. Lines that were cut are left out."""
+    rows = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
 
 
 def column(rows: Sequence[dict[str, Any]], name: str) -> np.ndarray:
-    """One number of each row, float64 [rows]."""
+    """One number of each row, float64 [rows]; NaN where it is null."""
     return np.array([row[name] for row in rows], np.float64)
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Mean of each value and those before it, SMOOTHED at most."""
-    total = np.concatenate([[0], np.cumsum(values)])
-    first = np.maximum(np.arange(len(values)) - SMOOTHED + 1, 0)
-    return (total[1:] - total[first]) / (np.arange(len(values)) + 1 - first)
+    """Mean of the SMOOTHED values around each, fewer at the ends and where some are NaN."""
+    known = np.isfinite(values)
+    index = np.arange(len(values))
+    first, last = np.maximum(index - SMOOTHED // 2, 0), np.minimum(index + SMOOTHED // 2, len(values))
+
+    def total(x: np.ndarray) -> np.ndarray:
+        running = np.concatenate([[0], np.cumsum(x)])
+        return running[last] - running[first]
+
+    with np.errstate(invalid="ignore"):  # NaN where all are
+        return total(np.where(known, values, 0)) / total(known)
 
 
 def differences(run: Path, other: Path) -> np.ndarray:
@@ -54,30 +68,46 @@ def differences(run: Path, other: Path) -> np.ndarray:
     return np.abs(one[:both] / two[:both] - 1)
 
 
+def names(runs: Sequence[Path]) -> list[str]:
+    """What to call runs: their folders, with their whole paths where folders are called the same."""
+    short = [run.resolve().name for run in runs]
+    return [name if short.count(name) == 1 else str(run) for name, run in zip(short, runs, strict=True)]
+
+
 def draw(runs: Sequence[Path], path: Path) -> None:
-    """The figure; of a single run with what its imbalance would be at home and could be at best."""
-    figure, (loss, speed, imbalance) = plt.subplots(3, 1, figsize=(9, 9), sharex=True, layout="constrained")
+    """The figure; of a single run with what its imbalance would be without copies and could be at best."""
+    figure, (loss, speed, imbalance) = plt.subplots(3, 1, figsize=(9, 10), sharex=True, layout="constrained")
     summaries = [json.loads((run / "summary.json").read_text()) for run in runs]
-    for number, (run, summary) in enumerate(zip(runs, summaries, strict=True)):
-        rows, colour, label = read_lines(run / "metrics.jsonl"), COLOURS[number % len(COLOURS)], run.name
-        step, held_out = column(rows, "step"), read_lines(run / "validation.jsonl")
+    for number, (run, name, summary) in enumerate(zip(runs, names(runs), summaries, strict=True)):
+        rows, held_out = read_lines(run / "metrics.jsonl"), read_lines(run / "validation.jsonl")
+        colour, step, placing = COLOURS[number % len(COLOURS)], column(rows, "step"), summary["config"]["placing"]
+        copies = f"{placing['placement']}, {placing['redundants']} copies a rank" if placing["balance"] else "no copies"
+        label = f"{name} ({copies})"
         loss.plot(step, column(rows, "loss"), color=colour, lw=0.5, alpha=0.4)
         dash = "-" if number == 0 else "--"  # losses of balanced and unbalanced runs lie on each other
         loss.plot(step, smooth(column(rows, "loss")), color=colour, ls=dash, label=label)
         loss.plot(column(held_out, "step"), column(held_out, "validation_loss"), "o", color=colour, ms=4)
-        # The first step compiles. What the host does between steps shortens one and lengthens the next.
-        speed.plot(step[1:], 1 / smooth(1 / column(rows[1:], "tokens_per_s")), color=colour, label=label)
-        if summary["config"]["placing"]["balance"]:
-            imbalance.plot(step, column(rows, "home_mean"), color=colour, ls=":", label=f"{label}: at home")
-            if len(runs) == 1:
-                imbalance.plot(step, column(rows, "optimum_mean"), color="#b2abd2", lw=6, label="optimum")
-        imbalance.plot(step, column(rows, "balanced_mean"), color=colour, label=label)
+        # What the host does between steps shortens one and lengthens the next: the mean is that of their seconds.
+        speed.plot(step, 1 / smooth(1 / column(rows, "tokens_per_s")), color=colour, label=label)
+        prefix = "" if len(runs) == 1 else f"{name}: "
+        if len(runs) == 1:
+            imbalance.plot(step, column(rows, "contiguous_mean"), color="#777777", ls="-.", label="contiguous")
+            imbalance.plot(step, column(rows, "optimum_mean"), color="#b2abd2", lw=6, label="optimum (lower bound)")
+        if placing["balance"]:
+            imbalance.plot(step, column(rows, "home_mean"), color=colour, ls=":", label=f"{prefix}at home")
+        imbalance.plot(
+            step,
+            column(rows, "balanced_mean"),
+            color=colour,
+            label=f"{prefix}{'balanced' if placing['balance'] else 'no copies'}",
+        )
     versions = ", ".join(f"{name} {version}" for name, version in summaries[0]["versions"].items())
     figure.suptitle(f"{summaries[0]['parameters']:,} parameters, {summaries[0]['device']}, {versions}", fontsize=10)
     loss.axhline(summaries[0]["unigram_entropy"], color="#999999", lw=1, ls=":", zorder=0, label="unigram entropy")
-    loss.set(ylabel="loss (nats a byte)", title="Loss; dots: validation")
-    speed.set(ylabel="tokens / s", title=f"Throughput, mean of {SMOOTHED} steps", ylim=(0, None))
-    imbalance.set(ylabel="max / mean rank load", xlabel="step", title="Imbalance, mean over layers")
+    around = f"mean of the {SMOOTHED} steps around each"
+    loss.set(ylabel="loss (nats a byte)", title=f"Loss; thin: each step, thick: {around}, dots: validation")
+    speed.set(ylabel="tokens / s", title=f"Throughput, {around}", ylim=(0, None))
+    imbalance.set(ylabel="max / mean rank load", xlabel="step", title="Imbalance of each step, mean over layers")
     for each in (loss, speed, imbalance):
         each.spines[["top", "right"]].set_visible(False)
         each.legend(frameon=False)
@@ -87,18 +117,16 @@ def draw(runs: Sequence[Path], path: Path) -> None:
 
 def table(runs: Sequence[Path]) -> Table:
     """Final numbers, and how far the smoothed loss of each run strays from that of the first."""
-    result = Table("run", "loss", "validation", "tokens/s", "at home", "balanced", "largest loss difference")
-    for run in runs:
+    result = Table("run", "loss", "validation", "tokens/s", *IMBALANCES.values(), "largest loss difference")
+    for run, name in zip(runs, names(runs), strict=True):
         summary = json.loads((run / "summary.json").read_text())
-        median = summary["median"]
-        validation = summary["validation_loss"]
+        median, validation = summary["median"], summary["validation_loss"]
         result.add_row(
-            run.name,
+            name,
             f"{summary['loss']:.4f}",
             "-" if validation is None else f"{validation:.4f}",
-            f"{median['tokens_per_s']:,.0f}",
-            f"{median['home_mean']:.3f}",
-            f"{median['balanced_mean']:.3f}",
+            "-" if median["tokens_per_s"] is None else f"{median['tokens_per_s']:,.0f}",
+            *(f"{median[f'{imbalance}_mean']:.3f}" for imbalance in IMBALANCES),
             "-" if run == runs[0] else f"{differences(run, runs[0]).max():.2%}",
         )
     return result
@@ -108,9 +136,16 @@ def main() -> None:
     """Reads the command line."""
     arguments = tyro.cli(Arguments, description=__doc__)
     for run in arguments.runs:
-        if not (run / "summary.json").exists():
-            raise SystemExit(f"compare: {run} has no summary.json: not a run, or one that has not ended yet")
-    draw(arguments.runs, arguments.out)
+        try:
+            json.loads((run / "summary.json").read_text())
+        except (OSError, ValueError):
+            raise SystemExit(
+                f"compare: {run} has no summary.json that can be read: not a run, or one that has not ended yet"
+            ) from None
+    try:
+        draw(arguments.runs, arguments.out)
+    except OSError as error:
+        raise SystemExit(f"compare: --out: cannot write {arguments.out}: {error.strerror}") from None
     Console(soft_wrap=True).print(table(arguments.runs))
 
 

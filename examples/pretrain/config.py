@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -40,7 +40,7 @@ class Data:
     """Files of a folder that are read."""
     seq_len: int = 1024
     """Tokens (bytes) of a sequence."""
-    batch: int = 64
+    batch: Annotated[int, tyro.conf.arg(aliases=["--batch-size"])] = 64
     """Sequences of a step, over all devices."""
     validation_batches: int = 4
     """Batches held out for validation."""
@@ -50,7 +50,7 @@ class Data:
 class Optimiser:
     """AdamW, with linear warm-up and cosine decay."""
 
-    learning_rate: float = 6e-4
+    learning_rate: Annotated[float, tyro.conf.arg(aliases=["--lr"])] = 6e-4
     """At the end of the warm-up."""
     final_fraction: float = 0.1
     """Of the learning rate, at the last step."""
@@ -112,7 +112,7 @@ class Compute:
 class Config:
     """A run."""
 
-    out: Path = Path("pretrain-run")
+    out: Annotated[Path, tyro.conf.arg(aliases=["--output"])] = Path("pretrain-run")
     """Folder of all that is written. With a checkpoint in it, the run goes on from there."""
     steps: int = 2000
     """Updates of the parameters."""

@@ -2,7 +2,7 @@
 
 import pydoc_data.topics
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grain
@@ -14,19 +14,35 @@ from config import VOCABULARY, Config, Data
 Array = np.ndarray
 
 
-def read(data: Data) -> Array:
-    """All documents, one after the other with a zero byte between, uint8 [bytes]; what is no UTF-8 text is left out."""
-    documents = [path.read_bytes() for path in (_files(data) if data.data else _standard_library())]
+def read(data: Data, say: Callable[[str], None]) -> Array:
+    """All documents, one after the other with a zero byte between, uint8 [bytes].
+
+    What is no UTF-8 text is left out of folders, with a line about it, and refused where it was named itself.
+    """
+    documents, left_out = [], []
+    for path in _files(data) if data.data else _standard_library():
+        document = path.read_bytes()
+        if _is_text(document):
+            documents.append(document)
+        elif path in data.data:
+            raise SystemExit(f"train: --data: {path} is no UTF-8 text")
+        else:
+            left_out.append(path)
+    if left_out:
+        say(f"left out, no UTF-8 text: {left_out[0]}" + (f" and {len(left_out) - 1} more" if left_out[1:] else ""))
     if not data.data:
         documents += [text.encode() for text in pydoc_data.topics.topics.values()]
-    return np.frombuffer(b"\0".join(document for document in documents if _is_text(document)), np.uint8)
+    return np.frombuffer(b"\0".join(documents), np.uint8)
 
 
 def _files(data: Data) -> Iterator[Path]:
     for path in data.data:
         if not path.exists():
             raise SystemExit(f"train: --data: no such file or folder: {path}")
-        yield from [path] if path.is_file() else _in_folder(path, data.suffixes)
+        files = [path] if path.is_file() else _in_folder(path, data.suffixes)
+        if not files:
+            raise SystemExit(f"train: --data: no file that ends in {', '.join(data.suffixes)} in {path} (--suffixes)")
+        yield from files
 
 
 def _standard_library() -> Iterator[Path]:
@@ -45,7 +61,7 @@ def _is_text(document: bytes) -> bool:
         document.decode()
     except UnicodeDecodeError:
         return False
-    return True
+    return b"\0" not in document  # zero bytes, which are UTF-8, are what binary files are full of
 
 
 def unigram_entropy(text: Array) -> float:

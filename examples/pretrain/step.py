@@ -15,6 +15,8 @@ from config import Config
 from jax_lplb.flax import PlacementState, RouterBias
 from model import Transformer
 
+METRICS = ("contiguous", "home", "optimum", "balanced", "moved", "rounds", "load")  # of the layers, recorded
+
 
 class State(NamedTuple):
     """All that a step changes; leaves named `w_in` and `w_out` are [layers, experts, ...] in the placement's order.
@@ -71,6 +73,16 @@ class Trainer:
         self.from_logical = self._mover(lplb.from_logical, placements=1, donate=True)
         self.to_logical = self._mover(lplb.to_logical, placements=1, donate=False)
 
+    def compile(self, state: State, placement: lplb.Placement, *, moves: bool) -> None:
+        """Compiles a step, and with `moves` the moving of experts, so that none of the steps waits for it."""
+        data = self.config.data
+        batch = jax.ShapeDtypeStruct(
+            (data.batch, data.seq_len + 1), np.uint8, sharding=jax.NamedSharding(self.mesh, jax.P(self.mesh.axis_names))
+        )
+        self.step.lower(state, placement, batch).compile()
+        if moves:
+            self.move.lower(state, placement, placement).compile()
+
     @property
     def num_parameters(self) -> int:
         """Of the model, each expert once."""
@@ -103,7 +115,7 @@ class Trainer:
             "loss": loss,
             "lr": self.schedule(state.step),
             "grad_norm": optax.tree.norm(grads),
-            **{name: getattr(metrics, name) for name in ("home", "optimum", "balanced", "moved", "rounds", "load")},
+            **{name: getattr(metrics, name) for name in METRICS},
         }
         new = State(
             state.step + 1,
@@ -114,7 +126,7 @@ class Trainer:
         )
         return new, recorded
 
-    def _mover(self, function: Callable[..., Any], *, placements: int, donate: bool) -> Callable[..., State]:
+    def _mover(self, function: Callable[..., Any], *, placements: int, donate: bool) -> Any:
         """Parameters and both of Adam's moments of experts through a function of jax_lplb, layer by layer."""
 
         def run(state: State, *given: lplb.Placement) -> State:
