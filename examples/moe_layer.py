@@ -14,16 +14,21 @@ D_MODEL, EXPERTS, D_EXPERT, TOP_K, TOKENS = 64, 64, 32, 4, 256  # tokens of each
 jax.config.update("jax_num_cpu_devices", 8)
 devices = jax.devices() if jax.device_count() > 1 else jax.devices("cpu")
 ranks = len(devices)
+print(f"{ranks} ranks, {EXPERTS} experts; making the layer and compiling its step, half a minute or so", flush=True)
 mesh = jax.make_mesh((ranks,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
-by_rank = jax.NamedSharding(mesh, jax.P("expert"))
+jax.set_mesh(mesh)  # all that is made from here on is on its devices, as what a step returns: it compiles once
+by_rank, everywhere = jax.NamedSharding(mesh, jax.P("expert")), jax.NamedSharding(mesh, jax.P())
 
 # Each rank keeps copies of the next rank's first two experts.
 placement = lplb.Placement.from_topology(
     lplb.topology.ring(ranks), num_experts=EXPERTS, num_ranks=ranks, redundants_per_rank=2
 )
+placement = jax.device_put(placement, everywhere)
 layer = MoE(
     D_MODEL, EXPERTS, D_EXPERT, TOP_K, placement=placement, mesh=mesh, axis_name="expert", rngs=nnx.Rngs(params=0)
 )
+# The layer holds its weights in the order of the placement, which with load= is not the logical one. Weights from
+# elsewhere, and optimiser state, go through one line: layer.w_in[...] = lplb.from_logical(w_in, placement)
 optimiser = nnx.Optimizer(layer, optax.adam(3e-3), wrt=nnx.Param)
 
 
@@ -55,6 +60,7 @@ for number in range(60):
     value, metrics, average = step(layer, optimiser, x, average)
     if number % 10 == 0 or number == 59:
         print(
-            f"step {number:2}  loss {value:.3f}  imbalance {metrics.home:.2f} at home, {metrics.optimum:.2f} at best, "
-            f"{metrics.balanced:.2f} balanced  {metrics.moved:.0%} moved  {metrics.rounds} rounds"
+            f"step {number:2}  loss {value:.3f}  largest / mean rank load: {metrics.home:.2f} without copies, "
+            f"{metrics.balanced:.2f} balanced, {metrics.optimum:.2f} at best  {metrics.moved:.0%} moved",
+            flush=True,
         )

@@ -16,12 +16,12 @@ placement = lplb.Placement.from_topology(
 
 
 @jax.jit
-@jax.shard_map(mesh=mesh, in_specs=(jax.P("ep"), jax.P()), out_specs=(jax.P("ep"), jax.P(), jax.P()))
+@jax.shard_map(mesh=mesh, in_specs=(jax.P("ep"), jax.P()), out_specs=(jax.P("ep"), jax.P(), jax.P(), jax.P()))
 def layer(logits, placement):
     _, expert_ids = jax.lax.top_k(logits, 8)
     out = lplb.balance(expert_ids, placement, axis_name="ep")
     # From here on: dispatch to `placement.num_physical` experts by out.physical_ids, as before by expert_ids.
-    return out.physical_ids, out.load, out.rank_load
+    return out.physical_ids, out.load, out.rank_load, out.lower_bound
 
 
 key, popularity = jax.random.split(jax.random.key(0))
@@ -29,7 +29,9 @@ key, popularity = jax.random.split(jax.random.key(0))
 popular = -jnp.sort(-jax.random.normal(popularity, (ranks, home)), axis=1).ravel()
 logits = popular + jax.random.normal(key, (ranks * 512, ranks * home))
 
-physical_ids, load, after = layer(jax.device_put(logits, jax.NamedSharding(mesh, jax.P("ep"))), placement)
+logits = jax.device_put(logits, jax.NamedSharding(mesh, jax.P("ep")))
+physical_ids, load, after, lower_bound = layer(logits, placement)
 before = load.reshape(ranks, home).sum(axis=1)
-print(f"rank loads at home  {before}  max / mean {before.max() / before.mean():.3f}")
-print(f"after balancing     {after}  max / mean {after.max() / after.mean():.3f}")
+print(f"tokens of each rank without copies  {before}  largest / mean {before.max() / before.mean():.3f}")
+print(f"tokens of each rank, balanced       {after}  largest / mean {after.max() / after.mean():.3f}")
+print(f"no split over these copies can do better than {lower_bound.max() / after.mean():.3f} (certified)")
