@@ -245,7 +245,9 @@ def measure(
         _, metrics = runner.run(of_case[passes[0]])
         assert metrics.rounds == 1, "the smallest factor needs no second round"
         assert metrics.load.sum() == tokens * jax.device_count() * TOP_K
-        imbalance = {key: round(float(getattr(metrics, key)), 4) for key in ("home", "optimum", "balanced")}
+        imbalance = {
+            key: round(float(getattr(metrics, key)), 4) for key in ("contiguous", "home", "optimum", "balanced")
+        }
         for name in passes:
             one = of_case[name]
             temp = runner.compiled[one.key].memory_analysis().temp_size_in_bytes

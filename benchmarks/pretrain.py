@@ -33,7 +33,10 @@ def row_of(run: pathlib.Path, first: pathlib.Path) -> dict[str, Any]:
         "tokens_per_s": round(median["tokens_per_s"]),
         "mean_tokens_per_s": round(tokens / seconds.mean()),
         "of_first": round(median["tokens_per_s"] / of_first["median"]["tokens_per_s"], 4),
-        **{key: round(median[key], 4) for key in ("home_mean", "home_max", "optimum_mean", "balanced_mean", "rounds")},
+        **{
+            key: round(median[key], 4)
+            for key in ("contiguous_mean", "home_mean", "home_max", "optimum_mean", "balanced_mean", "rounds")
+        },
         "loss": round(summary["loss"], 5),
         "validation_loss": summary["validation_loss"],
         "loss_difference": round(float(difference.max()), 6),

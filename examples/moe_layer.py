@@ -28,7 +28,7 @@ layer = MoE(
     D_MODEL, EXPERTS, D_EXPERT, TOP_K, placement=placement, mesh=mesh, axis_name="expert", rngs=nnx.Rngs(params=0)
 )
 # The layer holds its weights in the order of the placement, which with load= is not the logical one. Weights from
-# elsewhere, and optimiser state, go through one line: layer.w_in[...] = lplb.from_logical(w_in, placement)
+# elsewhere, in logical order, go through one line: layer.set_experts(w_in, w_out)
 optimiser = nnx.Optimizer(layer, optax.adam(3e-3), wrt=nnx.Param)
 
 

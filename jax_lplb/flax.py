@@ -280,6 +280,24 @@ class MoE(nnx.Module):
         )
         return reverse_only(layer, message, *operands)
 
+    def set_experts(self, w_in: jax.typing.ArrayLike, w_out: jax.typing.ArrayLike) -> None:
+        """Replaces the experts' weights by others in logical order, as checkpoints hold them.
+
+        Args:
+          w_in: [num_experts, d_model, 2 * d_expert], gate and up.
+          w_out: [num_experts, d_expert, d_model].
+
+        Raises:
+          ValueError: a shape is another.
+        """
+        placement = self.placement.get_value()
+        params: Any = {"w_in": (self.w_in, w_in), "w_out": (self.w_out, w_out)}
+        for name, (param, rows) in params.items():
+            if jnp.shape(rows) != param.shape:
+                raise ValueError(f"{name} must have shape {param.shape}, in logical order, got {jnp.shape(rows)}")
+            in_order = from_logical(jnp.asarray(rows, param.dtype), placement)
+            param.set_value(shard(in_order, self.mesh, jax.P(self.axis_name)))
+
     def update_bias(self, load: jax.Array, rate: float = 1e-3) -> None:
         """Moves the bias of each expert by `rate`, up where it had fewer tokens than the mean, down where more.
 

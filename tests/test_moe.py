@@ -701,6 +701,21 @@ def test_explicit_axes(rng, axes, token_axes, cut, in_context):
 
 
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
+def test_weights_in_logical_order(rng, kind):
+    """Of a checkpoint: the layer puts them where its placement has the experts."""
+    place, mesh = placements()["rings by load"], jax.make_mesh((RANKS,), ("ep",), axis_types=(kind,))
+    layer, before = make(place, mesh), make(place, mesh)
+    shapes = {"w_in": (EXPERTS, D_MODEL, 2 * D_EXPERT), "w_out": (EXPERTS, D_EXPERT, D_MODEL)}
+    weights = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    layer.set_experts(**weights)
+    for name, rows in weights.items():
+        np.testing.assert_array_equal(lplb.to_logical(getattr(layer, name)[...], place), rows)
+        assert getattr(layer, name)[...].sharding.is_equivalent_to(getattr(before, name)[...].sharding, 3)
+    with pytest.raises(ValueError, match=r"w_out must have shape \(16, 20, 12\), in logical order, got \(16, 12, 20\)"):
+        layer.set_experts(weights["w_in"], weights["w_out"].swapaxes(1, 2))
+
+
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
 @pytest.mark.parametrize(
     ("how", "layers"),
     [
