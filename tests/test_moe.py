@@ -753,7 +753,7 @@ def test_experts_are_sharded_however_layers_are_made(how, layers, kind):
 
 
 def test_a_stack_runs_as_its_layers(rng):
-    """Made by nnx.vmap, run by nnx.scan, on a mesh of default axes: against the dense layers in turn."""
+    """Made by nnx.vmap, run by nnx.scan and nnx.vmap, on a mesh of default axes: against the dense layers."""
     mesh, place = jax.make_mesh((RANKS,), ("ep",)), placements()["rings by load"]
 
     @nnx.split_rngs(splits=3)
@@ -770,9 +770,11 @@ def test_a_stack_runs_as_its_layers(rng):
     def through(layers, x):
         return nnx.scan(lambda layer, x: x + layer(x)[0], in_axes=(0, nnx.Carry), out_axes=nnx.Carry)(layers, x)
 
+    side_by_side = nnx.jit(nnx.vmap(lambda layer, x: layer(x)[0], in_axes=(0, None)))(layers, x)
     expected = x
     for number in range(3):
         params = jax.tree.map(lambda leaf, number=number: jnp.asarray(np.asarray(leaf)[number]), params_of(layers))
+        assert_close(side_by_side[number], dense(logical(params, place), x))
         expected = expected + dense(logical(params, place), expected)
     assert_close(through(layers, x), expected)
 
