@@ -203,7 +203,7 @@ def plot(reports: list[Report], path: Path) -> None:
     line.set(title="The rank that all others wait for", ylabel="imbalance (max / mean rank load)")
     line.margins(x=0.01)
     line.spines[["top", "right"]].set_visible(False)
-    line.legend(frameon=False, ncols=4, loc="lower right", bbox_to_anchor=(1, 1.01), borderaxespad=0)
+    line.legend(frameon=False, ncols=2, loc="upper right")
     for each in axes.values():
         each.set_xlabel("batch")
         each.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -3,9 +3,11 @@
 import dataclasses
 import errno
 import functools
+import io
 import json
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,13 +26,15 @@ pytest.importorskip("tyro")
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples" / "pretrain"))
 
 import compare
+import loop
 import report
 import train
-from checkpoint import Checkpoints
+from checkpoint import Checkpoints, require_space
 from config import PRESETS, Compute, Config, Data, Model, Optimiser, Placing, check, parse
 from data import Corpus, on_devices, read, unigram_entropy
 from placement import place
 from step import Trainer, mesh_of
+from terminal import Terminal
 
 STEPS, LAYERS, EXPERTS = 12, 2, 16
 
@@ -56,7 +60,7 @@ def text(tmp_path_factory) -> pathlib.Path:
 def config(text) -> Config:
     return Config(
         steps=STEPS,
-        checkpoint_every=100,
+        checkpoint_every=8,
         validate_every=100,
         model=Model(d_model=16, layers=LAYERS, heads=2, experts=EXPERTS, top_k=2, d_expert=8),
         data=Data(data=(text,), seq_len=32, batch=16, validation_batches=2),
@@ -83,8 +87,9 @@ def opened(config: Config, ranks: int) -> tuple[Trainer, Checkpoints]:
 
 def run(config: Config) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "Trainer", lambda config, mesh, placement: compiled(config, mesh.shape["expert"]))
-        train.train(config)
+        patch.setattr(loop, "Trainer", lambda config, mesh, placement: compiled(config, mesh.shape["expert"]))
+        with Terminal() as terminal:
+            loop.train(config, terminal)
 
 
 @pytest.fixture(scope="module")
@@ -101,9 +106,15 @@ def rows_of(config: Config) -> list[dict]:
     return [{name: value for name, value in row.items() if name not in ("seconds", "tokens_per_s")} for row in rows]
 
 
-def loads_of(config: Config) -> np.ndarray:
+def loads_of(config: Config, steps: range = range(1, STEPS + 1)) -> np.ndarray:
     with np.load(config.out / "loads.npz", allow_pickle=False) as archive:
+        np.testing.assert_array_equal(archive["steps"], steps)
         return archive["loads"]
+
+
+def said(capsys) -> str:
+    """What a run told, as one line."""
+    return " ".join(capsys.readouterr().err.split())
 
 
 def test_learns_and_reports(whole):
@@ -112,10 +123,13 @@ def test_learns_and_reports(whole):
     assert rows[0]["loss"] > 5
     assert rows[-1]["loss"] < 3.5
     assert all(row["optimum_mean"] - 1e-3 <= row["balanced_mean"] <= row["home_mean"] for row in rows)
+    assert [row["contiguous_mean"] == row["home_mean"] for row in rows[:5]] == [True] * 5  # not placed by load yet
+    assert rows[6]["contiguous_mean"] != rows[6]["home_mean"]
     summary = json.loads((whole.out / "summary.json").read_text())
     assert summary["finished"]
+    assert summary["ended"] == "finished"
     assert summary["validation_loss"] == pytest.approx(rows[-1]["loss"], rel=0.1)
-    assert summary["unigram_entropy"] == unigram_entropy(read(whole.data))
+    assert summary["unigram_entropy"] == unigram_entropy(read(whole.data, print))
     loads = loads_of(whole)
     assert loads.shape == (STEPS, LAYERS, EXPERTS)
     assert loads.dtype == np.int32
@@ -139,27 +153,123 @@ def test_goes_on_as_if_never_interrupted(whole, monkeypatch, tmp_path, capsys):
     run(config)
     assert signal.getsignal(signal.SIGTERM) == before
     assert [row["step"] for row in rows_of(config)] == list(range(1, 8))
-    assert not json.loads((config.out / "summary.json").read_text())["finished"]
+    assert json.loads((config.out / "summary.json").read_text())["ended"] == "stopped"
+    assert "stopped after step 7; the same command goes on from there" in said(capsys)
     monkeypatch.undo()
 
     run(config)
-    assert "going on after step 7" in capsys.readouterr().err
+    assert "going on after step 7" in said(capsys)
+    timed = [row["seconds"] is not None for row in compare.read_lines(config.out / "metrics.jsonl")]
+    assert timed == [step not in (1, 8) for step in range(1, STEPS + 1)]  # what is slow at a start is not counted
     assert rows_of(config) == rows_of(whole)
     np.testing.assert_array_equal(loads_of(config), loads_of(whole))
     states = []
     for each in (config, whole):
         trainer, checkpoints = opened(each, 8)
         with checkpoints:
-            states.append(checkpoints.restore())
+            states.append(checkpoints.restore(print)[1:])
     assert not np.array_equal(states[0][1].phy2log[0], states[0][1].phy2log[1])  # each layer has its own
     jax.tree.map(np.testing.assert_array_equal, *states)
-    assert trainer.step._cache_size() == 1  # compiled once, for all placements and both runs
+    # Compiled once, for all placements and both runs, and ahead of the first step.
+    assert trainer.step._cache_size() == trainer.move._cache_size() == 1
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["compare.py", str(whole.out), str(config.out)])
     compare.main()
-    assert re.search(r"resumed.* 0\.00%", capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    assert re.search(r"whole *. resumed", printed)
+    assert re.search(r"largest loss difference *. - *. 0\.00%", printed)
+    last = json.loads((config.out / "summary.json").read_text())["median"]
+    for name, title in (("contiguous", "contiguous"), ("home", "at home"), ("balanced", "balanced")):
+        number = f"{last[f'{name}_mean']:.3f}"
+        assert re.search(rf"imbalance, {title} *. {number} *. {number} ", printed)
     assert (tmp_path / "compare.png").stat().st_size > 10_000
+
+
+def test_finished_run_says_so(whole, capsys):
+    before = rows_of(whole), loads_of(whole)
+    run(whole)
+    assert f"nothing to do: {whole.out} has {STEPS} steps already; go on with a larger --steps" in said(capsys)
+    assert rows_of(whole) == before[0]
+    np.testing.assert_array_equal(loads_of(whole), before[1])
+
+
+def empty(checkpoint: pathlib.Path) -> None:
+    shutil.rmtree(checkpoint)
+    checkpoint.mkdir()
+
+
+def cut_arrays(checkpoint: pathlib.Path) -> None:
+    for file in (checkpoint / "state").rglob("d/*"):
+        file.write_bytes(file.read_bytes()[:100])
+
+
+def cut_about(checkpoint: pathlib.Path) -> None:
+    file = checkpoint / "about" / "metadata"
+    file.write_text(file.read_text()[:50])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        empty,
+        lambda checkpoint: shutil.rmtree(checkpoint / "state"),
+        lambda checkpoint: shutil.rmtree(checkpoint / "about"),
+        lambda checkpoint: (checkpoint / "state" / "_METADATA").unlink(),
+        cut_arrays,
+        cut_about,
+    ],
+    ids=["empty", "no-state", "no-about", "no-metadata", "cut-arrays", "cut-about"],
+)
+def test_goes_on_from_the_checkpoint_before_a_damaged_one(whole, tmp_path, capsys, damage):
+    config = dataclasses.replace(whole, out=tmp_path)
+    shutil.copytree(whole.out / "checkpoints", tmp_path / "checkpoints")
+    _, checkpoints = opened(whole, 8)
+    with checkpoints:
+        before = checkpoints._restore(8)
+    damage(tmp_path / "checkpoints" / str(STEPS))
+    _, checkpoints = opened(config, 8)
+    with checkpoints:
+        step, *state = checkpoints.restore(print)
+        away = tmp_path / "damaged" / str(STEPS)
+        assert re.search(
+            rf"step {STEPS} cannot be read \(.+\), and is now {away}; taking that of 8", capsys.readouterr().out
+        )
+        assert away.is_dir()
+        assert step == 8
+        jax.tree.map(np.testing.assert_array_equal, tuple(state), before)
+        checkpoints.save(STEPS, *state)  # in place of the damaged one
+    _, checkpoints = opened(config, 8)
+    with checkpoints:
+        assert checkpoints.restore(print)[0] == STEPS
+
+
+def test_no_whole_checkpoint_ends_with_a_line(whole, tmp_path):
+    shutil.copytree(whole.out / "checkpoints", tmp_path / "checkpoints")
+    for checkpoint in (tmp_path / "checkpoints").iterdir():
+        empty(checkpoint)
+    _, checkpoints = opened(dataclasses.replace(whole, out=tmp_path), 8)
+    with checkpoints, pytest.raises(SystemExit) as error:
+        checkpoints.restore(print)
+    assert re.match(rf"train: {tmp_path}/checkpoints: no checkpoint can be read", str(error.value))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("size", [0, 100, -100])
+def test_goes_on_without_a_recording_that_was_cut(whole, tmp_path, capsys, size):
+    path = tmp_path / "loads.npz"
+    path.write_bytes((whole.out / "loads.npz").read_bytes()[:size])
+    config = dataclasses.replace(whole, out=tmp_path)
+    with Terminal() as terminal, report.Recorder(config, terminal, 8, {}) as recorder:
+        assert f"{path} cannot be read; the recording of loads begins anew after step 8" in said(capsys)
+        recorder._loads[9] = np.ones((LAYERS, EXPERTS), np.int32)
+        recorder.saved(9)
+    np.testing.assert_array_equal(loads_of(config, range(9, 10)), 1)
+
+
+def test_lines_that_were_cut_are_left_out(tmp_path):
+    (tmp_path / "lines").write_text('{"step": 1}\n{"st\n{"step": 3}\n{"step"')
+    assert compare.read_lines(tmp_path / "lines") == [{"step": 1}, {"step": 3}]
 
 
 @pytest.mark.gpu
@@ -191,8 +301,8 @@ def test_loads_on_other_ranks(whole):
     for ranks, placing in ((8, whole.placing), (4, dataclasses.replace(whole.placing, placement="eplb"))):
         trainer, checkpoints = opened(dataclasses.replace(whole, placing=placing), ranks)
         with checkpoints:
-            state, placement = checkpoints.restore()
-        batches = Corpus(read(whole.data), whole).validation(1, 0)
+            _, state, placement = checkpoints.restore(print)
+        batches = Corpus(read(whole.data, print), whole).validation(1, 0)
         losses.append([float(trainer.validate(state, placement, on_devices(b, trainer.mesh))) for b in batches])
         params.append(trainer.to_logical(state, placement).params)
         assert state.load.sum() > 0
@@ -204,7 +314,7 @@ def test_other_model_in_the_folder(whole):
     other = dataclasses.replace(whole, model=dataclasses.replace(whole.model, d_expert=16))
     _, checkpoints = opened(other, 8)
     with checkpoints, pytest.raises(SystemExit, match="holds a checkpoint of another model, with d_expert 8; choose"):
-        checkpoints.restore()
+        checkpoints.restore(print)
 
 
 @pytest.mark.parametrize(
@@ -222,10 +332,17 @@ def test_other_model_in_the_folder(whole):
         (["--redundants", "3"], "--redundants 3 on 8 expert ranks: redundants_per_rank must be a multiple of"),
         (["--data", "/nowhere"], "--data: no such file or folder: /nowhere"),
         (["--data", "."], "too little data: 5 bytes of text, but --batch 16 and --validation-batches 16 need"),
+        (["--data", "binary.txt"], "--data: binary.txt is no UTF-8 text"),
+        (["--data", "zeros.txt"], "--data: zeros.txt is no UTF-8 text"),
+        (["--data", "empty"], "--data: no file that ends in .txt, .md, .rst, .py in empty (--suffixes)"),
+        (["--out", "short.txt/run"], "--out: cannot write to the folder short.txt/run: Not a directory"),
+        (["--out", "short.txt"], "--out: cannot write to the folder short.txt: File exists"),
     ],
 )
-def test_says_what_is_wrong_in_a_line(monkeypatch, tmp_path, arguments, message):
+def test_says_what_is_wrong_in_a_line(monkeypatch, tmp_path, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "zeros.txt").write_bytes(bytes(100))
     (tmp_path / "short.txt").write_text("short")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     monkeypatch.setenv("XLA_FLAGS", "")
@@ -233,6 +350,21 @@ def test_says_what_is_wrong_in_a_line(monkeypatch, tmp_path, arguments, message)
         train.main(["tiny", *arguments])
     assert re.match(f"train: {re.escape(message)}", str(error.value.code))
     assert "\n" not in str(error.value.code)
+    if arguments[1] == ".":
+        assert "left out, no UTF-8 text: binary.txt and 1 more" in capsys.readouterr().err
+    assert not (tmp_path / "pretrain-run").exists()  # nothing is left behind
+
+
+@pytest.mark.parametrize(("given", "meant"), [("--stesp", "--steps"), ("--topk", "--top-k")])
+def test_unknown_options_get_a_hint(capsys, given, meant):
+    with pytest.raises(SystemExit):
+        parse(["tiny", given, "3"])
+    assert re.search(rf"Perhaps you meant:\W+{meant}", capsys.readouterr().err)
+
+
+def test_common_names_of_options():
+    config = parse(["tiny", "--lr", "0.5", "--batch-size", "24", "--output", "there"])
+    assert (config.optimiser.learning_rate, config.data.batch, config.out) == (0.5, 24, pathlib.Path("there"))
 
 
 @pytest.mark.parametrize(
@@ -240,41 +372,130 @@ def test_says_what_is_wrong_in_a_line(monkeypatch, tmp_path, arguments, message)
     [
         (
             OSError(errno.ENOSPC, "No space left on device", "loads.npz"),
-            "train: .* No space left on device: 'loads.npz'",
+            "train: loads.npz: No space left on device$",
         ),
         (ValueError("RESOURCE_EXHAUSTED: [write] No space left on device"), "train: full: No space left on device$"),
     ],
 )
 def test_full_disk(monkeypatch, error, message):
-    def fail(config):
+    def fail(config, terminal):
         raise error
 
     monkeypatch.setenv("XLA_FLAGS", "")
-    monkeypatch.setattr(train, "train", fail)
+    monkeypatch.setattr(loop, "train", fail)
     with pytest.raises(SystemExit, match=message):
         train.main(["tiny", "--out", "full"])
+
+
+@pytest.mark.parametrize(("existing", "room"), [([], 3), ([5, 10], 1), ([STEPS], 0)], ids=["none", "two", "finished"])
+def test_full_disk_is_met_before_the_first_step(config, monkeypatch, tmp_path, existing, room):
+    """Room for `keep` checkpoints and the one being written, as far as they are not there and are still to come."""
+    config = dataclasses.replace(config, out=tmp_path / "out")
+    trainer = compiled(config, 8)
+    config = dataclasses.replace(config, checkpoint_every=2)
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(trainer.abstract))
+    for step in existing:
+        (config.out / "checkpoints" / str(step)).mkdir(parents=True)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=room * size))
+    require_space(config, trainer)
+    if room:
+        monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=room * size - 1))
+        with pytest.raises(SystemExit, match=rf"no space left: a checkpoint takes .*B, room for {room} is needed"):
+            require_space(config, trainer)
+    assert config.out.exists() == bool(existing)  # nothing is left behind
 
 
 def test_no_space_for_a_checkpoint(config, monkeypatch, tmp_path):
     config = dataclasses.replace(config, out=tmp_path)
     trainer, checkpoints = opened(config, 8)
-    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=123_000))
-    with checkpoints, pytest.raises(SystemExit, match=r"no space left: a checkpoint takes 0\.000 GB, and there are"):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=12_300))
+    with checkpoints, pytest.raises(SystemExit, match=r"no space left: a checkpoint takes .*, and 12\.3 kB are free"):
         checkpoints.save(1, trainer.abstract, None)
 
 
 @pytest.mark.parametrize(
-    ("loss", "norm", "message"), [(np.nan, 1, "loss of step 3 is nan"), (1, np.inf, "norm of the gradients .* is inf")]
+    ("loss", "norm", "message"), [(np.nan, 1, "loss of step 5 is nan"), (1, np.inf, "norm of the gradients .* is inf")]
 )
-def test_what_is_no_number_ends_the_run(config, tmp_path, loss, norm, message):
-    with report.Recorder(dataclasses.replace(config, out=tmp_path), 0) as recorder:
-        recorder.push(3, {"loss": jax.numpy.float32(loss), "grad_norm": jax.numpy.float32(norm)}, 0.0)
-        with pytest.raises(SystemExit, match=f"train: the {message}; run again, from the last checkpoint"):
+@pytest.mark.parametrize("kept", [False, True])
+def test_what_is_no_number_ends_the_run(whole, tmp_path, capsys, loss, norm, message, kept):
+    """With a summary and a picture of the steps before it; a checkpoint is spoken of only where there is one."""
+    config = dataclasses.replace(whole, out=tmp_path)
+    numbers = {name: np.float32(1) for name in ("lr", "contiguous", "home", "optimum", "balanced", "moved", "rounds")}
+    numbers["load"] = np.ones((LAYERS, EXPERTS), np.int32)
+    again = "go on from the checkpoint of step 2" if kept else "start again"
+    about = {"parameters": 1, "unigram_entropy": 3.0}
+
+    def steps() -> None:
+        with Terminal() as terminal, report.Recorder(config, terminal, 0, about) as recorder:
+            terminal.count(0, STEPS)
+            for step in range(1, 6):
+                values = (loss, norm) if step == 5 else (2, 1)
+                recorder.push(step, numbers | dict(zip(("loss", "grad_norm"), values, strict=True)), 0.0)
+                if kept and step == 3:
+                    recorder.saved(2)
             recorder.flush()
+
+    with pytest.raises(
+        SystemExit, match=f"train: the {message}.*; {again} with a lower --learning-rate or --clip-norm"
+    ):
+        steps()
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert not summary["finished"]
+    assert re.match(f"the {message}", summary["ended"])
+    assert summary["steps"] == 4
+    assert (tmp_path / "training.png").stat().st_size > 10_000
+    assert f"results are in {tmp_path}" in said(capsys)
+
+
+def test_smoothed_curves_neither_lag_nor_count_what_is_not_known():
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=50)
+    values[[0, 17, 30]] = np.nan
+    expected = [np.nanmean(values[max(i - 10, 0) : i + 10]) for i in range(50)]
+    np.testing.assert_allclose(compare.smooth(values), expected)
+    np.testing.assert_allclose(compare.smooth(np.arange(100.0))[10:-10], np.arange(100.0)[10:-10] - 0.5)
+    assert np.isnan(compare.smooth(np.full(1, np.nan))).all()
+
+
+def test_runs_are_told_apart(tmp_path):
+    runs = [tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "c"]
+    assert compare.names(runs) == [str(runs[0]), str(runs[1]), "c"]
+
+
+def test_compare_says_what_is_wrong_in_a_line(whole, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "summary.json").write_text("{")
+    for arguments, message in (
+        (["cut"], "compare: cut has no summary.json that can be read"),
+        ([str(whole.out), "--out", "no/x.png"], "compare: --out: cannot write no/x.png: No such file or directory"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["compare.py", *arguments])
+        with pytest.raises(SystemExit, match=message):
+            compare.main()
+
+
+def test_terminal_fits_80_columns(monkeypatch):
+    """The stage with its seconds, then a bar with its counter and the time left, and all numbers."""
+    monkeypatch.setattr(sys, "stderr", screen := io.StringIO())
+    monkeypatch.setattr(screen, "isatty", lambda: True, raising=False)
+    for name, value in (("COLUMNS", "80"), ("LINES", "24"), ("TERM", "xterm")):
+        monkeypatch.setenv(name, value)
+    parts = ["loss 2.2604  1,006,071 tokens/s  rounds 2", "imbalance: contiguous 2.31, at home 2.09, optimum 1.46"]
+    with Terminal() as terminal:
+        terminal.stage("compiling")
+        assert re.search(r"compiling.*0:00:0\d", screen.getvalue())
+        terminal.count(0, 20000)
+        terminal.step(19999, parts, log=False)
+    lines = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue()).replace("\r", "\n").splitlines()
+    assert all(part in [line.rstrip() for line in lines] for part in parts)
+    (bar,) = {line for line in lines if line.startswith("step")}
+    assert re.fullmatch(r"step 19999/20000 ━+╸? 0:00:\d\d passed, .* left", bar.rstrip())
+    assert max(map(len, lines)) <= 80
 
 
 def test_batches_follow_from_seed_and_step(config):
-    corpus = Corpus(read(config.data), config)
+    corpus = Corpus(read(config.data, print), config)
 
     def take(corpus, step, count, processes=1, process=0):
         batches = corpus.training(step, processes, process)
@@ -285,7 +506,7 @@ def test_batches_follow_from_seed_and_step(config):
     np.testing.assert_array_equal(take(corpus, 4, 2), first[4:])
     parts = [take(corpus, 0, 6, 2, process) for process in range(2)]
     np.testing.assert_array_equal(np.stack(parts, axis=2).reshape(first.shape), first)
-    other = Corpus(read(config.data), dataclasses.replace(config, seed=1))
+    other = Corpus(read(config.data, print), dataclasses.replace(config, seed=1))
     assert not np.array_equal(take(other, 0, 1)[0], first[0])
     # An epoch holds every window once, and none that is held out.
     epochs = take(corpus, 0, 2 * len(corpus) // 16).reshape(-1, 33)[: len(corpus)]
@@ -296,7 +517,7 @@ def test_batches_follow_from_seed_and_step(config):
 
 
 def test_default_text():
-    text = read(Data())
+    text = read(Data(), print)
     assert len(text) > 5_000_000
     assert 3 < unigram_entropy(text) < 3.6
 

@@ -1,9 +1,11 @@
 """Checkpoints by Orbax. What belongs to experts is in logical order: any number of ranks can load it."""
 
+import contextlib
 import dataclasses
 import math
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,10 @@ class Checkpoints:
 
         With its placement, or one by its average of loads where ranks or settings are others now.
         """
+        with _no_stragglers():
+            return self._restore_newest(say)
+
+    def _restore_newest(self, say: Callable[[str], None]) -> tuple[int, State, lplb.Placement] | None:
         damaged: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             result, reason = None, ""
@@ -144,3 +150,19 @@ def _require(config: Config, trainer: Trainer, number: int) -> None:
 
 def _folder(config: Config) -> Path:
     return config.out / "checkpoints"
+
+
+@contextlib.contextmanager
+def _no_stragglers() -> Iterator[None]:
+    """Without the tracebacks of reads that end after Orbax gave up on a checkpoint and closed their event loop."""
+    before = sys.unraisablehook
+
+    def hook(raised: Any) -> None:
+        if "Event loop is closed" not in str(raised.exc_value):
+            before(raised)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -116,19 +116,19 @@ def draw(runs: Sequence[Path], path: Path) -> None:
 
 
 def table(runs: Sequence[Path]) -> Table:
-    """Final numbers, and how far the smoothed loss of each run strays from that of the first."""
-    result = Table("run", "loss", "validation", "tokens/s", *IMBALANCES.values(), "largest loss difference")
-    for run, name in zip(runs, names(runs), strict=True):
-        summary = json.loads((run / "summary.json").read_text())
-        median, validation = summary["median"], summary["validation_loss"]
-        result.add_row(
-            name,
-            f"{summary['loss']:.4f}",
-            "-" if validation is None else f"{validation:.4f}",
-            "-" if median["tokens_per_s"] is None else f"{median['tokens_per_s']:,.0f}",
-            *(f"{median[f'{imbalance}_mean']:.3f}" for imbalance in IMBALANCES),
-            "-" if run == runs[0] else f"{differences(run, runs[0]).max():.2%}",
-        )
+    """Final numbers, a column a run, and how far the smoothed loss of each strays from that of the first."""
+    summaries = [json.loads((run / "summary.json").read_text()) for run in runs]
+
+    def row(title: str, form: str, values: Iterable[float | None]) -> None:
+        result.add_row(title, *("-" if value is None else format(value, form) for value in values))
+
+    result = Table("", *names(runs))
+    row("loss", ".4f", (summary["loss"] for summary in summaries))
+    row("validation", ".4f", (summary["validation_loss"] for summary in summaries))
+    row("largest loss difference", ".2%", [None, *(differences(run, runs[0]).max() for run in runs[1:])])
+    row("tokens/s", ",.0f", (summary["median"]["tokens_per_s"] for summary in summaries))
+    for name, title in IMBALANCES.items():
+        row(f"imbalance, {title}", ".3f", (summary["median"][f"{name}_mean"] for summary in summaries))
     return result
 
 

@@ -171,7 +171,7 @@ class Recorder:
         if not path.exists():
             return {}
         try:
-            with np.load(path, allow_pickle=False) as archive:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
                 earlier = zip(archive["steps"].tolist(), archive["loads"], strict=True)
                 return {step: load for step, load in earlier if step <= start}
         except Exception:  # of NumPy, zipfile or zlib, by where it was cut
