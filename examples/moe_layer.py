@@ -9,6 +9,7 @@ import jax_lplb as lplb
 from jax_lplb.flax import Metrics, MoE
 
 D_MODEL, EXPERTS, D_EXPERT, TOP_K, TOKENS = 64, 64, 32, 4, 256  # tokens of each rank and step
+STEPS = 60
 
 # Without several accelerators, eight virtual CPU devices stand in for them.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -53,12 +54,12 @@ def step(
 average = jnp.zeros(EXPERTS)
 centres = jax.random.normal(jax.random.key(1), (16, D_MODEL))  # tokens come in kinds, some of them frequent
 frequency = -jnp.arange(16) / 3.0
-for number in range(60):
+for number in range(STEPS):
     kind_key, noise_key = jax.random.split(jax.random.key(number + 2))
     kind = jax.random.categorical(kind_key, frequency, shape=(ranks * TOKENS,))
     x = jax.device_put(centres[kind] + 0.5 * jax.random.normal(noise_key, (len(kind), D_MODEL)), by_rank)
     value, metrics, average = step(layer, optimiser, x, average)
-    if number % 10 == 0 or number == 59:
+    if number % 10 == 0 or number == STEPS - 1:
         print(
             f"step {number:2}  loss {value:.3f}  largest / mean rank load: {metrics.home:.2f} without copies, "
             f"{metrics.balanced:.2f} balanced, {metrics.optimum:.2f} at best  {metrics.moved:.0%} moved",

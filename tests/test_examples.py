@@ -1,0 +1,102 @@
+"""README's snippets and the small examples: they run as they stand, and what they print is true."""
+
+import pathlib
+import re
+import runpy
+
+import helpers
+import jax
+import numpy as np
+import pytest
+
+import jax_lplb as lplb
+
+ROOT = pathlib.Path(__file__).parents[1]
+ONCE = re.compile(r"Finished XLA compilation of jit\((step|<lambda>)\)")
+
+
+@pytest.fixture(autouse=True)
+def as_in_a_new_python(monkeypatch):
+    """With JAX's own settings, but the devices that the tests have, whose number cannot be set any more."""
+    update = jax.config.update
+    monkeypatch.setattr(jax.config, "update", lambda name, value: name == "jax_num_cpu_devices" or update(name, value))
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"), jax.set_mesh(None):
+        yield
+
+
+def numbers(line: str) -> list[float]:
+    return [float(number) for number in re.findall(r"\d+\.\d+", line)]
+
+
+def imbalance(load: np.ndarray, rank: np.ndarray) -> float:
+    on_rank = np.bincount(rank, load)
+    return on_rank.max() / on_rank.mean()
+
+
+def check_optimum(optimum: float, balanced: float, load: np.ndarray, placement: lplb.Placement, digits: int) -> None:
+    """That of HiGHS, and what balancing reaches."""
+    best = helpers.optimum(load, placement).max() / (load.sum() / placement.num_ranks)
+    assert optimum == pytest.approx(best, abs=10.0**-digits)
+    assert balanced == pytest.approx(best, abs=10.0**-digits)
+
+
+def test_snippets_of_readme(capsys, caplog):
+    text = (ROOT / "README.md").read_text()
+
+    def blocks(title: str) -> list[str]:
+        """Of a section: what is to be run, and what it prints."""
+        return re.findall(r"```(?:python)?\n(.*?)```", text.partition(f"## {title}\n")[2].partition("\n## ")[0], re.S)
+
+    (code, shown), (layer_code, layer_shown) = blocks("Quickstart"), blocks("In a Flax layer")
+    names: dict = {}
+    exec(code, names)
+    printed = capsys.readouterr().out
+    assert printed == shown
+    load, placement = np.asarray(names["load"]), names["placement"]
+    contiguous, home, balanced, optimum = (number for line in printed.splitlines() for number in numbers(line))
+    assert contiguous == pytest.approx(imbalance(load, np.arange(256) // 32), abs=1e-3)
+    assert home == pytest.approx(imbalance(load, placement.home_rank), abs=1e-3)
+    assert balanced < home < contiguous
+    check_optimum(optimum, balanced, load, placement, 3)
+    np.testing.assert_array_equal(placement.phy2log[names["physical_ids"]], names["expert_ids"])
+
+    with jax.log_compiles():
+        exec(layer_code, names)
+    assert [match[1] for match in map(ONCE.search, caplog.messages) if match] == ["<lambda>"]
+    printed = capsys.readouterr().out
+    assert printed == layer_shown
+    moe, load = names["layer"], np.asarray(names["metrics"].load)
+    *_, last = printed.splitlines()
+    contiguous, home, balanced, optimum = numbers(last)
+    assert contiguous == pytest.approx(imbalance(load, np.arange(256) // 32), abs=0.01)
+    assert home == pytest.approx(imbalance(load, placement.home_rank), abs=0.01)
+    assert balanced < contiguous
+    check_optimum(optimum, balanced, load, jax.tree.map(np.asarray, moe.placement.get_value()), 2)
+
+    # What its comment says of weights.
+    (line,) = re.findall(r"layer\.w_in\[\.\.\.\] = .*", layer_code)
+    before = np.asarray(moe.w_in[...])
+    names["w_in"] = np.asarray(before)[np.argsort(placement.home_order)]
+    assert not np.array_equal(names["w_in"], before)
+    exec(line, names)
+    np.testing.assert_array_equal(moe.w_in[...], before)
+
+
+def test_quickstart(capsys):
+    names = runpy.run_path(str(ROOT / "examples" / "quickstart.py"))
+    before, after, bound = capsys.readouterr().out.splitlines()
+    load, placement = np.asarray(names["load"]), names["placement"]
+    assert numbers(before) == [pytest.approx(imbalance(load, np.arange(256) // 32), abs=1e-3)]
+    check_optimum(*numbers(bound), *numbers(after), load, placement, 3)
+
+
+def test_layer_compiles_its_step_once_and_learns(capsys, caplog):
+    with jax.log_compiles():
+        exec((ROOT / "examples" / "moe_layer.py").read_text().replace("STEPS = 60", "STEPS = 12"), {})
+    assert [match[1] for match in map(ONCE.search, caplog.messages) if match] == ["step"]
+    said, *steps = capsys.readouterr().out.splitlines()
+    assert "compiling" in said
+    losses, home, balanced, optimum = np.transpose([numbers(line) for line in steps])
+    assert losses[-1] < losses[0] / 2
+    assert np.all(balanced < home)
+    assert np.all(balanced <= optimum + 0.02)
