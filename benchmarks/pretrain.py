@@ -12,6 +12,7 @@ import sys
 from typing import Any
 
 import common
+import numpy as np
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples" / "pretrain"))
 from compare import column, differences, read_lines
@@ -31,7 +32,7 @@ def row_of(run: pathlib.Path, first: pathlib.Path) -> dict[str, Any]:
         "tokens_per_step": tokens,
         "steps": summary["steps"],
         "tokens_per_s": round(median["tokens_per_s"]),
-        "mean_tokens_per_s": round(tokens / seconds.mean()),
+        "mean_tokens_per_s": round(tokens / np.nanmean(seconds)),
         "of_first": round(median["tokens_per_s"] / of_first["median"]["tokens_per_s"], 4),
         **{
             key: round(median[key], 4)

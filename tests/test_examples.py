@@ -74,12 +74,13 @@ def test_snippets_of_readme(capsys, caplog):
     check_optimum(optimum, balanced, load, jax.tree.map(np.asarray, moe.placement.get_value()), 2)
 
     # What its comment says of weights.
-    (line,) = re.findall(r"layer\.w_in\[\.\.\.\] = .*", layer_code)
-    before = np.asarray(moe.w_in[...])
-    names["w_in"] = np.asarray(before)[np.argsort(placement.home_order)]
-    assert not np.array_equal(names["w_in"], before)
+    (line,) = re.findall(r"layer\.set_experts\(.*\)", layer_code)
+    before = {name: np.asarray(getattr(moe, name)[...]) for name in ("w_in", "w_out")}
+    names |= {name: rows[np.argsort(placement.home_order)] for name, rows in before.items()}
+    assert not np.array_equal(names["w_in"], before["w_in"])
     exec(line, names)
-    np.testing.assert_array_equal(moe.w_in[...], before)
+    for name, rows in before.items():
+        np.testing.assert_array_equal(getattr(moe, name)[...], rows)
 
 
 def test_quickstart(capsys):
