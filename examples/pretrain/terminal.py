@@ -40,6 +40,7 @@ class Terminal:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._live.transient = not self._bar.tasks  # a stage is gone once it is over, the bar stays
         self._live.stop()
 
     def say(self, text: str) -> None:
