@@ -155,7 +155,7 @@ def _balance(
         elif axis_name is None:
             total, offset, predicted = local_load, jnp.zeros_like(local_load), local_load
         elif sync == "all_gather":
-            loads = lax.all_gather(local_load, axis_name, to="invarying")
+            loads = _of_all_shards(local_load, axis_name)
             total = jnp.sum(loads, axis=0, dtype=jnp.int32)
             before = jnp.arange(num_shards, dtype=jnp.int32) < lax.axis_index(axis_name)
             offset = jnp.sum(jnp.where(before[:, None], loads, 0), axis=0, dtype=jnp.int32)
@@ -248,6 +248,13 @@ def _solve_assign(
         "solve_assign", implementation, ffi, xla, *operands
     )
     return [physical_ids, rank_load, in_tokens(solved_rank_load, unit), gap, status]
+
+
+def _of_all_shards(local_load: jax.Array, axis_name: AxisName) -> jax.Array:
+    names = {axis_name} if isinstance(axis_name, str) else set(axis_name)
+    # Only types of shard_map's axes, not of vmap's, tell that all shards have the same.
+    typed = names <= set(jax.sharding.get_abstract_mesh().manual_axes)
+    return lax.all_gather(local_load, axis_name, to="invarying" if typed else "varying")
 
 
 def axis_size(axis_name: Any, num_ranks: int) -> int:

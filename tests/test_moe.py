@@ -205,7 +205,8 @@ def test_kernels_leave_sigterm_to_the_program():
 
 @pytest.mark.parametrize("dispatch", ["all_to_all", "ring"])
 @pytest.mark.parametrize(
-    ("name", "buffer_factor"), [("none", 8.0), ("cube", 8.0), ("rings by load", 0.2), ("eplb", 0.2)]
+    ("name", "buffer_factor"),
+    [("none", 8.0), ("cube", 8.0), pytest.param("rings by load", 0.2, marks=pytest.mark.smoke), ("eplb", 0.2)],
 )
 def test_equals_dense(rng, name, dispatch, buffer_factor):
     """With room for all, and far too little: several rounds."""
@@ -393,6 +394,7 @@ def test_remat_gives_the_same_gradients(rng):
         np.testing.assert_array_equal(plain, rematerialised)
 
 
+@pytest.mark.smoke
 def test_scan_over_layers(rng):
     """Stacked layers, rematerialised, each with a placement of its own, against the dense ones in turn."""
     mesh = mesh_of((RANKS, "ep"))

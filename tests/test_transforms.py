@@ -17,6 +17,10 @@ NUM_EXPERTS = 64
 PLACEMENT = helpers.placement(helpers.topology.cube(), NUM_EXPERTS, 8, 2)
 
 
+# The custom calls with the oldest JAX too; pure JAX takes long to compile, and is the same to all of these.
+both_ways = pytest.mark.parametrize("implementation", [pytest.param("ffi", marks=pytest.mark.smoke), "xla"])
+
+
 def make_stack(rng, layers: int = 3) -> np.ndarray:
     return np.stack([helpers.skewed_ids(rng, 200, 6, NUM_EXPERTS, sigma) for sigma in np.linspace(0.5, 1.5, layers)])
 
@@ -33,6 +37,7 @@ def test_jit_equals_eager(platform, rng):
     equal(jax.jit(run)(ids).physical_ids, run(jnp.asarray(ids)).physical_ids)
 
 
+@both_ways
 def test_a_stack_of_layers_under_vmap_and_scan(platform, implementation, rng):
     """One call for all layers, or one for each: the same ids."""
     stack = make_stack(rng)
@@ -62,6 +67,21 @@ def test_nested_vmap_with_placements_of_each_layer(platform, rng):
         for layer, placement in enumerate(layers):
             alone = jax.jit(balance)(stack[model, layer], placement)
             equal(jax.tree.map(operator.itemgetter((model, layer)), out), alone)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("sync", ["all_gather", "psum"])
+def test_ranks_under_vmap(sync, rng):
+    """An axis of vmap's as `axis_name`: what the ranks of a mesh would do, on one device."""
+    ids = make_stack(rng, layers=8)
+    whole = jax.jit(partial(lplb.balance, placement=PLACEMENT))(ids)
+    run = partial(lplb.balance, placement=PLACEMENT, axis_name="ep", sync=sync)
+    out = jax.jit(jax.vmap(run, axis_name="ep"))(ids)
+    for value, expected in zip(out[1:], whole[1:], strict=True):
+        equal(value, np.broadcast_to(expected, (8, *expected.shape)))
+    equal(PLACEMENT.phy2log[out.physical_ids], ids)
+    if sync == "all_gather":
+        equal(out.physical_ids, whole.physical_ids)
 
 
 def test_contents_change_without_recompiling(platform, implementation, rng):
@@ -132,6 +152,7 @@ def test_gradient_against_fixed_ids(platform, implementation, rng):
     np.testing.assert_allclose(balanced, expected, rtol=1e-4, atol=1e-5 * np.max(np.abs(expected)))
 
 
+@both_ways
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_everything_at_once(implementation, check_vma, rng):
     """Grad of remat of scan inside shard_map inside jit."""

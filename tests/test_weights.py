@@ -151,6 +151,7 @@ def placements(rng: np.random.Generator) -> dict[str, lplb.Placement]:
     }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("axes", ["ep", ("a", "b"), ("b", "a")])
 @pytest.mark.parametrize(
     "name", ["cube", "three columns", "a column twice", "two rings by load", "selected", "no copies", "eplb"]

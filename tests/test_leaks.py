@@ -1,0 +1,78 @@
+"""Tracing keeps nothing: `jax.checking_leaks` finds no tracer that outlives its trace."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import many_replicas, placement, topology
+
+import jax_lplb as lplb
+from jax_lplb import _expert_parallel, _weights
+
+P = jax.sharding.PartitionSpec
+RANKS, EXPERTS, WIDTH = 8, 16, 4
+
+
+def placement_of(name: str) -> lplb.Placement:
+    if name == "topology":
+        return placement(topology.cube(), EXPERTS, RANKS, 2)
+    return many_replicas(np.random.default_rng(0), num_experts=EXPERTS, num_ranks=RANKS, redundants=2)
+
+
+def trace(function, *shapes) -> None:
+    """On a mesh of all ranks; differentiated within, for JAX itself keeps what is differentiated from outside.
+
+    (An equation with a collective, in the tangents' trace, holds its operands, and they the trace: any such gradient is
+    reported, of a program without jax_lplb too.)
+    """
+    mesh = jax.make_mesh((RANKS,), ("ep",), axis_types=(jax.sharding.AxisType.Auto,))
+    run = jax.jit(jax.shard_map(function, mesh=mesh, in_specs=P("ep"), out_specs=P("ep")))
+    with jax.checking_leaks():
+        run.trace(*shapes)
+
+
+@pytest.mark.parametrize("name", ["topology", "any ranks"])
+def test_replicate_and_its_gradient(name):
+    place = placement_of(name)
+
+    def loss(home):
+        return jnp.sum(lplb.replicate(home, place, "ep", jnp.bfloat16).astype(jnp.float32) ** 2)
+
+    trace(jax.grad(loss), jax.ShapeDtypeStruct((EXPERTS, WIDTH), jnp.float32))
+
+
+@pytest.mark.parametrize(("name", "dispatch"), [("topology", "all_to_all"), ("any ranks", "ring")])
+def test_balanced_experts_and_their_gradient(name, dispatch):
+    """In as many rounds as it takes."""
+    place = placement_of(name)
+    bring = _expert_parallel.Bring(
+        partial(_weights.send_early, placement=place, axis_name="ep", dtype=None), _weights.send_late, _weights.receive
+    )
+
+    def loss(home, tokens, gates, expert_ids):
+        out = lplb.balance(expert_ids, place, axis_name="ep")
+        result, _ = _expert_parallel.expert_parallel(
+            tokens,
+            out.physical_ids,
+            gates,
+            home,
+            bring,
+            lambda slots, rows, sizes: jax.lax.ragged_dot(rows, slots, sizes),
+            place,
+            axis_name="ep",
+            dispatch=dispatch,
+            buffer_factor=0.2,
+            dtype=jnp.float32,
+        )
+        return jnp.sum(result**2)
+
+    tokens = RANKS * 88
+    trace(
+        jax.grad(loss, argnums=(0, 1, 2)),
+        jax.ShapeDtypeStruct((EXPERTS, WIDTH, WIDTH), jnp.float32),
+        jax.ShapeDtypeStruct((tokens, WIDTH), jnp.float32),
+        jax.ShapeDtypeStruct((tokens, 3), jnp.float32),
+        jax.ShapeDtypeStruct((tokens, 3), np.int32),
+    )
