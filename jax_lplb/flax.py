@@ -224,7 +224,10 @@ class MoE(nnx.Module):
         reverse mode. Each device has its slots; the first axis of the arrays counts those of all,
         [devices * slots_per_rank, ...].
         """
-        message = "MoE.prepare can be differentiated once, in reverse mode; for more, leave it out and call layer(x)"
+        message = (
+            "MoE.prepare can be differentiated once, in reverse mode (jax.grad, jax.vjp); for more make the layer with "
+            "dispatch='dense', and call it without slots"
+        )
         run = self._on_each_device(
             lambda home, placement: replicate(self._varying(home), placement, self.axis_name, self.dtype),
             (jax.P(self.axis_name), jax.P()),
