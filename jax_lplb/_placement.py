@@ -215,7 +215,7 @@ class Placement:
 
         Args:
           load: [..., num_experts], past tokens of each logical expert, in any unit. Leading axes, one entry for each
-            layer, are those of the leaves.
+            layer, are those of the leaves. A layer of zeros has no past: as if its experts had had equally many.
           num_ranks: ranks of the expert-parallel axis; divides num_experts + num_ranks * redundants_per_rank.
           redundants_per_rank: slots of each rank beyond num_experts / num_ranks.
           num_groups: groups of experts that the router picks from, for EPLB's hierarchical policy.
@@ -243,6 +243,8 @@ class Placement:
                 "experts it could hold"
             )
         layers = load.reshape(-1, num_experts)
+        # Zeros say that nothing is known yet, and to EPLB that one expert may have all the copies.
+        layers = np.where(layers.any(axis=1, keepdims=True), layers, 1)
         phy2log, _, _ = eplb.rebalance_experts(layers, num_ranks * slots, num_groups, num_nodes, num_ranks)
         if num_groups % num_nodes:
             num_nodes = 1  # as EPLB does
@@ -446,10 +448,23 @@ def _give_way(by_rank: np.ndarray, load: np.ndarray, num_nodes: int, max_replica
         on_node = free & of_node[rank * num_nodes // num_ranks]
         candidates = np.flatnonzero(on_node if on_node.any() else free)
         if not candidates.size:
-            raise ValueError(
-                f"max_replicas = {max_replicas} is too small: every expert that rank {rank} does not hold has that "
-                f"many already, and {num_ranks * slots} slots are to be filled; num_ranks = {num_ranks} is enough"
-            )
+            # Another rank gives one of its experts to this one, and takes one of which there may be more.
+            others, experts = np.nonzero(holds & (holds[rank] == 0))
+            exchanges = (holds[others] == 0) & (count < max_replicas)
+            possible = np.flatnonzero(exchanges.any(axis=1))
+            if not possible.size:
+                raise ValueError(
+                    f"max_replicas = {max_replicas} is too small: every expert that rank {rank} does not hold has that "
+                    f"many already, and {num_ranks * slots} slots are to be filled; num_ranks = {num_ranks} is enough"
+                )
+            same_node = others[possible] * num_nodes // num_ranks == rank * num_nodes // num_ranks
+            number = possible[np.argmax(same_node)]
+            other, given, taken = others[number], experts[number], np.argmax(exchanges[number])
+            by_rank[other, by_rank[other] == given] = taken
+            by_rank[rank, slot] = given
+            holds[other, given], holds[other, taken], holds[rank, given] = 0, 1, 1
+            count[taken] += 1
+            continue
         each = load[candidates] / count[candidates]
         candidates = candidates[each == each.max()]
         fewest = count[candidates].min()

@@ -18,9 +18,8 @@ def place(config: Config, ranks: int, load: np.ndarray) -> lplb.Placement:
     redundants = placing.redundants if placing.balance and ranks > 1 else 0
     try:
         if ranks == 1 or (placing.placement == "eplb" and redundants):
-            past = load if load.any() else np.ones_like(load)
             return lplb.Placement.from_eplb(
-                past, num_ranks=ranks, redundants_per_rank=redundants, max_replicas=min(ranks, 8)
+                load, num_ranks=ranks, redundants_per_rank=redundants, max_replicas=min(ranks, 8)
             )
         along = partial(
             lplb.Placement.from_topology,
