@@ -167,7 +167,7 @@ def _placement(placement: Placement | ArrayLike, num_experts: int, num_ranks: in
     phy2log = np.asarray(placement)
     if not np.issubdtype(phy2log.dtype, np.integer):
         raise TypeError(f"placement must hold integers, got dtype {phy2log.dtype}")
-    if phy2log.size == 0 or phy2log.shape[-1] % num_ranks:
+    if phy2log.ndim == 0 or phy2log.size == 0 or phy2log.shape[-1] % num_ranks:
         raise ValueError(
             f"placement must have shape [..., num_physical], a multiple of num_ranks = {num_ranks}, got {phy2log.shape}"
         )

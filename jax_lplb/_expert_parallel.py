@@ -91,7 +91,7 @@ def expert_parallel(
     if dispatch == "all_to_all":
         own = _count(ids, placement.num_physical).reshape(ranks, slots_per_rank)
         gathered = lax.all_gather(own, axis_name, to="invarying")
-        most = jnp.max(jnp.sum(gathered, axis=2))
+        most = jnp.max(jnp.sum(gathered, axis=2, dtype=jnp.int32))
     else:
         gathered = lax.all_gather(ids, axis_name, tiled=True)
         most = lax.pmax(jnp.sum(gathered // slots_per_rank == rank, dtype=jnp.int32), axis_name)
@@ -101,7 +101,7 @@ def expert_parallel(
     sent, (ids, gathered, rounds) = bring.send_early(weights, (ids, gathered, number))
     if dispatch == "all_to_all":
         coming = lax.dynamic_index_in_dim(gathered, rank, axis=1, keepdims=False)
-        length = jnp.sum(lax.dynamic_index_in_dim(gathered, rank, axis=0, keepdims=False), axis=1)
+        length = jnp.sum(lax.dynamic_index_in_dim(gathered, rank, axis=0, keepdims=False), axis=1, dtype=jnp.int32)
         plan = _plan(ids, ids // slots_per_rank, length, placement)._replace(coming=coming)
         way = _Way(partial(_all_to_all_prepare, layout), partial(_all_to_all, layout))
     else:

@@ -63,6 +63,17 @@ def _ragged_dot(
         rhs_group_dimensions=group_dimensions,
     )
 
+    # Under vmap one after the other: of some axes JAX's own has no batches, nor have others' kernels.
+    @jax.custom_batching.sequential_vmap
+    def product(rows: jax.Array, other: jax.Array, group_sizes: jax.Array) -> jax.Array:
+        return _choose(rows, other, group_sizes, numbers, implementation)
+
+    return product(rows, other, group_sizes)
+
+
+def _choose(
+    rows: jax.Array, other: jax.Array, group_sizes: jax.Array, numbers: Any, implementation: GroupedMatmul | None
+) -> jax.Array:
     def run(function: Callable[..., jax.Array], *operands: jax.Array) -> jax.Array:
         return _ffi.vary(function(*operands, numbers), _ffi.varying(rows))
 

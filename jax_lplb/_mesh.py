@@ -26,6 +26,12 @@ def with_auto_axes(function: Callable[..., Any], out_specs: Any, *operands: Any)
 
 def shard(array: jax.Array, mesh: jax.sharding.Mesh, spec: jax.P) -> jax.Array:
     """The array, sharded so over Auto and Explicit axes; under jit and vmap too, behind the mapped axes."""
+    # Outside of jit the second constraint of a mixed mesh would undo the first.
+    run = jax.jit(_shard, static_argnums=(1, 2)) if len(set(mesh.axis_types)) > 1 else _shard
+    return run(array, mesh, spec)
+
+
+def _shard(array: jax.Array, mesh: jax.sharding.Mesh, spec: jax.P) -> jax.Array:
     explicit, auto = (_part_of(spec, mesh, kind) for kind in (AxisType.Explicit, AxisType.Auto))
     if has_explicit_axes(mesh):
         array = jax.sharding.reshard(array, jax.NamedSharding(mesh, explicit))

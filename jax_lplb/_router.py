@@ -71,18 +71,22 @@ class Router(NamedTuple):
         # Logits have the order of their scores, of which many may be 0 or 1 in float32.
         choice = logits if bias is None else jnp.exp(log_scores) + bias[None, :]
         if self.topk_group < self.n_group:
-            choice = jnp.where(self._in_groups(log_scores, bias), choice, -jnp.inf)
+            choice = jnp.where(self._in_groups(choice, biased=bias is not None), choice, -jnp.inf)
         return lax.top_k(choice, self.top_k)[1]
 
-    def _in_groups(self, log_scores: jax.Array, bias: jax.Array | None) -> jax.Array:
+    def _in_groups(self, choice: jax.Array, *, biased: bool) -> jax.Array:
         """Whether each expert [tokens, num_experts] is of the token's best groups.
 
         A group counts as much as its best expert with a softmax (DeepSeek-V2), as its two best with a sigmoid (V3).
         """
-        tokens, num_experts = log_scores.shape
-        scores = jnp.exp(log_scores) + (0 if bias is None else bias[None, :])
-        by_group = scores.reshape(tokens, self.n_group, num_experts // self.n_group)
+        tokens, num_experts = choice.shape
+        by_group = choice.reshape(tokens, self.n_group, num_experts // self.n_group)
         best = lax.top_k(by_group, min(1 if self.scores == "softmax" else 2, by_group.shape[2]))[0]
-        groups = lax.top_k(jnp.sum(best, axis=2), self.topk_group)[1]
+        if biased or best.shape[2] == 1:
+            of_group = jnp.sum(best, axis=2)
+        else:  # the logit of the mean of both scores, which in float32 may be 0 or 1
+            sums = (jnp.logaddexp(*jnp.moveaxis(jax.nn.log_sigmoid(logits), 2, 0)) for logits in (best, -best))
+            of_group = jnp.subtract(*sums)
+        groups = lax.top_k(of_group, self.topk_group)[1]
         chosen = jnp.any(groups[:, :, None] == jnp.arange(self.n_group, dtype=jnp.int32)[None, None, :], axis=1)
         return jnp.repeat(chosen, num_experts // self.n_group, axis=1)

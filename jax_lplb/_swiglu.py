@@ -83,5 +83,5 @@ def _gated(gate_and_up: jax.Array) -> jax.Array:
 
 def _of_groups(rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
     """Zeros for what is beyond the groups: it may be no numbers, and 0 times that is not 0."""
-    within = jnp.arange(len(rows), dtype=jnp.int32)[:, None] < jnp.sum(group_sizes)
+    within = jnp.arange(len(rows), dtype=jnp.int32)[:, None] < jnp.sum(group_sizes, dtype=jnp.int32)
     return jnp.where(within, rows, 0)

@@ -18,7 +18,7 @@ from jax_lplb._balance import Balanced, balance, check_balance_options
 from jax_lplb._checks import check_choice, check_count, check_positive
 from jax_lplb._expert_parallel import Bring, as_they_are, expert_parallel
 from jax_lplb._grouped_matmul import GroupedMatmul, has_tokamax
-from jax_lplb._mesh import has_explicit_axes, shard, spec_of, with_auto_axes
+from jax_lplb._mesh import shard, spec_of, with_auto_axes
 from jax_lplb._placement import Placement
 from jax_lplb._reverse_only import reverse_only
 from jax_lplb._router import Router
@@ -39,7 +39,8 @@ def __dir__() -> list[str]:
 class Metrics(NamedTuple):
     """What a layer's step was like; the same on all ranks.
 
-    Imbalances are the largest rank load over the mean.
+    Imbalances are the largest rank load over the mean, 1 where there is no load; on a mesh with other token axes those
+    of the worst row.
 
     Attributes:
       contiguous: float32 [], imbalance without any placement: experts in logical order, as many on each rank.
@@ -262,16 +263,21 @@ class MoE(nnx.Module):
         if self.shared_in is not None and self.shared_out is not None:
             dense |= {"shared_in": self.shared_in[...], "shared_out": self.shared_out[...]}
         bias = None if self.bias is None else self.bias[...]
+        shards = math.prod(self.mesh.shape[axis] for axis in self.token_axes)
+        # Where the devices do not divide the first axis, they share out the tokens of all axes.
+        row_axes = 1 if len(x) % shards else x.ndim - 1
+        num_rows = math.prod(x.shape[: x.ndim - row_axes])
         run = self._on_each_device(
-            partial(self._on_rank, slots is not None, len(x)),
+            partial(self._on_rank, slots is not None, num_rows),
             (jax.P(self.token_axes), jax.P(axes), jax.P(), jax.P(), jax.P()),
             (jax.P(self.token_axes), jax.P()),
         )
 
         def padded(x: jax.Array, *rest: Any) -> tuple[jax.Array, Metrics]:
-            extra = -len(x) % math.prod(self.mesh.shape[axis] for axis in self.token_axes)
-            y, metrics = run(jnp.pad(x, [(0, extra), *[(0, 0)] * (x.ndim - 1)]) if extra else x, *rest)
-            return y[: len(x)], metrics
+            rows = x.reshape(num_rows, *x.shape[x.ndim - row_axes :])
+            extra = -num_rows % shards
+            y, metrics = run(jnp.pad(rows, [(0, extra), *[(0, 0)] * (rows.ndim - 1)]) if extra else rows, *rest)
+            return y[:num_rows].reshape(x.shape), metrics
 
         layer = partial(with_auto_axes, padded, (spec_of(x), jax.P()))
         operands = (x, weights, dense, bias, self.placement.get_value())
@@ -343,13 +349,14 @@ class MoE(nnx.Module):
 
     def _on_each_device(self, function: Any, in_specs: Any, out_specs: Any) -> Any:
         """The function within shard_map. Axes of the mesh that do not shard tokens are left to XLA there."""
-        return jax.shard_map(
-            function,
-            mesh=None if has_explicit_axes(self.mesh) else self.mesh,  # None: the one that with_auto_axes makes of it
-            in_specs=in_specs,
-            out_specs=out_specs,
-            axis_names=set(self.token_axes),
-        )
+
+        def run(*operands: Any) -> Any:
+            mesh = self.mesh if jax.sharding.get_abstract_mesh().empty else None  # None: that of the context
+            axes = set(self.token_axes)
+            mapped = jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=axes)
+            return mapped(*operands)
+
+        return run
 
     def _on_rank(
         self,
@@ -386,8 +393,8 @@ class MoE(nnx.Module):
                 _ffi.vary(dense[name], axes).astype(self.dtype) for name in ("shared_in", "shared_out")
             )
             shared = dense_swiglu(shared_in, shared_out, tokens)
-            result = (result.astype(jnp.float32) + shared.astype(jnp.float32)).astype(x.dtype)
-        return result.reshape(x.shape), metrics._replace(rounds=rounds)
+            result = result.astype(jnp.float32) + shared.astype(jnp.float32)
+        return result.astype(x.dtype).reshape(x.shape), metrics._replace(rounds=rounds)
 
     def _dispatch(
         self,
@@ -437,17 +444,19 @@ class MoE(nnx.Module):
         of_experts = jnp.sum(jnp.where(picked, gates[:, :, None], 0), axis=1).T  # [rows of weights, tokens]
 
         def add(total: jax.Array, expert: Any) -> tuple[jax.Array, None]:
-            of_expert, one = expert
-            return total + of_expert[:, None] * dense_swiglu(one["w_in"], one["w_out"], tokens).astype(
-                jnp.float32
-            ), None
+            # Not 0 times what an expert makes of tokens that are not its own: that may be no number.
+            is_picked, gate, one = expert
+            rows = jnp.where(is_picked[:, None], tokens, 0)
+            part = gate[:, None] * dense_swiglu(one["w_in"], one["w_out"], rows).astype(jnp.float32)
+            return total + jnp.where(is_picked[:, None], part, 0), None
 
         zeros = _ffi.vary(jnp.zeros(tokens.shape, jnp.float32), _ffi.varying(tokens, of_experts, *experts.values()))
-        return lax.scan(add, zeros, (of_experts, experts))[0]
+        return lax.scan(add, zeros, (jnp.any(picked, axis=1).T, of_experts, experts))[0]
 
     def _metrics_of_nothing(self) -> Metrics:
         load = jnp.zeros(self.router.shape[1], jnp.int32)
         kinds = {"status": jnp.int32(Status.SKIPPED), "rounds": jnp.int32(1), "load": load}
+        kinds |= dict.fromkeys(("contiguous", "home", "optimum", "balanced"), jnp.float32(1))
         return Metrics(**{name: kinds.get(name, jnp.float32(0)) for name in Metrics._fields})
 
     def _metrics(
@@ -456,25 +465,27 @@ class MoE(nnx.Module):
         """Over all ranks, and the worst or the mean over other token axes; `rounds` is left to the caller."""
         others, ranks = self.other_axes, placement.num_ranks
         load = out.load.astype(jnp.float32)
-        mean = jnp.maximum(jnp.sum(out.load).astype(jnp.float32) / ranks, 1e-9)
+        mean = jnp.maximum(jnp.sum(out.load, dtype=jnp.int32).astype(jnp.float32) / ranks, 1e-9)
         contiguous = jnp.sum(load.reshape(ranks, -1), axis=1)
         home = jnp.zeros_like(load, shape=(ranks,)).at[placement.home_rank].add(load)
         first_slot = jnp.asarray(placement.log2phy)[:, 0].at[expert_ids].get(mode="fill", fill_value=-1)
         moved = jnp.sum((out.physical_ids >= 0) & (out.physical_ids != first_slot), dtype=jnp.int32)
-        chosen = load / jnp.maximum(jnp.sum(load), 1)
-        total = out.load
-        if others:
-            chosen, total = lax.pmean(chosen, others), lax.psum(total, others)
+        total = lax.psum(out.load, others) if others else out.load
+        chosen = total.astype(jnp.float32) / jnp.maximum(jnp.sum(total.astype(jnp.float32)), 1)
         moved, probability = lax.psum((moved.astype(jnp.float32), jnp.sum(probability, axis=0)), self.token_axes)
 
         def worst(value: jax.Array) -> jax.Array:
             return lax.pmax(value, others) if others else value
 
+        def imbalance(rank_load: jax.Array) -> jax.Array:
+            return worst(jnp.where(jnp.any(rank_load > 0), jnp.max(rank_load).astype(jnp.float32) / mean, 1))
+
+        balanced = imbalance(out.rank_load)
         return Metrics(
-            contiguous=worst(jnp.max(contiguous) / mean),
-            home=worst(jnp.max(home) / mean),
-            optimum=worst(jnp.max(out.lower_bound) / mean),
-            balanced=worst(jnp.max(out.rank_load).astype(jnp.float32) / mean),
+            contiguous=imbalance(contiguous),
+            home=imbalance(home),
+            optimum=jnp.clip(imbalance(out.lower_bound), 1, balanced),  # no largest is below the mean
+            balanced=balanced,
             moved=moved / (num_tokens * self.route.top_k),
             gap=worst(jnp.max(out.gap)),
             status=worst(jnp.max(out.status)),

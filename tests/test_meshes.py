@@ -27,8 +27,10 @@ def mesh_of(name: str) -> jax.sharding.Mesh:
     return jax.make_mesh(sizes, names, axis_types=kinds)
 
 
-def cases(rng: np.random.Generator):
-    """Of each public function, what it is called with, and how."""
+@pytest.fixture(scope="module")
+def cases() -> dict:
+    """Of each public function how it is called, with what, and what comes of it unsharded."""
+    rng = np.random.default_rng(0)
     place = placement(topology.cube(), EXPERTS, RANKS, 2)
     other = lplb.Placement.from_topology(
         topology.cube(), num_experts=EXPERTS, num_ranks=RANKS, redundants_per_rank=2, load=rng.lognormal(0, 1, EXPERTS)
@@ -38,7 +40,7 @@ def cases(rng: np.random.Generator):
     load = np.bincount(ids.ravel(), minlength=EXPERTS).astype(np.int32)
     weights = rng.normal(size=(EXPERTS, 4)).astype(np.float32)
     split = rng.uniform(size=(EXPERTS, 2)).astype(np.float32)
-    return {
+    calls = {
         "count_load": (lambda ids: lplb.count_load(ids, EXPERTS), ids),
         "solve": (lambda load: lplb.solve(load, place), load),
         "assign": (lambda ids, load, split: lplb.assign(ids, split, place, load=load), ids, load, split),
@@ -46,6 +48,9 @@ def cases(rng: np.random.Generator):
         "balance by load": (lambda ids, load: lplb.balance(ids, eplb, load=load), ids, load),
         "select": (lambda load: place.select(load), load),
         "permute_experts": (lambda weights: lplb.permute_experts(weights, place, other), weights),
+    }
+    return {
+        name: (function, arguments, jax.jit(function)(*arguments)) for name, (function, *arguments) in calls.items()
     }
 
 
@@ -60,14 +65,14 @@ def cases(rng: np.random.Generator):
         ("auto x explicit", False),
     ],
 )
-def test_equals_unsharded(rng, mesh, in_context):
-    mesh = mesh_of(mesh)
+def test_equals_unsharded(cases, mesh, in_context):
+    """Under jit and, on one of the meshes, without."""
+    eager, mesh = mesh == "explicit", mesh_of(mesh)
     sharding = jax.NamedSharding(mesh, jax.P("ep"))
-    for name, (function, *arguments) in cases(rng).items():
-        expected = jax.jit(function)(*arguments)
+    for name, (function, arguments, expected) in cases.items():
         sharded = jax.device_put(arguments, sharding)
         with jax.set_mesh(mesh) if in_context else contextlib.nullcontext():
-            results = [jax.jit(function)(*sharded), function(*sharded)]
+            results = [jax.jit(function)(*sharded), *([function(*sharded)] if eager else [])]
         for result in results:
             for got, want in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
                 np.testing.assert_array_equal(got, want, err_msg=name)

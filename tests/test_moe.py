@@ -296,10 +296,10 @@ def test_grouped_matmul_of_the_callers_own(rng):
     assert all(hash(nnx.graphdef(layer)) for layer in layers)  # nnx.cached_partial and static arguments need it
 
 
-@pytest.mark.parametrize("buffer_factor", [0.4, 4.0])
-def test_tokens_of_another_dtype(rng, buffer_factor):
+@pytest.mark.parametrize(("dispatch", "buffer_factor"), [("all_to_all", 0.4), ("all_to_all", 4.0), ("dense", 4.0)])
+def test_tokens_of_another_dtype(rng, dispatch, buffer_factor):
     """The result has that of the tokens, and is rounded once: bfloat16 from float32 sums."""
-    layer = make(placements()["cube"], mesh_of((RANKS, "ep")), buffer_factor=buffer_factor)
+    layer = make(placements()["cube"], mesh_of((RANKS, "ep")), dispatch=dispatch, buffer_factor=buffer_factor)
     x, weight = (leaf.astype(jnp.bfloat16) for leaf in inputs(rng))
     (result, metrics), grads = value_and_grads(layer, x, weight)
     (expected, _), expected_grads = value_and_grads(layer, *(leaf.astype(jnp.float32) for leaf in (x, weight)))
@@ -663,6 +663,29 @@ def test_uneven_batches(rng, shape, dispatch):
     np.testing.assert_allclose(metrics.aux_loss, even.aux_loss, rtol=1e-5)
 
 
+def test_one_sequence_is_shared_out(rng):
+    """Of fewer sequences than devices each device has as many tokens, and not one of them all."""
+    layer = make(placements()["cube"], mesh_of((RANKS, "ep")), buffer_factor=1.0)
+    x = jnp.asarray(rng.normal(size=(1, 64, D_MODEL)), jnp.float32)
+    program = jax.jit(lambda x: layer(x)[0]).trace(x).jaxpr.pretty_print(use_color=False)
+    assert f"f32[{64 // RANKS},{D_MODEL}]" in program  # a rank's tokens
+    assert f"f32[64,{EXPERTS}]" not in program  # nobody's logits
+    assert_close(run(layer, x)[0], dense(logical(params_of(layer), placements()["cube"]), x[0])[None])
+
+
+@pytest.mark.parametrize("token_axes", [("data", "ep"), ("ep", "data")])
+def test_aux_loss_of_uneven_batches_on_a_data_axis(rng, token_axes):
+    """Each token counts as much, in whichever row of the mesh it is; rows may be all padding."""
+    place = lplb.Placement.from_topology(topology.ring(4), num_experts=EXPERTS, num_ranks=4, redundants_per_rank=2)
+    layer = make(place, mesh_of((2, "data"), (4, "ep")), token_axes=token_axes)
+    for tokens in (3, 5, 12):
+        x, _ = inputs(rng, tokens)
+        scores = np.asarray(jax.nn.softmax(x @ layer.router[...]), np.float64)
+        share = np.bincount(np.argsort(-scores, axis=1)[:, :TOP_K].ravel(), minlength=EXPERTS) / (tokens * TOP_K)
+        expected = EXPERTS * np.sum(share * scores.mean(axis=0))
+        np.testing.assert_allclose(run(layer, x)[1].aux_loss, expected, rtol=1e-5)
+
+
 EXPLICIT, AUTO = jax.sharding.AxisType.Explicit, jax.sharding.AxisType.Auto
 
 
@@ -702,17 +725,23 @@ def test_explicit_axes(rng, axes, token_axes, cut, in_context):
             assert got.sharding.is_equivalent_to(want.sharding, got.ndim)
 
 
-@pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
-def test_weights_in_logical_order(rng, kind):
+@pytest.mark.parametrize("kinds", [(AUTO, AUTO), (EXPLICIT, EXPLICIT), (EXPLICIT, AUTO), (AUTO, EXPLICIT)])
+@pytest.mark.parametrize("axes", ["ep", ("ep", "tp")])
+def test_weights_in_logical_order(rng, axes, kinds):
     """Of a checkpoint: the layer puts them where its placement has the experts."""
-    place, mesh = placements()["rings by load"], jax.make_mesh((RANKS,), ("ep",), axis_types=(kind,))
-    layer, before = make(place, mesh), make(place, mesh)
+    mesh = jax.make_mesh((4, 2), ("ep", "tp"), axis_types=kinds)
+    load, ranks = rng.lognormal(0, 1, EXPERTS), 4 if axes == "ep" else RANKS
+    place = lplb.Placement.from_topology(
+        topology.ring(ranks), num_experts=EXPERTS, num_ranks=ranks, redundants_per_rank=2, load=load
+    )
+    layer, before = make(place, mesh, axis_name=axes), make(place, mesh, axis_name=axes)
     shapes = {"w_in": (EXPERTS, D_MODEL, 2 * D_EXPERT), "w_out": (EXPERTS, D_EXPERT, D_MODEL)}
     weights = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     layer.set_experts(**weights)
     for name, rows in weights.items():
         np.testing.assert_array_equal(lplb.to_logical(getattr(layer, name)[...], place), rows)
-        assert getattr(layer, name)[...].sharding.is_equivalent_to(getattr(before, name)[...].sharding, 3)
+        for leaf in (getattr(layer, name), getattr(before, name)):
+            assert leaf.sharding.shard_shape(leaf.shape) == (EXPERTS // ranks, *leaf.shape[1:])
     with pytest.raises(ValueError, match=r"w_out must have shape \(16, 20, 12\), in logical order, got \(16, 12, 20\)"):
         layer.set_experts(weights["w_in"], weights["w_out"].swapaxes(1, 2))
 
@@ -826,6 +855,46 @@ def test_derivatives_of_any_order_by_the_dense_dispatch(rng):
     for got, want in zip(*(jax.tree.leaves(derivatives(one)) for one in (loss, reference)), strict=True):
         assert_close(got, want, 1e-4)
     check_against_dense(layer, x, weight)
+
+
+def test_experts_that_no_token_picked_do_not_show(rng):
+    """Though what they would make of it is no number."""
+    layer = make(placements()["cube"], mesh_of((RANKS, "ep")), dispatch="dense")
+    x, weight = inputs(rng, 8)
+    (expected, metrics), expected_grads = value_and_grads(layer, x, weight)
+    unused = np.flatnonzero(np.asarray(metrics.load) == 0)[0]
+    layer.w_out[...] = layer.w_out[...].at[unused].set(jnp.inf)
+    (result, _), grads = value_and_grads(layer, x, weight)
+    np.testing.assert_array_equal(result, expected)
+    np.testing.assert_array_equal(grads[1], expected_grads[1])
+
+
+@pytest.mark.parametrize("dispatch", ["all_to_all", "ring"])
+def test_batches_of_inputs(rng, dispatch):
+    """By jax.vmap, of gradients too, and by jax.jacrev: in one round and in several."""
+    place = placements()["cube"]
+    layer = make(place, mesh_of((RANKS, "ep")), dispatch=dispatch, buffer_factor=0.6)
+    params, x = logical(params_of(layer), place), jnp.asarray(rng.normal(size=(2, 32, D_MODEL)), jnp.float32)
+
+    def derivatives(run):
+        each = jax.vmap(jax.value_and_grad(lambda x: jnp.sum(run(x) ** 2)))(x)
+        return *each, jax.jacrev(lambda x: run(x)[:2, 0])(x[0])
+
+    got = jax.jit(lambda: derivatives(lambda x: layer(x)[0]))()
+    for one, other in zip(got, jax.jit(lambda: derivatives(partial(dense, params)))(), strict=True):
+        assert_close(one, other)
+
+
+@pytest.mark.parametrize("dispatch", ["all_to_all", "ring"])
+def test_64_bit_types_enabled(rng, dispatch):
+    """What the layer counts stays int32."""
+    layer = make(placements()["cube"], mesh_of((RANKS, "ep")), dispatch=dispatch, buffer_factor=0.6)
+    x, weight = inputs(rng, 64)
+    (expected, _), _ = value_and_grads(layer, x, weight)
+    with jax.enable_x64(True):
+        (result, metrics), _ = value_and_grads(layer, x, weight)
+    assert_close(result, expected)
+    assert metrics.rounds.dtype == metrics.load.dtype == jnp.int32
 
 
 @pytest.mark.parametrize("dispatch", ["all_to_all", "ring"])

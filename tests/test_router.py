@@ -96,6 +96,24 @@ def test_finite_for_every_finite_logit(rng, scores, with_bias, norm_topk_prob):
             np.testing.assert_array_equal(np.take_along_axis(logits, ids, axis=1), best)
 
 
+@pytest.mark.parametrize("middle", [0.0, -50.0, -110.0, -3e4, 20.0, 100.0])
+@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+def test_best_groups_where_scores_underflow_or_saturate(scores, middle):
+    """The group of the highest logits, though all scores are 0 or 1 in float32."""
+    logits = np.full((1, EXPERTS), middle, np.float32)
+    logits[0, 12:] += np.array([0.5, 1.0, 2.0, 4.0], np.float32)
+    logits[0, 3] += 3  # alone in its group: less than two that are high
+    ids, _, _ = Router(scores, 2, True, 1.0, 4, 1)(jnp.asarray(logits), None)
+    np.testing.assert_array_equal(ids, [[15, 14]])
+
+
+def test_groups_of_a_softmax_go_by_their_best():
+    logits = np.full((1, EXPERTS), -300, np.float32)
+    logits[0, [0, 13, 14]] = 0, -200, -150  # all scores but the first are 0
+    ids, _, _ = Router("softmax", 2, True, 1.0, 4, 2)(jnp.asarray(logits), None)
+    np.testing.assert_array_equal(ids, [[0, 14]])
+
+
 def test_no_number_stays_in_its_token(rng):
     logits = rng.normal(size=(TOKENS, EXPERTS)).astype(np.float32)
     clean = PLAIN(logits, None)
