@@ -49,19 +49,16 @@ def replicate(home_weights: Any, placement: Placement, axis_name: AxisName, dtyp
     varying = _ffi.varying(*jax.tree.leaves(placement))
     home_weights = jax.tree.map(lambda leaf: _ffi.vary(leaf, varying), home_weights)
 
-    def bring(home_weights: Any) -> Any:
-        sending, _ = send_early(home_weights, None, placement, axis_name, dtype)
-        weights, sent, _ = send_late(home_weights, sending, None)
-        return receive(weights, sent, lambda nothing: nothing, None)[0]
-
-    if placement.topology is None or (placement.num_physical == placement.num_experts and dtype is None):
-        return bring(home_weights)  # JAX differentiates it, or nothing is done
-    message = (
-        "replicate along a topology can be differentiated once, in reverse mode (jax.grad, jax.vjp); for forward mode "
-        "and derivatives of derivatives pass Placement.from_phy2log(placement.phy2log, placement.num_ranks) instead, "
-        "and weights in its home_order, which is the logical one"
-    )
-    return reverse_only(bring, message, home_weights)
+    if placement.topology is not None and (placement.num_physical > placement.num_experts or dtype is not None):
+        home_weights = reverse_only(
+            home_weights,
+            "replicate along a topology can be differentiated once, in reverse mode (jax.grad, jax.vjp); for forward "
+            "mode and derivatives of derivatives pass Placement.from_phy2log(placement.phy2log, placement.num_ranks) "
+            "instead, and weights in its home_order, which is the logical one",
+        )
+    sending, _ = send_early(home_weights, None, placement, axis_name, dtype)
+    weights, sent, _ = send_late(home_weights, sending, None)
+    return receive(weights, sent, lambda nothing: nothing, None)[0]
 
 
 @partial(

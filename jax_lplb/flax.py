@@ -235,14 +235,14 @@ class MoE(nnx.Module):
             jax.P(self.slot_axes),
         )
         run = partial(with_auto_axes, run, jax.P(self.slot_axes))
-        return reverse_only(run, message, self._home_weights(), self.placement.get_value())
+        return run(reverse_only(self._home_weights(), message), self.placement.get_value())
 
     def __call__(self, x: jax.Array, slots: dict[str, jax.Array] | None = None) -> tuple[jax.Array, Metrics]:
         """Runs the layer.
 
         Args:
-          x: float [tokens, ..., d_model], its first axis sharded over `token_axes`; where their devices do not divide
-            it, padding is added within, and counts as no tokens.
+          x: float [tokens, ..., d_model], its first axis sharded over `token_axes`. Where their devices do not divide
+            it, they share out the tokens of all axes; what is then missing is padded within, and counts as no tokens.
           slots: what `prepare` returned; by default copies travel within the call.
 
         Returns:
@@ -281,13 +281,13 @@ class MoE(nnx.Module):
 
         layer = partial(with_auto_axes, padded, (spec_of(x), jax.P()))
         operands = (x, weights, dense, bias, self.placement.get_value())
-        if self.dispatch == "dense":
-            return layer(*operands)
-        message = (
-            f"a MoE layer with dispatch = {self.dispatch!r} can be differentiated once, in reverse mode (jax.grad, "
-            "jax.vjp); for forward mode and derivatives of derivatives make it with dispatch='dense'"
-        )
-        return reverse_only(layer, message, *operands)
+        if self.dispatch != "dense":
+            operands = reverse_only(
+                operands,
+                f"a MoE layer with dispatch = {self.dispatch!r} can be differentiated once, in reverse mode (jax.grad, "
+                "jax.vjp); for forward mode and derivatives of derivatives make it with dispatch='dense'",
+            )
+        return layer(*operands)
 
     def set_experts(self, w_in: jax.typing.ArrayLike, w_out: jax.typing.ArrayLike) -> None:
         """Replaces the experts' weights by others in logical order, as checkpoints hold them.
