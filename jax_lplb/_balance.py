@@ -79,7 +79,7 @@ def balance(
       placement: where the replicas are, over the ranks of the axis.
       axis_name: mesh axis, or axes, that shard the tokens over the ranks of `placement`; sizes multiply to `num_ranks`.
         Name no axis that holds other tokens' experts: with a data x expert mesh, only the expert axis. None: the ids
-        are those of all ranks.
+        are those of all ranks. The name may also be that of a `jax.vmap`.
       load: int32 or float32 [num_experts], loads to go by in place of this batch's: of a previous batch, or a moving
         average. Spares the collective; carries no gradient. Experts it shows as 0 are split evenly. `load` and
         `rank_load` of the result are then predictions.
