@@ -97,8 +97,8 @@ def expert_parallel(
         most = lax.pmax(jnp.sum(gathered // slots_per_rank == rank, dtype=jnp.int32), axis_name)
     if others and capacity < most_ids:  # as many rounds for all devices that have copies of anything
         most = lax.pmax(_ffi.vary(most, frozenset(others)), others)
-    number = jnp.maximum(-(-most // capacity), 1)
-    sent, (ids, gathered, rounds) = bring.send_early(weights, (ids, gathered, number))
+    num_rounds = jnp.maximum(-(-most // capacity), 1)
+    sent, (ids, gathered, rounds) = bring.send_early(weights, (ids, gathered, num_rounds))
     if dispatch == "all_to_all":
         coming = lax.dynamic_index_in_dim(gathered, rank, axis=1, keepdims=False)
         length = jnp.sum(lax.dynamic_index_in_dim(gathered, rank, axis=0, keepdims=False), axis=1, dtype=jnp.int32)
@@ -114,7 +114,7 @@ def expert_parallel(
     if capacity >= most_ids:
         return _round(way, bring.receive, first, sent, weights, tokens, gates).astype(dtype), jnp.int32(1)
     # Before JAX 0.11.1 what comes out of a barrier varies over the mesh as all that went in, so the number does not.
-    return _all_rounds(way, bring.receive, dtype, rounds, plan, first, sent, weights, tokens, gates), number
+    return _all_rounds(way, bring.receive, dtype, rounds, plan, first, sent, weights, tokens, gates), num_rounds
 
 
 def _capacity(wanted: float, most: int, peers: int) -> int:
