@@ -263,7 +263,7 @@ class MoE(nnx.Module):
         if self.shared_in is not None and self.shared_out is not None:
             dense |= {"shared_in": self.shared_in[...], "shared_out": self.shared_out[...]}
         bias = None if self.bias is None else self.bias[...]
-        shards = math.prod(self.mesh.shape[axis] for axis in self.token_axes)
+        shards = self._num_shards
         # Where the devices do not divide the first axis, they share out the tokens of all axes.
         row_axes = 1 if len(x) % shards else x.ndim - 1
         num_rows = math.prod(x.shape[: x.ndim - row_axes])
@@ -319,6 +319,11 @@ class MoE(nnx.Module):
         load = load.astype(jnp.float32)
         self.bias[...] = self.bias[...] + rate * jnp.sign(jnp.mean(load, axis=-1, keepdims=True) - load)
 
+    @property
+    def _num_shards(self) -> int:
+        """Devices over which tokens are sharded."""
+        return math.prod(self.mesh.shape[axis] for axis in self.token_axes)
+
     def _home_weights(self) -> dict[str, jax.Array]:
         return {"w_in": self.w_in[...], "w_out": self.w_out[...]}
 
@@ -341,7 +346,7 @@ class MoE(nnx.Module):
             return
         if self.dispatch == "dense":
             raise ValueError("slots: a layer with dispatch = 'dense' uses no copies; leave slots out")
-        rows = math.prod(self.mesh.shape[axis] for axis in self.slot_axes) * self.placement.get_value().slots_per_rank
+        rows = self._num_shards * self.placement.get_value().slots_per_rank
         expected = {name: (rows, *leaf.shape[1:]) for name, leaf in self._home_weights().items()}
         got = jax.tree.map(jnp.shape, slots)
         if got != expected:
@@ -368,14 +373,14 @@ class MoE(nnx.Module):
         bias: jax.Array | None,
         placement: Placement,
     ) -> tuple[jax.Array, Metrics]:
-        """`num_rows`: of the whole batch along its first axis; rows beyond them are padding."""
+        """`num_rows`: of all shards along the first axis of their `x`; rows beyond them are padding."""
         weights = self._varying(weights)
         tokens = x.reshape(-1, x.shape[-1])
         num_tokens = num_rows * (len(tokens) // len(x))
         router = dense["router"].astype(jnp.float32)
         logits = jnp.dot(tokens.astype(jnp.float32), router, precision=lax.Precision.HIGHEST)
         expert_ids, gates, probability = self.route(logits, bias)
-        if num_rows % math.prod(self.mesh.shape[axis] for axis in self.token_axes):
+        if num_rows % self._num_shards:
             first = lax.axis_index(self.token_axes) * len(tokens)
             padding = (first + jnp.arange(len(tokens), dtype=jnp.int32) >= num_tokens)[:, None]
             expert_ids, probability = jnp.where(padding, -1, expert_ids), jnp.where(padding, 0, probability)
