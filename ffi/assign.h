@@ -29,113 +29,86 @@ struct AssignOperands {
   const int32_t* log2phy;     // [batch, num_experts, max_replicas]
 };
 
-// physical_ids [batch, num_ids]; rank_load [batch, num_ranks]: the sum of the quotas of each rank's slots
-void assign_cpu(const AssignShape& shape, const AssignOperands& in, int32_t* physical_ids, int32_t* rank_load);
+struct AssignResults {
+  int32_t* physical_ids;  // [batch, num_ids]
+  int32_t* rank_load;     // [batch, num_ranks] the sum of the quotas of each rank's slots
+  int32_t* workspace;     // [batch, workspace_words]; prepared shares on CUDA where rows are wide, else not used
+};
+
+void assign_cpu(const AssignShape& shape, const AssignOperands& in, const AssignResults& out);
 
 #ifdef LPLB_CUDA
 // As prepare_solve_cuda.
 cudaError_t prepare_assign_cuda();
-cudaError_t assign_cuda(cudaStream_t stream, const AssignShape& shape, const AssignOperands& in, int32_t* physical_ids,
-                        int32_t* rank_load);
+cudaError_t assign_cuda(cudaStream_t stream, const AssignShape& shape, const AssignOperands& in,
+                        const AssignResults& out);
 // Where the launch before this one on the stream is that of the solve which writes `split`, and all else is older: on
 // devices that can, tokens are numbered while it runs (programmatic dependent launch).
 cudaError_t assign_after_solve_cuda(cudaStream_t stream, const AssignShape& shape, const AssignOperands& in,
-                                    int32_t* physical_ids, int32_t* rank_load);
+                                    const AssignResults& out);
+// Where the launch before this one on the stream writes the prepared shares to `workspace`, of prepared_words for each
+// batch element, and all else is older. Reads neither split nor log2phy nor load.
+cudaError_t assign_prepared_cuda(cudaStream_t stream, const AssignShape& shape, const AssignOperands& in,
+                                 const AssignResults& out);
 #endif
 
-// The integer quotas of one expert. Replicas share m as the split does, and evenly where that has nothing for any of
-// them: bounds between them are fractions in units of 2^-30, rounded to whole tokens, so that quotas sum to m whatever
-// the split's unit and rounding.
-class Quotas {
- public:
-  LPLB_INLINE Quotas(const float* split, const int32_t* log2phy, int max_replicas, int num_physical, int32_t load)
-      : split_(split),
-        log2phy_(log2phy),
-        max_replicas_(max_replicas),
-        load_(load > 0 ? static_cast<uint32_t>(load) : 0) {
-    constexpr int kAtOnce = 4;  // reads that do not wait for each other
-    bool more = true;
-    for (int first = 0; more && first < max_replicas_; first += kAtOnce) {
-      Replica replicas[kAtOnce];
-      LPLB_UNROLL
-      for (int k = 0; k < kAtOnce; ++k) replicas[k] = read(first + k);
-      LPLB_UNROLL
-      for (int k = 0; k < kAtOnce; ++k) {
-        more = more && first + k < max_replicas_ && is_slot(replicas[k].slot, num_physical);
-        num_replicas_ += more ? 1 : 0;
-        total_ += more ? positive(replicas[k].part) : 0.0f;
-      }
-    }
-    even_ = !(total_ > 0.0f);
-    if (even_) total_ = static_cast<float>(num_replicas_);
-  }
+// ---- Shares: what each replica takes ---------------------------------------------------------------------------------
 
-  // Replicas are the leading entries of log2phy that are slots.
-  LPLB_INLINE static bool is_slot(int32_t entry, int num_physical) { return entry >= 0 && entry < num_physical; }
+// What a replica takes of the tokens that those before it left. An expert's last share has quota == left; so has any
+// that nothing is left after. An expert without replicas has one share, of no slot.
+struct alignas(16) Share {
+  int32_t slot;  // -1: none
+  uint32_t quota;
+  uint32_t left;   // of the first share, the expert's load
+  uint32_t ratio;  // see ratio(); divides by `left` without dividing
+};
 
-  LPLB_INLINE int max_replicas() const { return max_replicas_; }
-  LPLB_INLINE uint32_t load() const { return load_; }
-  // Whether the next replica is the last, or there is none.
-  LPLB_INLINE bool last() const { return replica_ + 1 >= num_replicas_; }
+// Where an expert's prepared shares are.
+struct alignas(8) ShareHead {
+  uint32_t first;  // into its batch element's shares
+  uint32_t count;  // one at least
+};
 
-  // Quota of the next replica, which is not the last; that one has the rest.
-  LPLB_INLINE uint32_t next() { return next(split_[replica_]); }
+// The shares of all experts, computed before any token is assigned, in a workspace of 32-bit words aligned to 16 bytes.
+// Of one batch element: a head for each expert; then num_experts * max_replicas shares, which the heads refer to.
+struct PreparedShares {
+  ShareHead* heads;
+  Share* shares;
 
-  // Calls visit(replica, its slot, its quota) for all.
-  template <class Visit>
-  LPLB_INLINE void each(Visit visit) const {
-    Quotas rest = *this;
-    const auto visit_next = [&](int r, const Replica& replica) {
-      visit(r, replica.slot, rest.last() ? load_ - rest.before_ : rest.next(replica.part));
-    };
-    if (num_replicas_ > 0) visit_next(0, read(0));
-    Replica ahead = read(1);
-    LPLB_UNROLL_BY(1)
-    for (int r = 1; r < max_replicas_ && r < num_replicas_; ++r) {
-      const Replica replica = ahead;
-      ahead = read(r + 1);
-      visit_next(r, replica);
-    }
+  LPLB_INLINE PreparedShares(int32_t* workspace, int num_experts, int max_replicas, int64_t batch = 0)
+      : heads(reinterpret_cast<ShareHead*>(workspace + batch * words(num_experts, max_replicas))),
+        shares(reinterpret_cast<Share*>(reinterpret_cast<int32_t*>(heads) + head_words(num_experts))) {}
+
+  // Of one batch element.
+  LPLB_INLINE static int64_t words(int num_experts, int max_replicas) {
+    constexpr int kShareWords = sizeof(Share) / sizeof(int32_t);
+    return head_words(num_experts) + static_cast<int64_t>(num_experts) * max_replicas * kShareWords;
   }
 
  private:
-  struct Replica {
-    float part;
-    int32_t slot;
-  };
-  // The last one again for those beyond: no branch, so that several can be read at once.
-  LPLB_INLINE Replica read(int r) const {
-    const int index = r < max_replicas_ ? r : max_replicas_ - 1;
-    return {split_[index], log2phy_[index]};
-  }
-  // Negative and NaN count as nothing.
-  LPLB_INLINE static float positive(float part) { return part > 0.0f ? part : 0.0f; }
-
-  LPLB_INLINE uint32_t next(float part) {
-    constexpr uint32_t kOne = 1u << 30;
-    sum_ += even_ ? 1.0f : positive(part);
-    ++replica_;
-    const float share = sum_ / total_;
-    const uint32_t fraction = share < 1.0f ? static_cast<uint32_t>(share * static_cast<float>(kOne)) : kOne;
-    const uint32_t upto = static_cast<uint32_t>((static_cast<uint64_t>(fraction) * load_ + kOne / 2) >> 30);
-    const uint32_t quota = upto - before_;
-    before_ = upto;
-    return quota;
-  }
-
-  const float* split_;
-  const int32_t* log2phy_;
-  int max_replicas_;
-  uint32_t load_, before_ = 0;
-  int num_replicas_ = 0, replica_ = 0;
-  float total_ = 0.0f, sum_ = 0.0f;
-  bool even_;
+  LPLB_INLINE static int64_t head_words(int num_experts) { return (2 * static_cast<int64_t>(num_experts) + 3) / 4 * 4; }
 };
 
-// What a replica takes of the tokens that those before it left.
-struct Share {
-  uint32_t quota;
-  uint32_t ratio;  // see ratio(); divides by `left` without dividing
+// Rows so narrow that every thread block computes the shares of all experts for itself, and keeps them in shared
+// memory: that is faster than a kernel before it, which prepares them.
+constexpr int kNarrowRow = 4;
+inline bool rows_are_narrow(int num_experts, int max_replicas) {
+  return max_replicas <= kNarrowRow && num_experts <= 2048 && num_experts * max_replicas <= 4096;
+}
+
+// Of one batch element in AssignResults::workspace, for assign_cuda and assign_after_solve_cuda.
+inline int64_t workspace_words(int num_experts, int max_replicas) {
+  return rows_are_narrow(num_experts, max_replicas) ? 1 : PreparedShares::words(num_experts, max_replicas);
+}
+
+struct Replica {
+  float part;  // of the split
+  int32_t slot;
+
+  // An expert's replicas are the leading entries of its row that are slots.
+  LPLB_INLINE bool is_slot(int num_physical) const { return slot >= 0 && slot < num_physical; }
+  // Negative and NaN count as nothing.
+  LPLB_INLINE float positive() const { return part > 0.0f ? part : 0.0f; }
 };
 
 // 2^32 quota / left, rounded down, or less by one: in two steps of 20 bits, each rounded down, where a division of 64
@@ -153,79 +126,89 @@ LPLB_INLINE uint32_t ratio(uint32_t quota, uint32_t left) {
   return high + static_cast<uint32_t>(static_cast<float>(rest) * (inverse * kDown));
 }
 
-// The shares of an expert's replicas but the last, in order.
-class Shares {
- public:
-  LPLB_INLINE explicit Shares(const Quotas& quotas) : quotas_(quotas), left_(quotas.load()) {}
-  LPLB_INLINE uint32_t load() const { return quotas_.load(); }
-  LPLB_INLINE bool last() const { return quotas_.last(); }
-  LPLB_INLINE Share next() {
-    const uint32_t quota = quotas_.next();
-    Share share = {quota, 0};
-    if (left_ > 0) share.ratio = ratio(quota, left_);
-    left_ -= quota;
-    return share;
+// Of `load` tokens, those of the replicas up to one, given the split's sum over these and over all: a fraction in units
+// of 2^-30, rounded to whole tokens, so that quotas sum to the load whatever the split's unit and rounding.
+LPLB_INLINE uint32_t tokens_upto(float sum, float total, uint32_t load) {
+  constexpr uint32_t kOne = 1u << 30;
+  const float share = sum / total;
+  const uint32_t fraction = share < 1.0f ? static_cast<uint32_t>(share * static_cast<float>(kOne)) : kOne;
+  return static_cast<uint32_t>((static_cast<uint64_t>(fraction) * load + kOne / 2) >> 30);
+}
+
+// The share of a replica that takes the tokens from `begin` to `end` of `load`.
+LPLB_INLINE Share make_share(int32_t slot, uint32_t begin, uint32_t end, uint32_t load) {
+  Share share = {slot, end - begin, load - begin, 0};
+  if (share.quota < share.left) share.ratio = ratio(share.quota, share.left);
+  return share;
+}
+
+// Writes an expert's shares, of up to max_replicas, and returns how many there are: one at least. read(r) gives entry r
+// of its row, a Replica. Replicas share the load as the split does, and evenly where that has nothing for any of them;
+// sums are taken one by one. With kMost > 0, at least max_replicas, loops are unrolled, so that a row that `read` has in
+// registers stays there.
+template <int kMost = 0, class Read>
+LPLB_INLINE int write_shares(Read read, int max_replicas, int num_physical, int32_t load, Share* shares) {
+  const int most = kMost > 0 ? kMost : max_replicas;
+  const uint32_t tokens = load > 0 ? static_cast<uint32_t>(load) : 0;
+  int count = 0;
+  float total = 0.0f;
+  LPLB_UNROLL
+  for (int r = 0; r < most; ++r) {
+    if (r >= max_replicas) break;
+    const Replica replica = read(r);
+    if (!replica.is_slot(num_physical)) break;
+    ++count;
+    total += replica.positive();
   }
-
- private:
-  Quotas quotas_;
-  uint32_t left_;
-};
-
-// The same, computed once for all tokens of an expert: `size` integers.
-class StoredShares {
- public:
-  LPLB_INLINE static int size(int max_replicas) { return 2 * max_replicas - 1; }
-  LPLB_INLINE static void store(const Quotas& quotas, uint32_t* stored) {
-    *stored++ = quotas.load();
-    uint32_t left = quotas.load();
-    int num_replicas = 0;
-    quotas.each([&](int replica, int32_t, uint32_t quota) {
-      num_replicas = replica + 1;
-      if (num_replicas == quotas.max_replicas()) return;
-      stored[2 * replica] = quota;
-      stored[2 * replica + 1] = left > 0 ? ratio(quota, left) : 0;
-      left -= quota;
-    });
-    if (num_replicas < quotas.max_replicas()) stored[2 * (num_replicas > 0 ? num_replicas - 1 : 0)] = kLast;
+  const bool even = !(total > 0.0f);
+  if (even) total = static_cast<float>(count);
+  float sum = 0.0f;
+  uint32_t begin = 0;
+  LPLB_UNROLL
+  for (int r = 0; r < most; ++r) {
+    if (r >= count) break;
+    const Replica replica = read(r);
+    sum += even ? 1.0f : replica.positive();
+    const uint32_t end = r + 1 < count ? tokens_upto(sum, total, tokens) : tokens;
+    shares[r] = make_share(replica.slot, begin, end, tokens);
+    begin = end;
   }
+  if (count > 0) return count;
+  shares[0] = make_share(-1, 0, 0, 0);
+  return 1;
+}
 
-  LPLB_INLINE StoredShares(const uint32_t* stored, int max_replicas)
-      : next_(stored + 1), end_(stored + size(max_replicas)), load_(*stored) {}
-  LPLB_INLINE uint32_t load() const { return load_; }
-  LPLB_INLINE bool last() const { return next_ == end_ || *next_ == kLast; }
-  LPLB_INLINE Share next() {
-    const Share share = {next_[0], next_[1]};
-    next_ += 2;
-    return share;
-  }
-
- private:
-  static constexpr uint32_t kLast = 0xffffffffu;  // no quota: those are below 2^31
-  const uint32_t *next_, *end_;
-  uint32_t load_;
-};
-
-// Replica of token `index` of an expert with these shares; 0 where the load does not know of the token.
-template <class AnyShares>
-LPLB_INLINE int choose_replica(AnyShares shares, uint32_t index) {
-  uint32_t left = shares.load();
-  if (left == 0) return 0;
-  uint32_t o = index < left ? index : index % left;
-  for (int r = 0;; ++r) {
-    if (shares.last()) return r;
-    const Share share = shares.next();
+// Slot of token `index` of an expert with these shares: of the first where the load does not know of the token.
+LPLB_INLINE int32_t choose_slot(const Share* shares, uint32_t index) {
+  Share share = *shares;
+  if (share.left == 0) return share.slot;
+  uint32_t o = index < share.left ? index : index % share.left;
+  LPLB_UNROLL_BY(1)
+  while (share.quota < share.left) {
+    const Share next = *++shares;  // read before it is known to be needed
     // floor(o * quota / left), or one less: o is below 2^31, and the ratio at most 2 / 2^32 too small. The remainder
     // is then below 2 * left and so below 2^32.
     uint32_t taken = static_cast<uint32_t>((static_cast<uint64_t>(o) * share.ratio) >> 32);
-    uint32_t remainder = o * share.quota - taken * left;
-    if (remainder >= left) {
-      remainder -= left;
+    uint32_t remainder = o * share.quota - taken * share.left;
+    if (remainder >= share.left) {
+      remainder -= share.left;
       ++taken;
     }
-    if (remainder + share.quota >= left) return r;
+    if (remainder + share.quota >= share.left) break;
     o -= taken;
-    left -= share.quota;
+    share = next;
+  }
+  return share.slot;
+}
+
+// Calls visit(slot, quota) for the replicas of an expert with these shares, but those after which nothing is left.
+template <class Visit>
+LPLB_INLINE void for_each_quota(const Share* shares, Visit visit) {
+  LPLB_UNROLL_BY(1)
+  for (bool more = shares->slot >= 0; more; ++shares) {
+    const Share share = *shares;
+    visit(share.slot, share.quota);
+    more = share.quota < share.left;
   }
 }
 

@@ -175,13 +175,16 @@ ffi::Error solve(Launch launch, Ids load, Ids log2phy, ffi::Result<Reals> fracti
 
 AssignShape read_assign(Shapes& shapes, const Ids& expert_ids, const Ids& starts, const int64_t* split, const Ids& load,
                         const Ids& offset, const Ids& log2phy, ffi::Result<Ids>& physical_ids,
-                        ffi::Result<Ids>& rank_load, int64_t num_physical, int64_t chunk_size, int64_t num_sms) {
+                        ffi::Result<Ids>& rank_load, ffi::Result<Ids>& workspace, int64_t num_physical,
+                        int64_t chunk_size, int64_t num_sms) {
   AssignShape shape;
   shape.count = count_shape(shapes, expert_ids, starts, chunk_size, num_sms);
   const int experts = shape.count.num_experts;
   const int64_t* table = shapes.last("log2phy", log2phy, 2);
   shapes.expect("log2phy", "num_experts", experts, table[0]);
   shape.max_replicas = static_cast<int>(table[1]);
+  shapes.expect("workspace", "size", workspace_words(experts, shape.max_replicas),
+                shapes.last("workspace", *workspace, 1)[0]);
   shapes.expect("split", "num_experts", experts, split[0]);
   shapes.expect("split", "max_replicas", shape.max_replicas, split[1]);
   shapes.expect("load", "num_experts", experts, shapes.last("load", load, 1)[0]);
@@ -198,35 +201,36 @@ AssignShape read_assign(Shapes& shapes, const Ids& expert_ids, const Ids& starts
 
 template <class Launch>
 ffi::Error assign(Launch launch, Ids expert_ids, Ids starts, Reals split, Ids load, Ids offset, Ids log2phy,
-                  ffi::Result<Ids> physical_ids, ffi::Result<Ids> rank_load, int64_t num_physical, int64_t chunk_size,
-                  int64_t num_sms) {
+                  ffi::Result<Ids> physical_ids, ffi::Result<Ids> rank_load, ffi::Result<Ids> workspace,
+                  int64_t num_physical, int64_t chunk_size, int64_t num_sms) {
   Shapes shapes("assign");
   const AssignShape shape = read_assign(shapes, expert_ids, starts, shapes.last("split", split, 2), load, offset,
-                                        log2phy, physical_ids, rank_load, num_physical, chunk_size, num_sms);
+                                        log2phy, physical_ids, rank_load, workspace, num_physical, chunk_size, num_sms);
   if (!shapes.ok()) return shapes.error();
   const AssignOperands in = {expert_ids.typed_data(), starts.typed_data(), split.typed_data(),
                              load.typed_data(),       offset.typed_data(), log2phy.typed_data()};
-  return launch(shape, in, physical_ids->typed_data(), rank_load->typed_data());
+  return launch(shape, in,
+                AssignResults{physical_ids->typed_data(), rank_load->typed_data(), workspace->typed_data()});
 }
 
 // The split of `predicted`, and by it the assignment of tokens that `load` counts.
 template <class Launch>
 ffi::Error solve_assign(Launch launch, Ids expert_ids, Ids starts, Ids predicted, Ids load, Ids offset, Ids log2phy,
-                        ffi::Result<Ids> physical_ids, ffi::Result<Ids> rank_load, ffi::Result<Reals> fraction,
-                        ffi::Result<Reals> solved_rank_load, ffi::Result<Reals> gap, ffi::Result<Ids> iterations,
-                        ffi::Result<Ids> status, int64_t num_physical, float tol, float threshold,
-                        int64_t max_iterations, ffi::Span<const int32_t> partners, int64_t chunk_size,
+                        ffi::Result<Ids> physical_ids, ffi::Result<Ids> rank_load, ffi::Result<Ids> workspace,
+                        ffi::Result<Reals> fraction, ffi::Result<Reals> solved_rank_load, ffi::Result<Reals> gap,
+                        ffi::Result<Ids> iterations, ffi::Result<Ids> status, int64_t num_physical, float tol,
+                        float threshold, int64_t max_iterations, ffi::Span<const int32_t> partners, int64_t chunk_size,
                         int64_t num_sms) {
   Shapes shapes("solve_assign");
   const Solve solve = read_solve(shapes, predicted, log2phy, fraction, solved_rank_load, gap, iterations, status,
                                  num_physical, tol, threshold, max_iterations, partners);
   const AssignShape shape = read_assign(shapes, expert_ids, starts, shapes.last("fraction", *fraction, 2), load, offset,
-                                        log2phy, physical_ids, rank_load, num_physical, chunk_size, num_sms);
+                                        log2phy, physical_ids, rank_load, workspace, num_physical, chunk_size, num_sms);
   if (!shapes.ok()) return shapes.error();
   const AssignOperands in = {expert_ids.typed_data(), starts.typed_data(), fraction->typed_data(),
                              load.typed_data(),       offset.typed_data(), log2phy.typed_data()};
-  return launch(solve.shape, solve.edges(), solve.in, solve.out, shape, in, physical_ids->typed_data(),
-                rank_load->typed_data());
+  return launch(solve.shape, solve.edges(), solve.in, solve.out, shape, in,
+                AssignResults{physical_ids->typed_data(), rank_load->typed_data(), workspace->typed_data()});
 }
 
 // Appends the operands, results and attributes of each call, in the order of the functions above.
@@ -267,6 +271,7 @@ auto bind_solve_assign(Binding binding) {
                                 .template Arg<Ids>()
                                 .template Arg<Ids>()
                                 .template Ret<Ids>()
+                                .template Ret<Ids>()
                                 .template Ret<Ids>())
       .template Attr<int64_t>("chunk_size")
       .template Attr<int64_t>("num_sms");
@@ -280,6 +285,7 @@ auto bind_assign(Binding binding) {
       .template Arg<Ids>()
       .template Arg<Ids>()
       .template Arg<Ids>()
+      .template Ret<Ids>()
       .template Ret<Ids>()
       .template Ret<Ids>()
       .template Attr<int64_t>("num_physical")

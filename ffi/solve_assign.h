@@ -19,9 +19,9 @@ inline void solve_cpu(const SolveShape& shape, const EdgeColouring* edges, const
 // The assignment's split is the solve's fraction.
 inline void solve_assign_cpu(const SolveShape& solve_shape, const EdgeColouring* edges, const SolveOperands& solve_in,
                              const SolveResults& solved, const AssignShape& shape, const AssignOperands& in,
-                             int32_t* physical_ids, int32_t* rank_load) {
+                             const AssignResults& out) {
   solve_cpu(solve_shape, edges, solve_in, solved);
-  assign_cpu(shape, in, physical_ids, rank_load);
+  assign_cpu(shape, in, out);
 }
 
 #ifdef LPLB_CUDA
@@ -32,10 +32,9 @@ inline cudaError_t solve_cuda(cudaStream_t stream, const SolveShape& shape, cons
 
 inline cudaError_t solve_assign_cuda(cudaStream_t stream, const SolveShape& solve_shape, const EdgeColouring* edges,
                                      const SolveOperands& solve_in, const SolveResults& solved,
-                                     const AssignShape& shape, const AssignOperands& in, int32_t* physical_ids,
-                                     int32_t* rank_load) {
+                                     const AssignShape& shape, const AssignOperands& in, const AssignResults& out) {
   const cudaError_t error = solve_cuda(stream, solve_shape, edges, solve_in, solved);
-  return error != cudaSuccess ? error : assign_after_solve_cuda(stream, shape, in, physical_ids, rank_load);
+  return error != cudaSuccess ? error : assign_after_solve_cuda(stream, shape, in, out);
 }
 #endif
 

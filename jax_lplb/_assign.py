@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_lplb import _ffi
+from jax_lplb import _ffi, _handlers
 from jax_lplb._count import check_expert_ids, check_num_sms, chunking, count, flat_ids
 from jax_lplb._mesh import spec_of, with_auto_axes
 from jax_lplb._placement import Placement
@@ -121,7 +121,10 @@ def assign_with_starts(
         operands = (ids, starts, split, load, offset, log2phy)
         results = ffi_results(num_ids, placement, operands, (split, load, log2phy))
         attributes = ffi_attributes(num_ids, placement, num_sms)
-        return _ffi.call("lplb_assign", results, *operands, num_physical=np.int64(num_physical), **attributes)
+        physical_ids, rank_load, _ = _ffi.call(
+            "lplb_assign", results, *operands, num_physical=np.int64(num_physical), **attributes
+        )
+        return [physical_ids, rank_load]
 
     def xla(
         ids: jax.Array, starts: jax.Array, split: jax.Array, load: jax.Array, offset: jax.Array, log2phy: jax.Array
@@ -138,10 +141,12 @@ def assign_with_starts(
 def ffi_results(
     num_ids: int, placement: Placement, ids_vary_with: tuple[jax.Array, ...], loads_vary_with: tuple[jax.Array, ...]
 ) -> list[_ffi.Result]:
-    """Physical ids and rank load, as the custom calls return them."""
+    """Physical ids, rank load and a workspace, as the custom calls return them."""
+    workspace = _handlers.assign_workspace_words(placement.num_experts, placement.max_replicas)
     return [
         _ffi.Result((num_ids,), jnp.int32, ids_vary_with),
         _ffi.Result((placement.num_ranks,), jnp.int32, loads_vary_with),
+        _ffi.Result((workspace,), jnp.int32, loads_vary_with),
     ]
 
 

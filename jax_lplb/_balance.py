@@ -223,7 +223,7 @@ def _solve_assign(
 
     def ffi(*operands: jax.Array) -> list[jax.Array]:
         _, _, predicted, load, _, log2phy = operands
-        physical_ids, rank_load, _, solved_rank_load, gap, _, status = _ffi.call(
+        physical_ids, rank_load, _, _, solved_rank_load, gap, _, status = _ffi.call(
             "lplb_solve_assign",
             [
                 *assign_results(num_ids, placement, operands, (predicted, load, log2phy)),
