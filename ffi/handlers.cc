@@ -12,6 +12,7 @@
 
 #include "assign.h"
 #include "count.h"
+#include "plan_solve.h"
 #include "solve.h"
 #include "solve_assign.h"
 #include "xla/ffi/api/ffi.h"
@@ -173,6 +174,54 @@ ffi::Error solve(Launch launch, Ids load, Ids log2phy, ffi::Result<Reals> fracti
   return launch(solve.shape, solve.edges(), solve.in, solve.out);
 }
 
+// A plan's shape, operands and results, read off its buffers.
+struct Plan {
+  PlanShape shape;
+  PlanOperands in;
+  PlanResults out;
+};
+
+// Appends to `shapes` what is wrong with them. `candidates`: a limit's slack and a rule for each.
+Plan read_plan(Shapes& shapes, const Ids& load, const Ids& least, ffi::Result<Ids>& phy2log, ffi::Result<Ids>& log2phy,
+               ffi::Result<Reals>& fraction, ffi::Result<Reals>& rank_load, ffi::Result<Reals>& gap,
+               ffi::Result<Ids>& iterations, ffi::Result<Ids>& status, float tol, float threshold,
+               int64_t max_iterations, float slack, int64_t max_sends, ffi::Span<const float> slacks,
+               ffi::Span<const int32_t> rules) {
+  Plan plan = {};
+  const int64_t num_physical = shapes.last("phy2log", *phy2log, 1)[0];
+  shapes.last("least", least, 0);
+  const Solve solve = read_solve(shapes, load, *log2phy, fraction, rank_load, gap, iterations, status, num_physical,
+                                 tol, threshold, max_iterations, {});
+  shapes.require(slacks.size() == rules.size() && slacks.size() <= kMaxCandidates, "a rule for each of 16 slacks");
+  if (!shapes.ok()) return plan;
+  plan.shape.solve = solve.shape;
+  plan.shape.experts_per_rank = solve.shape.num_experts / (solve.shape.num_groups * solve.shape.group_size);
+  plan.shape.max_sends = static_cast<int>(std::min<int64_t>(max_sends, std::numeric_limits<int>::max()));
+  plan.shape.slack = slack;
+  plan.shape.num_candidates = static_cast<int>(slacks.size());
+  for (size_t i = 0; i < slacks.size(); ++i) {
+    plan.shape.candidates[i] = {slacks.begin()[i], static_cast<Rule>(rules.begin()[i])};
+  }
+  const char* wrong = check(plan.shape);
+  shapes.require(wrong == nullptr, wrong != nullptr ? wrong : "");
+  plan.in = {load.typed_data(), least.typed_data()};
+  plan.out = {phy2log->typed_data(), log2phy->typed_data(), solve.out};
+  return plan;
+}
+
+template <class Launch>
+ffi::Error plan(Launch launch, Ids load, Ids least, ffi::Result<Ids> phy2log, ffi::Result<Ids> log2phy,
+                ffi::Result<Reals> fraction, ffi::Result<Reals> rank_load, ffi::Result<Reals> gap,
+                ffi::Result<Ids> iterations, ffi::Result<Ids> status, float tol, float threshold,
+                int64_t max_iterations, float slack, int64_t max_sends, ffi::Span<const float> slacks,
+                ffi::Span<const int32_t> rules) {
+  Shapes shapes("plan");
+  const Plan plan = read_plan(shapes, load, least, phy2log, log2phy, fraction, rank_load, gap, iterations, status, tol,
+                              threshold, max_iterations, slack, max_sends, slacks, rules);
+  if (!shapes.ok()) return shapes.error();
+  return launch(plan.shape, plan.in, plan.out);
+}
+
 AssignShape read_assign(Shapes& shapes, const Ids& expert_ids, const Ids& starts, const int64_t* split, const Ids& load,
                         const Ids& offset, const Ids& log2phy, ffi::Result<Ids>& physical_ids,
                         ffi::Result<Ids>& rank_load, ffi::Result<Ids>& workspace, int64_t num_physical,
@@ -233,6 +282,28 @@ ffi::Error solve_assign(Launch launch, Ids expert_ids, Ids starts, Ids predicted
                 AssignResults{physical_ids->typed_data(), rank_load->typed_data(), workspace->typed_data()});
 }
 
+// The plan for `predicted`, and by its split the assignment of tokens that `load` counts.
+template <class Launch>
+ffi::Error plan_assign(Launch launch, Ids expert_ids, Ids starts, Ids load, Ids offset, Ids predicted, Ids least,
+                       ffi::Result<Ids> physical_ids, ffi::Result<Ids> assigned_rank_load, ffi::Result<Ids> workspace,
+                       ffi::Result<Ids> phy2log, ffi::Result<Ids> log2phy, ffi::Result<Reals> fraction,
+                       ffi::Result<Reals> rank_load, ffi::Result<Reals> gap, ffi::Result<Ids> iterations,
+                       ffi::Result<Ids> status, float tol, float threshold, int64_t max_iterations, float slack,
+                       int64_t max_sends, ffi::Span<const float> slacks, ffi::Span<const int32_t> rules,
+                       int64_t chunk_size, int64_t num_sms) {
+  Shapes shapes("plan_assign");
+  const Plan plan = read_plan(shapes, predicted, least, phy2log, log2phy, fraction, rank_load, gap, iterations, status,
+                              tol, threshold, max_iterations, slack, max_sends, slacks, rules);
+  const AssignShape shape = read_assign(shapes, expert_ids, starts, shapes.last("fraction", *fraction, 2), load, offset,
+                                        *log2phy, physical_ids, assigned_rank_load, workspace,
+                                        shapes.last("phy2log", *phy2log, 1)[0], chunk_size, num_sms);
+  if (!shapes.ok()) return shapes.error();
+  const AssignOperands in = {expert_ids.typed_data(), starts.typed_data(), fraction->typed_data(),
+                             load.typed_data(),       offset.typed_data(), log2phy->typed_data()};
+  return launch(plan.shape, plan.in, plan.out, shape, in,
+                AssignResults{physical_ids->typed_data(), assigned_rank_load->typed_data(), workspace->typed_data()});
+}
+
 // Appends the operands, results and attributes of each call, in the order of the functions above.
 template <class Binding>
 auto bind_count(Binding binding) {
@@ -277,6 +348,43 @@ auto bind_solve_assign(Binding binding) {
       .template Attr<int64_t>("num_sms");
 }
 template <class Binding>
+auto bind_plan_results(Binding&& binding) {
+  return std::move(binding)
+      .template Ret<Ids>()
+      .template Ret<Ids>()
+      .template Ret<Reals>()
+      .template Ret<Reals>()
+      .template Ret<Reals>()
+      .template Ret<Ids>()
+      .template Ret<Ids>()
+      .template Attr<float>("tol")
+      .template Attr<float>("threshold")
+      .template Attr<int64_t>("max_iterations")
+      .template Attr<float>("slack")
+      .template Attr<int64_t>("max_sends")
+      .template Attr<ffi::Span<const float>>("slacks")
+      .template Attr<ffi::Span<const int32_t>>("rules");
+}
+template <class Binding>
+auto bind_plan(Binding binding) {
+  return bind_plan_results(std::move(binding).template Arg<Ids>().template Arg<Ids>());
+}
+template <class Binding>
+auto bind_plan_assign(Binding binding) {
+  return bind_plan_results(std::move(binding)
+                               .template Arg<Ids>()
+                               .template Arg<Ids>()
+                               .template Arg<Ids>()
+                               .template Arg<Ids>()
+                               .template Arg<Ids>()
+                               .template Arg<Ids>()
+                               .template Ret<Ids>()
+                               .template Ret<Ids>()
+                               .template Ret<Ids>())
+      .template Attr<int64_t>("chunk_size")
+      .template Attr<int64_t>("num_sms");
+}
+template <class Binding>
 auto bind_assign(Binding binding) {
   return std::move(binding)
       .template Arg<Ids>()
@@ -312,6 +420,8 @@ LPLB_CPU_HANDLER(CountCpu, count, count_cpu);
 LPLB_CPU_HANDLER(SolveCpu, solve, solve_cpu);
 LPLB_CPU_HANDLER(AssignCpu, assign, assign_cpu);
 LPLB_CPU_HANDLER(SolveAssignCpu, solve_assign, solve_assign_cpu);
+LPLB_CPU_HANDLER(PlanCpu, plan, plan_solve_cpu);
+LPLB_CPU_HANDLER(PlanAssignCpu, plan_assign, plan_assign_cpu);
 
 #ifdef LPLB_CUDA
 
@@ -329,13 +439,17 @@ LPLB_CUDA_HANDLER(CountCuda, count, count_cuda);
 LPLB_CUDA_HANDLER(SolveCuda, solve, solve_cuda);
 LPLB_CUDA_HANDLER(AssignCuda, assign, assign_cuda);
 LPLB_CUDA_HANDLER(SolveAssignCuda, solve_assign, solve_assign_cuda);
+LPLB_CUDA_HANDLER(PlanCuda, plan, plan_solve_cuda);
+LPLB_CUDA_HANDLER(PlanAssignCuda, plan_assign, plan_assign_cuda);
 
 // Function attributes may not be set while a stream is captured; XLA initialises before it captures.
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     InitializeCuda,
     []() {
-      const cudaError_t error = prepare_solve_cuda();
-      return check_launch("initialize", error != cudaSuccess ? error : prepare_assign_cuda());
+      cudaError_t error = prepare_plan_cuda();
+      if (error == cudaSuccess) error = prepare_solve_cuda();
+      if (error == cudaSuccess) error = prepare_assign_cuda();
+      return check_launch("initialize", error);
     },
     ffi::Ffi::BindInitialize());
 

@@ -10,12 +10,16 @@ XLA_FFI_Error* CountCpu(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* SolveCpu(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* SolveAssignCpu(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* AssignCpu(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* PlanCpu(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* PlanAssignCpu(XLA_FFI_CallFrame* call_frame);
 #ifdef LPLB_CUDA
 XLA_FFI_Error* CountCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* SolveCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* InitializeCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* SolveAssignCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* AssignCuda(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* PlanCuda(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* PlanAssignCuda(XLA_FFI_CallFrame* call_frame);
 #endif
 }
 

@@ -41,6 +41,7 @@ constexpr float kFloor = 1e-8f;
 constexpr float kTiny = 1e-12f;  // of x, lambda and z
 constexpr float kTinySlack = 1e-9f;
 constexpr float kStepShare = 0.999f;  // of the way to the boundary
+constexpr float kInside = 0.05f;      // of an expert's load, that each replica has more than in a plan
 constexpr int kNotPlaced = 0xffff;
 
 // A variable as others see it. Its expert's variables are neighbours, from v - index to v - index + last.
@@ -142,6 +143,7 @@ class InteriorPoint {
   }
 
   LPLB_DEVICE void run() {
+    if (shape_.planned && *status_ != kMaxIterations) return;
     find_variables();
     if (thread_ >= Block::kThreads) return;
     if (num_variables_ == 0 || *shared_.total == 0) {
@@ -353,6 +355,7 @@ class InteriorPoint {
   }
   // All of the load at home, or nothing anywhere.
   LPLB_DEVICE void fill_row(int e, int at_home) const {
+    if (shape_.planned) return;  // is there
     float* row = fraction_ + static_cast<int64_t>(e) * shape_.max_replicas;
     row[0] = static_cast<float>(at_home);
     for (int r = 1; r < shape_.max_replicas; ++r) row[r] = 0.0f;
@@ -410,11 +413,15 @@ class InteriorPoint {
 
   // ---- The method --------------------------------------------------------------------------------------------------
 
-  // From the even split, a few rounds in which each replica's part is divided by the square of its rank's load. Then
-  // the slacks' reciprocals as prices: complementarity near 1 everywhere, as far as the split allows.
+  // From the even split, or from the plan's, a few rounds in which each replica's part is divided by the square of its
+  // rank's load. Then the slacks' reciprocals as prices: complementarity near 1 everywhere, as far as the split allows.
   LPLB_DEVICE void start() {
     float most[1] = {0.0f}, nothing[1] = {0.0f};
-    each_variable([&](int i) { x_[i] = w_[i] / static_cast<float>(self_[i].last() + 1); });
+    each_variable([&](int i) {
+      x_[i] = w_[i] / static_cast<float>(self_[i].last() + 1);
+      if (shape_.planned) x_[i] = active(i) ? w_[i] * fraction_[result_[i]] : 0.0f;
+      best_x_[i] = x_[i];
+    });
     for (int round = 0; round <= Block::kBalancingRounds; ++round) {
       publish(x_);
       block_.sync();
@@ -426,15 +433,18 @@ class InteriorPoint {
       });
       if (round == Block::kBalancingRounds) break;
       block_.sync();
-      each_variable([&](int i) { x_[i] = fmaxf(x_[i] * shared_.lambda[self_[i].rank()], kTiny); });
+      each_variable([&](int i) {
+        // Away from the bounds, where a plan's split may be.
+        if (shape_.planned && round == 0) x_[i] += kInside * w_[i];
+        x_[i] = fmaxf(x_[i] * shared_.lambda[self_[i].rank()], kTiny);
+      });
       normalise();
     }
     each_rank([&](int i, int, bool own) { most[0] = own ? fmaxf(most[0], best_rank_[i]) : most[0]; });
     block_.template reduce<true>(nothing, most);
     best_most_ = most[0];
-    best_bound_ = 0.0f;
-    best_is_even_ = true;
-    each_variable([&](int i) { best_x_[i] = w_[i] / static_cast<float>(self_[i].last() + 1); });
+    best_bound_ = shape_.planned ? best_most_ * (1.0f - *gap_) : 0.0f;
+    best_is_first_ = true;
 
     most[0] = 0.0f;
     each_rank([&](int i, int, bool own) { most[0] = own ? fmaxf(most[0], rank_[i]) : most[0]; });
@@ -516,7 +526,7 @@ class InteriorPoint {
     });
     const bool better = most[0] < best_most_;
     best_most_ = better ? most[0] : best_most_;
-    best_is_even_ = best_is_even_ && !better;
+    best_is_first_ = best_is_first_ && !better;
     each_variable([&](int i) { best_x_[i] = better ? x_[i] : best_x_[i]; });
     each_rank([&](int i, int, bool) { best_rank_[i] = better ? rank_[i] : best_rank_[i]; });
   }
@@ -684,7 +694,9 @@ class InteriorPoint {
       if (own) rank_load_[g] = best_rank_[i] * tokens;
     });
     const float gap = fmaxf((best_most_ - best_bound_) / best_most_, 0.0f);
-    report(gap, iterations, gap <= shape_.tol ? kConverged : best_is_even_ ? kEvenSplit : kMaxIterations);
+    report(gap, iterations, gap <= shape_.tol                           ? kConverged
+                            : best_is_first_ && !shape_.planned ? kEvenSplit
+                                                                : kMaxIterations);
   }
   // Everything stays at home; or there is nothing at all.
   LPLB_DEVICE void finish_unsolved() {
@@ -725,7 +737,7 @@ class InteriorPoint {
   // Known to all threads alike.
   float scale_, top_, complementarity_, best_most_, best_bound_;
   float step_top_, step_primal_, step_dual_;
-  bool best_is_even_, at_home_ = false;
+  bool best_is_first_, at_home_ = false;
 };
 
 }  // namespace lplb

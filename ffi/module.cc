@@ -3,6 +3,7 @@
 
 #include "assign.h"
 #include "handlers.h"
+#include "plan.h"
 #include "solve.h"
 #ifdef LPLB_MATHDX
 #include "solve_mathdx.h"
@@ -26,6 +27,8 @@ nb::dict handlers() {
   cpu["lplb_solve"] = execute(lplb::SolveCpu);
   cpu["lplb_solve_assign"] = execute(lplb::SolveAssignCpu);
   cpu["lplb_assign"] = execute(lplb::AssignCpu);
+  cpu["lplb_plan"] = execute(lplb::PlanCpu);
+  cpu["lplb_plan_assign"] = execute(lplb::PlanAssignCpu);
   nb::dict platforms;
   platforms["cpu"] = cpu;
 #ifdef LPLB_CUDA
@@ -39,6 +42,8 @@ nb::dict handlers() {
   cuda["lplb_solve"] = initialize_and_execute(lplb::SolveCuda);
   cuda["lplb_assign"] = initialize_and_execute(lplb::AssignCuda);
   cuda["lplb_solve_assign"] = initialize_and_execute(lplb::SolveAssignCuda);
+  cuda["lplb_plan"] = initialize_and_execute(lplb::PlanCuda);
+  cuda["lplb_plan_assign"] = initialize_and_execute(lplb::PlanAssignCuda);
   platforms["CUDA"] = cuda;
 #endif
   return platforms;
@@ -65,4 +70,5 @@ NB_MODULE(_handlers, m) {
   m.attr("max_group_slots") = lplb::kMaxGroupSlots;
   m.attr("max_edge_ranks") = lplb::kMaxEdgeRanks;
   m.attr("max_colours") = lplb::kMaxColours;
+  m.attr("max_candidates") = lplb::kMaxCandidates;
 }

@@ -1,6 +1,7 @@
 #include <atomic>
 #include <utility>
 
+#include "count.h"
 #include "solve_block.cuh"
 #ifdef LPLB_MATHDX
 #include "solve_mathdx.h"
@@ -14,6 +15,7 @@ __global__ void __launch_bounds__(Block::kSetupThreads, 1)
     solve_kernel(const SolveShape shape, const SolveOperands in, const SolveResults out) {
 #if __CUDA_ARCH__ >= 900
   cudaTriggerProgrammaticLaunchCompletion();  // see assign_after_solve_cuda
+  if (shape.planned) cudaGridDependencySynchronize();
 #endif
   extern __shared__ __align__(16) char memory[];
   __shared__ typename Block::Scratch scratch;
@@ -44,6 +46,25 @@ cudaError_t with_block(int group_size, int max_variables, int max_replicas, Visi
     return choose(CudaBlock<288, 1, 72, true>(), CudaBlock<288, 2, 72, false>());
   }
   return choose(CudaBlock<512, 1, 128, true>(), CudaBlock<512, 4, 128, false>());
+}
+
+// `ahead`: of the end of the launch before this one.
+cudaError_t launch(cudaStream_t stream, const SolveShape& shape, const SolveOperands& in, const SolveResults& out,
+                   bool ahead) {
+  return with_block(shape.group_size, shape.max_variables, shape.max_replicas, [&](auto block) {
+    using Block = decltype(block);
+    cudaLaunchAttribute attribute;
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(shape.num_groups, shape.num_batches);
+    config.blockDim = Block::kSetupThreads;
+    config.dynamicSmemBytes = carve_shared(nullptr, shape, nullptr);
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = ahead ? 1 : 0;
+    return cudaLaunchKernelEx(&config, solve_kernel<Block>, shape, in, out);
+  });
 }
 
 }  // namespace
@@ -80,13 +101,14 @@ cudaError_t solve_cuda(cudaStream_t stream, const SolveShape& shape, const Solve
 
 cudaError_t solve_plain_cuda(cudaStream_t stream, const SolveShape& shape, const SolveOperands& in,
                              const SolveResults& out) {
-  return with_block(shape.group_size, shape.max_variables, shape.max_replicas, [&](auto block) {
-    using Block = decltype(block);
-    const size_t bytes = carve_shared(nullptr, shape, nullptr);
-    const dim3 grid(shape.num_groups, shape.num_batches);
-    solve_kernel<Block><<<grid, Block::kSetupThreads, bytes, stream>>>(shape, in, out);
-    return cudaGetLastError();
-  });
+  return launch(stream, shape, in, out, false);
+}
+
+cudaError_t solve_after_plan_cuda(cudaStream_t stream, const SolveShape& shape, const SolveOperands& in,
+                                  const SolveResults& out) {
+  bool ahead;
+  if (const cudaError_t error = runs_hopper_code(&ahead); error != cudaSuccess) return error;
+  return launch(stream, shape, in, out, ahead);
 }
 
 }  // namespace lplb

@@ -32,6 +32,9 @@ struct SolveShape {
   float tol;              // relative gap to stop at
   int max_iterations;
   float threshold;  // load stays at home where the largest rank load is at most this times the mean; 0: never
+  // Whether the results hold a split and its certificate already, a plan's (see plan.h): solved are then only groups with
+  // status kMaxIterations, from that split on, which stays where no better one is found.
+  bool planned;
 };
 
 // A factor that turns division by slots_per_rank into slot * factor >> kRankShift, exact for all slots of a group.
@@ -119,7 +122,10 @@ void edge_balance_cpu(const SolveShape& shape, const EdgeColouring& colouring, c
 cudaError_t prepare_solve_cuda();
 // One thread block for each group and batch.
 cudaError_t solve_cuda(cudaStream_t stream, const SolveShape& shape, const SolveOperands& in, const SolveResults& out);
-// The same, never with a library's factorisation.
+// As solve_cuda, of a shape that is `planned`, where the launch before this one on the stream is that of the plan.
+cudaError_t solve_after_plan_cuda(cudaStream_t stream, const SolveShape& shape, const SolveOperands& in,
+                                  const SolveResults& out);
+// As solve_cuda, never with a library's factorisation.
 cudaError_t solve_plain_cuda(cudaStream_t stream, const SolveShape& shape, const SolveOperands& in,
                              const SolveResults& out);
 cudaError_t edge_balance_cuda(cudaStream_t stream, const SolveShape& shape, const EdgeColouring& colouring,

@@ -1,16 +1,18 @@
-"""`balance`: count, add up over the axis, solve, assign."""
+"""`balance`: count, add up over the axis, choose copies where they are chosen for each batch, solve, assign."""
 
+import dataclasses
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_lplb import _ffi
+from jax_lplb import _ffi, _plan
 from jax_lplb._assign import assign_tokens, assign_with_starts
 from jax_lplb._assign import ffi_attributes as assign_attributes
 from jax_lplb._assign import ffi_results as assign_results
 from jax_lplb._count import check_expert_ids, check_num_sms, count, flat_ids
+from jax_lplb._load import in_tokens, in_units, to_integers
 from jax_lplb._mesh import spec_of, with_auto_axes
 from jax_lplb._placement import Placement
 from jax_lplb._solve import (
@@ -20,10 +22,8 @@ from jax_lplb._solve import (
     check_load,
     check_options,
     check_placement,
-    in_tokens,
     solve_fractions,
     solve_groups,
-    to_integers,
 )
 from jax_lplb._solve import ffi_attributes as solve_attributes
 from jax_lplb._solve import ffi_results as solve_results
@@ -45,6 +45,8 @@ class Balanced(NamedTuple):
       status: int32 [num_groups], values of `Status`.
       lower_bound: float32 [num_groups], certified: tokens that the busiest rank of each group has at the least, however
         the load is split over these replicas. Of the solve, before rounding to whole tokens; a prediction with `load=`.
+      placement: that which the ids refer to, for `replicate`: with the copies chosen for this batch where `placement`
+        is one of `Placement.per_batch`, else as it was given.
     """
 
     physical_ids: jax.Array
@@ -53,6 +55,7 @@ class Balanced(NamedTuple):
     gap: jax.Array
     status: jax.Array
     lower_bound: jax.Array
+    placement: Placement
 
 
 def balance(
@@ -76,7 +79,8 @@ def balance(
 
     Args:
       expert_ids: int32 [..., k], this shard's logical expert ids; one that is negative or >= num_experts is padding.
-      placement: where the replicas are, over the ranks of the axis.
+      placement: where the replicas are, over the ranks of the axis. In the free slots of one of `Placement.per_batch`,
+        copies are chosen for this batch: by its load, or by `load` where that is given.
       axis_name: mesh axis, or axes, that shard the tokens over the ranks of `placement`; sizes multiply to `num_ranks`.
         Name no axis that holds other tokens' experts: with a data x expert mesh, only the expert axis. None: the ids
         are those of all ranks. The name may also be that of a `jax.vmap`.
@@ -168,7 +172,8 @@ def _balance(
             predicted = total
 
     with jax.named_scope("lplb_solve_assign"):
-        physical_ids, rank_load, solved_rank_load, gap, status = _solve_assign(
+        steps = _solve_assign if placement.planning is None else _plan_assign
+        (physical_ids, rank_load, solved_rank_load, gap, status), placement = steps(
             expert_ids, starts, predicted, total, offset, placement, options, num_sms, implementation
         )
         if load is not None:
@@ -177,7 +182,7 @@ def _balance(
             if load.dtype == jnp.float32:
                 predicted = jnp.rint(predicted).astype(jnp.int32)
         lower_bound = certified_bound(solved_rank_load, gap, placement)
-    return Balanced(physical_ids[:size].reshape(shape), predicted, rank_load, gap, status, lower_bound)
+    return Balanced(physical_ids[:size].reshape(shape), predicted, rank_load, gap, status, lower_bound, placement)
 
 
 def check_balance_options(
@@ -208,17 +213,17 @@ def _solve_assign(
     options: Options,
     num_sms: int | None,
     implementation: _ffi.Implementation,
-) -> list[jax.Array]:
+) -> tuple[list[jax.Array], Placement]:
     """Steps 3 and 4: the split of the predicted load, by which the tokens that `load` counts are assigned.
 
     One custom call: on GPUs tokens are numbered while the solver runs. Returns the physical ids, the rank load that
-    they give, the rank load of the split, gap and status.
+    they give, the rank load of the split, gap and status; and the placement.
     """
     predicted, unit = to_integers(predicted)
     if placement.max_replicas == 1:  # lookups, no custom call
         fraction, rank_load, gap, _, status = solve_fractions(predicted, placement, options, implementation)
         assigned = assign_with_starts(expert_ids, starts, fraction, placement, load, offset, num_sms, implementation)
-        return [*assigned, in_tokens(rank_load, unit), gap, status]
+        return [*assigned, in_tokens(rank_load, unit), gap, status], placement
     num_ids = expert_ids.shape[0]
 
     def ffi(*operands: jax.Array) -> list[jax.Array]:
@@ -247,7 +252,55 @@ def _solve_assign(
     physical_ids, rank_load, solved_rank_load, gap, status = _ffi.dispatch(
         "solve_assign", implementation, ffi, xla, *operands
     )
-    return [physical_ids, rank_load, in_tokens(solved_rank_load, unit), gap, status]
+    return [physical_ids, rank_load, in_tokens(solved_rank_load, unit), gap, status], placement
+
+
+def _plan_assign(
+    expert_ids: jax.Array,
+    starts: jax.Array,
+    predicted: jax.Array,
+    load: jax.Array,
+    offset: jax.Array,
+    placement: Placement,
+    options: Options,
+    num_sms: int | None,
+    implementation: _ffi.Implementation,
+) -> tuple[list[jax.Array], Placement]:
+    """As `_solve_assign`, of the copies that are chosen for the predicted load, in one custom call likewise."""
+    assert placement.planning is not None
+    predicted, unit = to_integers(predicted)
+    least = in_units(placement.planning.min_tokens, unit)
+    num_ids = expert_ids.shape[0]
+
+    def ffi(*operands: jax.Array) -> list[jax.Array]:
+        _, _, load, _, predicted, least = operands
+        physical_ids, assigned, _, phy2log, log2phy, _, rank_load, gap, _, status = _ffi.call(
+            "lplb_plan_assign",
+            [
+                *assign_results(num_ids, placement, operands, (predicted, least, load)),
+                *_plan.ffi_results(placement, (predicted, least)),
+            ],
+            *operands,
+            **_plan.ffi_attributes(placement, options.tol, options.threshold),
+            **assign_attributes(num_ids, placement, num_sms),
+        )
+        return [physical_ids, assigned, rank_load, gap, status, phy2log, log2phy]
+
+    def xla(
+        ids: jax.Array, starts: jax.Array, load: jax.Array, offset: jax.Array, predicted: jax.Array, least: jax.Array
+    ) -> list[jax.Array]:
+        del starts
+        planned = _plan.plan_groups(predicted, least, placement, options.tol, options.threshold)
+        physical_ids, assigned = assign_tokens(ids, planned.fraction, load, offset, planned.log2phy, placement)
+        rank_load, gap, status = planned.rank_load, planned.gap, planned.status
+        return [physical_ids, assigned, rank_load, gap, status, planned.phy2log, planned.log2phy]
+
+    operands = (expert_ids, starts, load, offset, predicted, least)
+    physical_ids, assigned, rank_load, gap, status, phy2log, log2phy = _ffi.dispatch(
+        "plan_assign", implementation, ffi, xla, *operands
+    )
+    chosen = dataclasses.replace(placement, phy2log=phy2log, log2phy=log2phy)
+    return [physical_ids, assigned, in_tokens(rank_load, unit), gap, status], chosen
 
 
 def _of_all_shards(local_load: jax.Array, axis_name: AxisName) -> jax.Array:

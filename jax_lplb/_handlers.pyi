@@ -7,6 +7,7 @@ max_group_ranks: int
 max_group_slots: int
 max_edge_ranks: int
 max_colours: int
+max_candidates: int
 
 def assign_workspace_words(num_experts: int, max_replicas: int) -> int: ...
 def handlers() -> dict[str, dict[str, dict[str, Any]]]: ...

@@ -7,39 +7,52 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from numpy.typing import ArrayLike
 
-from jax_lplb import eplb
-from jax_lplb._checks import check_count
+from jax_lplb import _ffi, _plan, eplb
+from jax_lplb._checks import check_count, check_positive
 from jax_lplb._mesh import with_auto_axes
 from jax_lplb.topology import Topology
+
+
+@dataclasses.dataclass(frozen=True)
+class Planning:
+    """How `balance` and `Placement.choose` choose copies by a batch's load; see `Placement.per_batch`."""
+
+    target: float
+    min_tokens: int
+    max_sends: int | None
 
 
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["phy2log", "log2phy"],
-    meta_fields=["num_ranks", "num_groups", "topology"],
+    meta_fields=["num_ranks", "num_groups", "topology", "planning"],
 )
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Placement:
     """Where each logical expert lives, and where its copies are.
 
-    Rank g owns the slots g * slots_per_rank to (g + 1) * slots_per_rank - 1. Build one with `from_topology`,
-    `from_eplb` or `from_phy2log`, which check it. A pytree of two int32 leaves: their contents may be traced, and so
-    change within a jitted step without recompiling; shapes, ranks, groups and topology are static. Leaves may have
-    leading axes (one entry for each layer) to be mapped or scanned over.
+    Rank g owns the slots g * slots_per_rank to (g + 1) * slots_per_rank - 1. Build one with `per_batch`,
+    `from_topology`, `from_eplb` or `from_phy2log`, which check it. A pytree of two int32 leaves: their contents may be
+    traced, and so change within a jitted step without recompiling; shapes, ranks, groups, topology and planning are
+    static. Leaves may have leading axes (one entry for each layer) to be mapped or scanned over.
 
     Equal, and of one hash, where contents, ranks, groups and topology are, whether leaves are NumPy's or JAX's; so it
     may be a key, or a static argument of `jax.jit` (which recompiles for other contents). Of leaves that are traced
     neither can be told: TypeError.
 
     Attributes:
-      phy2log: int32 [num_physical], the logical expert that each slot holds. It alone does not make a placement: made
-        again of it by `from_phy2log`, one along a topology has no topology, and so another `home_order`.
+      phy2log: int32 [num_physical], the logical expert that each slot holds, -1 for none. It alone does not make a
+        placement: made again of it by `from_phy2log`, one along a topology has no topology, and so another
+        `home_order`.
       log2phy: int32 [num_experts, max_replicas], the slots of each logical expert, its home first, padded with -1.
       num_ranks: ranks of the expert-parallel axis.
       num_groups: groups of num_ranks / num_groups neighbouring ranks that copy experts among themselves only.
       topology: the topology of each group, or None.
+      planning: how `balance` chooses copies anew for each batch, or None: it uses those that are there. A plan is kept
+        for further batches by `dataclasses.replace(placement, planning=None)`.
     """
 
     phy2log: Any
@@ -47,6 +60,7 @@ class Placement:
     num_ranks: int
     num_groups: int
     topology: Topology | None
+    planning: Planning | None = None
 
     @property
     def num_experts(self) -> int:
@@ -110,7 +124,8 @@ class Placement:
         phy2log, log2phy = map(_short, self._leaves)
         return (
             f"Placement(phy2log={phy2log}, log2phy={log2phy}, num_ranks={self.num_ranks}, "
-            f"num_groups={self.num_groups}, topology={self.topology})"
+            f"num_groups={self.num_groups}, topology={self.topology}"
+            f"{f', planning={self.planning}' * (self.planning is not None)})"
         )
 
     @property
@@ -118,8 +133,8 @@ class Placement:
         return self.phy2log, self.log2phy
 
     @property
-    def _static(self) -> tuple[int, int, Topology | None]:
-        return self.num_ranks, self.num_groups, self.topology
+    def _static(self) -> tuple[int, int, Topology | None, Planning | None]:
+        return self.num_ranks, self.num_groups, self.topology, self.planning
 
     @classmethod
     def from_topology(
@@ -317,6 +332,119 @@ class Placement:
             num_groups=1,
             topology=None,
         )
+
+    @classmethod
+    def per_batch(
+        cls,
+        *,
+        num_experts: int,
+        num_ranks: int,
+        redundants_per_rank: int,
+        num_groups: int = 1,
+        max_replicas: int | None = None,
+        target: float = 1.01,
+        min_tokens: int = 0,
+        max_sends: int | None = None,
+    ) -> "Placement":
+        """Contiguous homes, and free slots whose copies `balance` chooses for each batch, by its own load.
+
+        Needs no past, no topology and no moving of experts. Rank i has the experts i * n to (i + 1) * n - 1 of n =
+        num_experts / num_ranks in its first slots, and then `redundants_per_rank` slots that hold nothing (-1).
+        `balance` returns the placement that it filled as `Balanced.placement`; `choose` fills one by itself. `solve`
+        and `assign` take a placement as it is.
+
+        A plan takes as few copies as bring the busiest rank within the target, or else makes it carry as little as it
+        can; see ffi/plan.h. Much as UltraEP and MoonEP do: copies by the batch itself.
+
+        Args:
+          num_experts: logical experts, a multiple of `num_ranks`.
+          num_ranks: ranks of the expert-parallel axis.
+          redundants_per_rank: slots of each rank for copies.
+          num_groups: groups of neighbouring ranks, nodes say, that copy experts among themselves only; divides
+            `num_ranks`.
+          max_replicas: most replicas that an expert may have, its home included; at least 2. By default as many as a
+            group has ranks.
+          target: no more copies are made once the busiest rank of a group has at most this times the mean. At least 1.
+          min_tokens: a plan gives each copy at least that many tokens, in whose time its weights are brought. (What the
+            solver makes of the plan may give it fewer.)
+          max_sends: most copies of one rank's experts, whose weights all leave through its link. None: no limit.
+
+        Raises:
+          TypeError: a number is not one.
+          ValueError: the numbers do not fit together, as said above, or a rank would have more slots than its group has
+            experts.
+        """
+        check_count("num_experts", num_experts)
+        check_count("num_ranks", num_ranks)
+        check_count("redundants_per_rank", redundants_per_rank, least=0)
+        check_count("num_groups", num_groups)
+        check_count("min_tokens", min_tokens, least=0)
+        if max_sends is not None:
+            check_count("max_sends", max_sends)
+        check_positive("target", target)
+        if target < 1:
+            raise ValueError(f"target must be at least 1, the busiest rank over the mean; got {target}")
+        if num_experts % num_ranks:
+            raise ValueError(f"num_experts must be divisible by num_ranks = {num_ranks}, got {num_experts}")
+        if num_ranks % num_groups:
+            raise ValueError(f"num_groups must divide num_ranks = {num_ranks}, got {num_groups}")
+        size, homes = num_ranks // num_groups, num_experts // num_ranks
+        slots = homes + redundants_per_rank
+        if slots > homes * size:
+            raise ValueError(
+                f"redundants_per_rank = {redundants_per_rank} gives a rank {slots} slots, more than the {homes * size} "
+                "experts of its group"
+            )
+        if max_replicas is None:
+            max_replicas = size if redundants_per_rank else 1
+        else:
+            check_count("max_replicas", max_replicas, least=2 if redundants_per_rank else 1)
+            if max_replicas > size:
+                raise ValueError(f"max_replicas must be at most the {size} ranks of a group, got {max_replicas}")
+        by_rank = np.full((num_ranks, slots), -1, np.int32)
+        by_rank[:, :homes] = np.arange(num_experts).reshape(num_ranks, homes)
+        phy2log = by_rank.reshape(-1)
+        log2phy = np.full((num_experts, max_replicas), -1, np.int32)
+        log2phy[:, 0] = np.flatnonzero(phy2log >= 0)
+        planning = Planning(float(target), int(min_tokens), max_sends) if max_replicas > 1 else None
+        return cls(phy2log, log2phy, num_ranks, num_groups, topology=None, planning=planning)
+
+    def choose(self, load: jax.Array, *, implementation: _ffi.Implementation = None) -> "Placement":
+        """Plans copies for a load, on the device, as `balance` does for that of a batch.
+
+        Args:
+          load: int32 or float32 [..., num_experts], tokens of each logical expert over all ranks. Leading axes, one
+            entry for each layer, go with those of the leaves.
+          implementation: "ffi" (custom call), "xla" (pure JAX), or None: the custom call on platforms that have one.
+            All give the same bits.
+
+        Returns:
+          A placement of the same shapes, whose leaves are traced where `load` is.
+
+        Raises:
+          TypeError: `load` has another dtype.
+          ValueError: it has the wrong shape, or the placement is not one of `per_batch`.
+        """
+        if self.planning is None:
+            raise ValueError(
+                "choose needs a placement with free slots to plan for (Placement.per_batch); of a placement along a "
+                "topology, select chooses the copies"
+            )
+        if not isinstance(load, (jax.Array, np.ndarray)) or load.dtype not in (jnp.int32, jnp.float32):
+            raise TypeError(
+                f"load must be an int32 or float32 array, got {getattr(load, 'dtype', type(load).__name__)}"
+            )
+        if load.ndim == 0 or load.shape[-1] != self.num_experts:
+            raise ValueError(f"load must have shape [..., num_experts] = [..., {self.num_experts}], got {load.shape}")
+        leading = np.broadcast_shapes(load.shape[:-1], self.phy2log.shape[:-1])
+
+        def run(load: jax.Array) -> tuple[jax.Array, jax.Array]:
+            one = jnp.vectorize(lambda load: _plan.choose(load, self, implementation), signature="(e)->(p),(e,r)")
+            return one(jnp.broadcast_to(load, (*leading, self.num_experts)))
+
+        with jax.named_scope("lplb_choose"):
+            phy2log, log2phy = with_auto_axes(run, jax.P(), lax.stop_gradient(jnp.asarray(load)))
+        return dataclasses.replace(self, phy2log=phy2log, log2phy=log2phy)
 
     def select(self, load: jax.Array) -> "Placement":
         """Chooses anew, on the device, which experts fill the copies' slots, by a load that may be traced.

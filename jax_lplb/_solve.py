@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 
 from jax_lplb import _edge_balance, _ffi, _interior_point
+from jax_lplb._load import in_tokens, to_integers
 from jax_lplb._mesh import with_auto_axes
 from jax_lplb._placement import Placement
 from jax_lplb._status import Status
@@ -168,41 +169,6 @@ def solve_groups(load: jax.Array, log2phy: jax.Array, placement: Placement, opti
     return _edge_balance.solve_groups(load, log2phy, slots, ranks, groups, edges, options.tol, options.threshold)
 
 
-class Unit(NamedTuple):
-    """Of float loads as integers: 2**-coarse_bits * 2**-more_bits * 2**exponent, whose product may be subnormal."""
-
-    coarse_bits: int
-    more_bits: jax.Array
-    exponent: jax.Array
-
-
-def to_integers(load: jax.Array) -> tuple[jax.Array, Unit | None]:
-    """Loads as int32; float loads in the finest power of two in which they sum to at most 2**30, but for rounding."""
-    if load.dtype == jnp.int32:
-        return load, None
-    most = jnp.max(load, initial=0, where=load > 0)
-    # Powers of two scale exactly, so that neither the order of a sum nor a division shows in the result. Beyond these
-    # bounds they, or the ranks' loads, would leave float32's range.
-    exponent = jnp.clip((lax.bitcast_convert_type(most, jnp.int32) >> 23) - 126, -125, 115)  # most < 2**exponent
-    coarse_bits = 30 - (load.shape[0] - 1).bit_length()  # if all loads were the largest
-    coarse = jnp.minimum(load * _power_of_two(-exponent), 1) * 2.0**coarse_bits
-    total = jnp.sum(_rounded(coarse), dtype=jnp.int32)
-    more_bits = jnp.maximum(lax.clz(total) - 2, 0)
-    return _rounded(coarse * _power_of_two(more_bits)), Unit(coarse_bits, more_bits, exponent)
-
-
-def _rounded(load: jax.Array) -> jax.Array:
-    """To int32; what is negative or NaN counts as 0."""
-    return jnp.where(load > 0, jnp.rint(load), 0).astype(jnp.int32)
-
-
-def in_tokens(rank_load: jax.Array, unit: Unit | None) -> jax.Array:
-    """Rank loads of `to_integers`' loads, in the unit of those it was given."""
-    if unit is None:
-        return rank_load
-    return rank_load * 2.0**-unit.coarse_bits * _power_of_two(-unit.more_bits) * _power_of_two(unit.exponent)
-
-
 def certified_bound(rank_load: jax.Array, gap: jax.Array, placement: Placement) -> jax.Array:
     """float32 [num_groups]: what the busiest rank of each group has at the least, in any split over these replicas.
 
@@ -213,10 +179,6 @@ def certified_bound(rank_load: jax.Array, gap: jax.Array, placement: Placement) 
     # place; some more for the operations before and after.
     rounded = (placement.num_experts + 16) * 2.0**-24
     return busiest * jnp.maximum(1 - gap - rounded, 0)
-
-
-def _power_of_two(exponent: jax.Array) -> jax.Array:
-    return lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
 
 
 def _all_at_home(load: jax.Array, placement: Placement) -> list[jax.Array]:

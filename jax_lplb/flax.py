@@ -229,6 +229,11 @@ class MoE(nnx.Module):
             "MoE.prepare can be differentiated once, in reverse mode (jax.grad, jax.vjp); for more make the layer with "
             "dispatch='dense', and call it without slots"
         )
+        if self.placement.get_value().planning is not None:
+            raise ValueError(
+                "prepare: the copies of a per-batch placement are chosen within the call; call the layer without slots, "
+                "or give it a placement whose copies are chosen before"
+            )
         run = self._on_each_device(
             lambda home, placement: replicate(self._varying(home), placement, self.axis_name, self.dtype),
             (jax.P(self.axis_name), jax.P()),
@@ -386,6 +391,7 @@ class MoE(nnx.Module):
             expert_ids, probability = jnp.where(padding, -1, expert_ids), jnp.where(padding, 0, probability)
 
         out = balance(expert_ids, placement, axis_name=self.axis_name, **dict(self.balance_options))
+        placement = out.placement
         metrics = self._metrics(out, expert_ids, probability, num_tokens, placement)
         tokens = tokens.astype(self.dtype)
         if self.dispatch == "dense":

@@ -77,7 +77,7 @@ def test_ranks(options, implementation, platform, rng):
         balance(place, implementation, axis_name="ep", **options),
         mesh=jax.sharding.Mesh(devices, ("ep",)),
         in_specs=(P("ep"), P())[: len(inputs)],
-        out_specs=lplb.Balanced(P("ep"), *[P()] * 5),
+        out_specs=lplb.Balanced(P("ep"), *[P()] * 6),
     )
     out = jax.jit(run)(*inputs)
     for values in out[1:]:
@@ -153,7 +153,7 @@ def test_remat_under_shard_map(sync, rng):
         on_rank,
         mesh=jax.sharding.Mesh(jax.devices("cpu")[:8], ("ep",)),
         in_specs=(P("ep"), tokens),
-        out_specs=(P("ep"), lplb.Balanced(tokens, *[P()] * 5)),
+        out_specs=(P("ep"), lplb.Balanced(tokens, *[P()] * 6)),
     )
     compiled = jax.jit(run).lower(probes, ids).compile()
     assert_computed_twice(compiled)

@@ -54,7 +54,7 @@ def test_one_collective_inside_shard_map(platform, sync, wrap):
         wrap(partial(lplb.balance, placement=PLACEMENT, axis_name="ep", sync=sync, implementation="ffi")),
         mesh=mesh,
         in_specs=P("ep"),
-        out_specs=lplb.Balanced(P("ep"), *[P()] * 5),
+        out_specs=lplb.Balanced(P("ep"), *[P()] * 6),
     )
     text = lowered(run, IDS, platform=platform)
     assert custom_calls(text) == CALLS

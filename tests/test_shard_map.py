@@ -34,7 +34,7 @@ def mesh_of(devices: list, shape: dict[str, int], axis_type: AxisType = AxisType
 
 
 def specs(ids: P, *rest: str) -> lplb.Balanced:
-    return lplb.Balanced(ids, *[P(*rest)] * 5)
+    return lplb.Balanced(ids, *[P(*rest)] * 6)
 
 
 def make_ids(num_ranks: int) -> np.ndarray:

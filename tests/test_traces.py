@@ -70,7 +70,7 @@ def balance_on_mesh(mesh, ids: np.ndarray, place: lplb.Placement, load: np.ndarr
         partial(jax.lax.map, step),
         mesh=mesh,
         in_specs=((P(None, "ep"), P())[: len(inputs)],),
-        out_specs=lplb.Balanced(P(None, "ep"), *[P()] * 5),
+        out_specs=lplb.Balanced(P(None, "ep"), *[P()] * 6),
     )
     return jax.tree.map(np.asarray, jax.jit(run)(inputs))
 

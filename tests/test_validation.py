@@ -232,7 +232,7 @@ def test_sharded_works_with_64_bit_types(mesh, sync, load):
             lambda ids: lplb.balance(ids, PLACE, axis_name=("dp", "ep"), sync=sync, load=load),
             mesh=mesh,
             in_specs=spec,
-            out_specs=lplb.Balanced(spec, *[everywhere] * 5),
+            out_specs=lplb.Balanced(spec, *[everywhere] * 6),
         )
     )
     expected = run(IDS)

@@ -1,0 +1,486 @@
+// Which experts to copy where, chosen from one batch's load; and the split that comes with it, certified.
+//
+// Experts have contiguous homes; each rank has free slots beside them. A candidate plan aims at a limit on the rank
+// loads: again and again the busiest rank, while it is above the limit, gives of its largest expert to a rank with a
+// free slot below the limit. What it gives mostly fills that rank up to the limit exactly, which wastes no slot: where
+// that is more than the giver has in excess, the giver has room for others' copies in its own slots. Which rank
+// receives, and how much, is a candidate's rule:
+//
+//   kFill         the receiver with the least room that is enough for the excess, or with the most room where none is;
+//                 filled up, even if the whole expert goes
+//   kFit          likewise, but a whole expert goes only where nothing else is left
+//   kMost         the receiver with the most room; a whole expert goes only where it is less than the excess
+//
+// No one rule and limit is best for all loads, so all of a list are tried side by side, a warp each. The best has the
+// lowest largest rank load, where no less than the target counts; then the fewest copies; then a certificate.
+//
+// Copies join ranks to components, of which each carries a load that no split can change: the largest mean load of a
+// component bounds the largest rank load from below. Nearly always the copies of a component form a tree, each filling
+// up or relieving one rank for good. Replayed with the component's mean as the limit, the same copies then carry what
+// makes all ranks of the component equal, which proves the split optimal for these copies. Where an expert does not
+// have as much to give as that asks for, the gap tells, and the interior-point method solves (see `planned` in solve.h).
+//
+// Integers, scaled by a power of two: CPU, CUDA and the pure JAX in jax_lplb/_plan.py give the same bits.
+//
+// One text for both platforms. A Warp runs a candidate; a value of each rank is a Word: a few registers of the lanes
+// (CUDA), or an array (CPU).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "device.h"
+#include "solve.h"
+
+namespace lplb {
+
+constexpr int kMaxCandidates = 16;
+constexpr float kCertified = 1e-4f;  // gap at which a candidate counts as certified, whatever the tolerance asked for
+enum Rule : uint8_t { kFill = 0, kFit = 1, kMost = 2 };
+
+// Mirrors a row of jax_lplb._plan.CANDIDATES.
+struct Candidate {
+  float slack;  // the limit is (1 + slack) times the mean rank load
+  Rule rule;
+};
+
+struct PlanShape {
+  SolveShape solve;      // homes and free slots of each rank; log2phy is a result
+  int experts_per_rank;  // homes
+  int max_sends;         // most copies of a rank's experts
+  float slack;           // within which the largest rank load is even enough
+  int num_candidates;
+  Candidate candidates[kMaxCandidates];
+
+  LPLB_INLINE int redundants() const { return solve.slots_per_rank - experts_per_rank; }
+  LPLB_INLINE int num_experts() const { return solve.group_size * experts_per_rank; }  // of a group
+  LPLB_INLINE int max_copies() const { return solve.group_size * redundants(); }       // of a group
+};
+
+struct PlanOperands {
+  const int32_t* load;   // [batch, num_experts] tokens
+  const int32_t* least;  // [batch] tokens that the plan gives to a copy at the least
+};
+
+struct PlanResults {
+  int32_t* phy2log;    // [batch, num_physical], -1 in free slots
+  int32_t* log2phy;    // [batch, num_experts, max_replicas], the home first, then by slot
+  SolveResults split;  // status kMaxIterations where the gap is above the tolerance
+};
+
+// nullptr where the shape can be planned, else what is wrong with it.
+inline const char* check(const PlanShape& s) {
+  if (const char* wrong = check(s.solve); wrong != nullptr) return wrong;
+  if (s.experts_per_rank < 1 || s.redundants() < 0) return "plan: a rank has at least one home and its slots";
+  if (s.solve.num_groups * s.num_experts() != s.solve.num_experts) return "plan: experts are the ranks' homes";
+  if (s.num_candidates < 1 || s.num_candidates > kMaxCandidates) return "plan: 1 to 16 candidates";
+  return nullptr;
+}
+
+void plan_cpu(const PlanShape& shape, const PlanOperands& in, const PlanResults& out);
+#ifdef LPLB_CUDA
+// As prepare_solve_cuda.
+cudaError_t prepare_plan_cuda();
+// One thread block for each group and batch.
+cudaError_t plan_cuda(cudaStream_t stream, const PlanShape& shape, const PlanOperands& in, const PlanResults& out);
+#endif
+
+// Tokens of an expert that a rank takes from its home, and what that settles for good: the receiver, the giver, or, where
+// the expert had no more, neither. Experts and ranks are of the group.
+enum Settles : uint32_t { kReceiver, kGiver, kNeither };
+struct Copy {
+  static_assert(kMaxGroupRanks <= 1 << 7 && kMaxGroupSlots <= 1 << 16, "must fit");
+  uint32_t given, tokens;  // by the plan; by the split
+  uint32_t expert : 16, giver : 7, receiver : 7, settles : 2;
+};
+
+// A warp's working memory.
+struct PlanMemory {
+  uint32_t* at_home;  // [experts] tokens that have not been given away
+  Copy* best;         // [max_copies] of the best candidate so far
+  Copy* copies;       // [max_copies] of the one at work
+  uint16_t* held;     // [ranks, redundants] experts that a rank has copies of
+  uint8_t* replicas;  // [experts]
+
+  LPLB_INLINE static size_t experts(const PlanShape& shape) { return (shape.num_experts() + 15) / 16 * 16; }
+  LPLB_INLINE static size_t max_copies(const PlanShape& shape) { return (shape.max_copies() + 7) / 8 * 8; }
+  LPLB_INLINE static size_t bytes(const PlanShape& shape) {
+    return experts(shape) * (sizeof(uint32_t) + sizeof(uint8_t)) +
+           max_copies(shape) * (2 * sizeof(Copy) + sizeof(uint16_t));
+  }
+  LPLB_INLINE PlanMemory(char* memory, const PlanShape& shape)
+      : at_home(reinterpret_cast<uint32_t*>(memory)),
+        best(reinterpret_cast<Copy*>(at_home + experts(shape))),
+        copies(best + max_copies(shape)),
+        held(reinterpret_cast<uint16_t*>(copies + max_copies(shape))),
+        replicas(reinterpret_cast<uint8_t*>(held + max_copies(shape))) {}
+};
+
+// What a group's candidates start from, in scaled tokens.
+struct PlanLoads {
+  uint32_t* expert;  // [experts] of the group
+  uint32_t* home;    // [ranks] with all experts at home
+  uint32_t total;
+  uint32_t least;  // that the plan gives to a copy; at least 1
+};
+
+// How good a candidate is: the smaller the better.
+struct PlanScore {
+  uint64_t first = ~uint64_t{0};  // largest rank load, but no less than the target; copies; whether it has no certificate
+  uint32_t largest = ~0u;         // rank load
+  int candidate = 0;
+  uint32_t bound = 0;             // what the busiest rank has at the least, with these copies
+  int num_copies = 0;             // in the list, of which some may have no tokens
+
+  LPLB_INLINE int in_use() const { return num_copies == 0 ? 0 : static_cast<int>(first >> 1 & 0xfff); }
+  LPLB_INLINE bool better_than(const PlanScore& other) const {
+    if (first != other.first) return first < other.first;
+    return largest != other.largest ? largest < other.largest : candidate < other.candidate;
+  }
+};
+
+LPLB_INLINE uint32_t plan_limit(uint32_t mean, float slack) {
+  const float more = static_cast<float>(mean) * slack;
+  return mean + static_cast<uint32_t>(more < 0x1p31f ? more : 0x1p31f);
+}
+
+// How far the largest rank load may be from the best there is.
+LPLB_INLINE float plan_gap(uint32_t largest, uint32_t bound) {
+  return largest > bound ? static_cast<float>(largest - bound) / static_cast<float>(largest) : 0.0f;
+}
+
+template <class Warp>
+class Planner {
+ public:
+  using Word = typename Warp::Word;
+
+  LPLB_DEVICE Planner(const Warp& warp, const PlanShape& shape, const PlanLoads& loads, const PlanMemory& memory)
+      : warp_(warp), shape_(shape), loads_(loads), memory_(memory) {}
+
+  // Tries one candidate, and keeps it where it is better than those before.
+  LPLB_DEVICE void attempt(int number) {
+    const Candidate& candidate = shape_.candidates[number];
+    const uint32_t mean = loads_.total / static_cast<uint32_t>(shape_.solve.group_size);
+    give(plan_limit(mean, candidate.slack), candidate.rule);
+    const uint32_t given = warp_.largest(load_).value;
+    const uint32_t levelled = level();
+    PlanScore score;
+    score.candidate = number;
+    score.num_copies = num_copies_;
+    score.bound = bound_;
+    score.largest = levelled <= given ? levelled : given;
+    const uint32_t in_use = settle(levelled <= given);
+    const bool open = plan_gap(score.largest, score.bound) > kCertified;
+    const uint32_t even_enough = plan_limit(mean, shape_.slack);
+    score.first = static_cast<uint64_t>(score.largest > even_enough ? score.largest : even_enough) << 13 |
+                  in_use << 1 | (open ? 1 : 0);
+    if (!score.better_than(best_)) return;
+    best_ = score;
+    Copy* const swapped = memory_.best;
+    memory_.best = memory_.copies;
+    memory_.copies = swapped;
+  }
+  LPLB_DEVICE const PlanScore& best() const { return best_; }
+  LPLB_DEVICE const Copy* copies_of_best() const { return memory_.best; }
+
+ private:
+  static_assert(kMaxGroupSlots < 1 << 12, "copies take twelve bits of a score");
+
+  // ---- The plan ----------------------------------------------------------------------------------------------------
+
+  LPLB_DEVICE void give(uint32_t limit, Rule rule) {
+    const int per_rank = shape_.experts_per_rank;
+    const uint32_t redundants = static_cast<uint32_t>(shape_.redundants());
+    warp_.each_of(shape_.num_experts(), [&](int e) {
+      memory_.at_home[e] = loads_.expert[e];
+      memory_.replicas[e] = 1;
+    });
+    warp_.each_rank([&](int k, int g, bool own) {
+      load_.of[k] = own ? loads_.home[g] : 0;
+      used_.of[k] = own ? 0 : redundants;
+      sent_.of[k] = 0;
+      member_.of[k] = static_cast<uint32_t>(g);
+      total_.of[k] = load_.of[k];
+      size_.of[k] = 1;
+    });
+    warp_.sync();
+    for (num_copies_ = 0; num_copies_ < shape_.max_copies(); ++num_copies_) {
+      const auto giver = warp_.largest(load_);
+      if (giver.value <= limit) return;
+      const uint32_t excess = giver.value - limit;
+      if (warp_.get(sent_, giver.index) >= static_cast<uint32_t>(shape_.max_sends)) return;
+      const int first = giver.index * per_rank;
+      const auto expert = warp_.largest_of(per_rank, [&](int i) {
+        return memory_.replicas[first + i] < shape_.solve.max_replicas ? memory_.at_home[first + i] : 0u;
+      });
+      const uint32_t e = static_cast<uint32_t>(first + expert.index), has = expert.value;
+      if (has < loads_.least) return;
+
+      Word room;
+      warp_.each_rank([&](int k, int g, bool) {
+        room.of[k] = used_.of[k] < redundants && load_.of[k] < limit ? limit - load_.of[k] : 0;
+        if (room.of[k] < loads_.least) room.of[k] = 0;
+        for (uint32_t s = 0; room.of[k] != 0 && s < used_.of[k]; ++s) {
+          if (memory_.held[g * redundants + s] == e) room.of[k] = 0;
+        }
+      });
+      const auto choose = [&](auto key) {
+        Word keys;
+        warp_.each_rank([&](int k, int, bool) { keys.of[k] = room.of[k] != 0 ? key(room.of[k]) : 0; });
+        return warp_.largest(keys);
+      };
+      const auto least_room = [&](uint32_t of) { return choose([of](uint32_t r) { return r >= of ? ~r : 0u; }); };
+      const auto most_room = [&](uint32_t of) { return choose([of](uint32_t r) { return r <= of ? r : 0u; }); };
+      auto receiver = giver;
+      receiver.value = 0;
+      if (rule == kFill) {
+        receiver = least_room(excess < has ? excess : has);
+      } else if (rule == kFit) {
+        if (excess <= has) receiver = least_room(excess);
+        if (receiver.value == 0) receiver = most_room(has);
+      }
+      if (receiver.value == 0) receiver = most_room(~0u);
+      if (receiver.value == 0) return;
+      const uint32_t space = warp_.get(room, receiver.index);
+
+      uint32_t tokens = space < has ? space : has;
+      if (rule != kFill && has < space && excess < has && excess >= loads_.least) tokens = excess;
+      if (warp_.first()) {
+        Copy copy;
+        copy.given = tokens;
+        copy.expert = e;
+        copy.giver = static_cast<uint32_t>(giver.index);
+        copy.receiver = static_cast<uint32_t>(receiver.index);
+        copy.settles = tokens == space ? kReceiver : tokens == excess ? kGiver : kNeither;
+        memory_.copies[num_copies_] = copy;
+        memory_.at_home[e] -= tokens;
+        ++memory_.replicas[e];
+      }
+      join(giver.index, receiver.index);
+      warp_.each_rank([&](int k, int g, bool) {
+        if (g == giver.index) {
+          load_.of[k] -= tokens;
+          ++sent_.of[k];
+        }
+        if (g == receiver.index) {
+          memory_.held[g * redundants + used_.of[k]] = static_cast<uint16_t>(e);
+          load_.of[k] += tokens;
+          ++used_.of[k];
+        }
+      });
+      warp_.sync();
+    }
+  }
+
+  // Makes one component of those of two ranks.
+  LPLB_DEVICE void join(int a, int b) {
+    const uint32_t of_a = warp_.get(member_, a), of_b = warp_.get(member_, b);
+    const uint32_t total = warp_.get(total_, a) + warp_.get(total_, b);
+    const uint32_t size = warp_.get(size_, a) + warp_.get(size_, b);
+    if (of_a == of_b) return;
+    warp_.each_rank([&](int k, int, bool) {
+      if (member_.of[k] != of_a && member_.of[k] != of_b) return;
+      member_.of[k] = of_a;
+      total_.of[k] = total;
+      size_.of[k] = size;
+    });
+  }
+
+  // ---- The split ---------------------------------------------------------------------------------------------------
+
+  // Replays the copies, with the means of components as limits: a copy that settled a rank does so again, as far as its
+  // expert has tokens; any other takes all that its expert has left. Returns the largest rank load.
+  LPLB_DEVICE uint32_t level() {
+    Word mean, level, over;  // over: the load above the level, may be negative
+    warp_.each_rank([&](int k, int g, bool own) {
+      mean.of[k] = own ? total_.of[k] / size_.of[k] : 0;
+      level.of[k] = own ? mean.of[k] + (total_.of[k] % size_.of[k] != 0 ? 1 : 0) : 0;
+      over.of[k] = own ? loads_.home[g] - level.of[k] : 0;
+    });
+    bound_ = warp_.largest(mean).value;
+    warp_.each_of(shape_.num_experts(), [&](int e) { memory_.at_home[e] = loads_.expert[e]; });
+    warp_.sync();
+    for (int c = 0; c < num_copies_; ++c) {
+      const Copy copy = memory_.copies[c];
+      const int giver = copy.giver, receiver = copy.receiver;
+      const int32_t has = static_cast<int32_t>(memory_.at_home[copy.expert]);
+      int32_t wanted = has;
+      if (copy.settles == kReceiver) wanted = -static_cast<int32_t>(warp_.get(over, receiver));
+      if (copy.settles == kGiver) wanted = static_cast<int32_t>(warp_.get(over, giver));
+      const uint32_t tokens = static_cast<uint32_t>(wanted < 0 ? 0 : wanted < has ? wanted : has);
+      warp_.sync();
+      if (warp_.first()) {
+        memory_.at_home[copy.expert] = static_cast<uint32_t>(has) - tokens;
+        memory_.copies[c].tokens = tokens;
+      }
+      warp_.each_rank([&](int k, int g, bool) {
+        if (g == giver) over.of[k] -= tokens;
+        if (g == receiver) over.of[k] += tokens;
+      });
+      warp_.sync();
+    }
+    warp_.each_rank([&](int k, int, bool) { level.of[k] += over.of[k]; });
+    return warp_.largest(level).value;
+  }
+  // Takes what the plan gave where the replay is not better; returns the number of copies that have tokens.
+  LPLB_DEVICE uint32_t settle(bool levelled) {
+    return warp_.count_of(num_copies_, [&](int c) {
+      Copy& copy = memory_.copies[c];
+      if (!levelled) copy.tokens = copy.given;
+      return copy.tokens != 0;
+    });
+  }
+
+  Warp warp_;
+  const PlanShape& shape_;
+  const PlanLoads loads_;
+  PlanMemory memory_;
+  PlanScore best_;
+  // Of the candidate at work.
+  int num_copies_ = 0;
+  uint32_t bound_ = 0;
+  Word load_, used_, sent_;       // of each rank: tokens, slots that hold copies, copies of its experts elsewhere
+  Word member_, total_, size_;  // of each rank's component: its name, tokens and ranks
+};
+
+// One group, by the threads of a Block: reads its loads, and writes down the best candidate.
+template <class Block>
+class PlanGroup {
+ public:
+  LPLB_DEVICE PlanGroup(const Block& block, const PlanShape& shape, const PlanOperands& in, const PlanResults& out,
+                        int batch, int group, PlanLoads* loads)
+      : block_(block), shape_(shape), loads_(loads) {
+    const SolveShape& s = shape.solve;
+    experts_ = shape.num_experts();
+    slots_ = s.group_size * s.slots_per_rank;
+    first_expert_ = group * experts_;
+    first_slot_ = group * slots_;
+    const int64_t expert = static_cast<int64_t>(batch) * s.num_experts + first_expert_;
+    const int64_t rank = (static_cast<int64_t>(batch) * s.num_groups + group) * s.group_size;
+    load_ = in.load + expert;
+    least_ = in.least + batch;
+    phy2log_ = out.phy2log + static_cast<int64_t>(batch) * s.num_physical + first_slot_;
+    log2phy_ = out.log2phy + expert * s.max_replicas;
+    fraction_ = out.split.fraction + expert * s.max_replicas;
+    rank_load_ = out.split.rank_load + rank;
+    const int64_t which = static_cast<int64_t>(batch) * s.num_groups + group;
+    gap_ = out.split.gap + which;
+    iterations_ = out.split.iterations + which;
+    status_ = out.split.status + which;
+  }
+
+  // Fills `loads`, and the tables as they are without copies.
+  LPLB_DEVICE void read() {
+    const int replicas = shape_.solve.max_replicas, per_rank = shape_.experts_per_rank;
+    if (block_.first()) loads_->total = 0;
+    block_.sync();
+    uint32_t mine = 0;
+    block_.each_of(experts_, [&](int e) {
+      loads_->expert[e] = static_cast<uint32_t>(load_[e] > 0 ? load_[e] : 0);
+      mine += loads_->expert[e];
+    });
+    block_.add(&loads_->total, mine);
+    block_.fill(log2phy_, static_cast<int64_t>(experts_) * replicas, -1);
+    block_.fill(reinterpret_cast<int32_t*>(fraction_), static_cast<int64_t>(experts_) * replicas, 0);
+    block_.each_of(slots_, [&](int slot) {
+      const int rank = slot / shape_.solve.slots_per_rank, i = slot - rank * shape_.solve.slots_per_rank;
+      phy2log_[slot] = i < per_rank ? first_expert_ + rank * per_rank + i : -1;
+    });
+    block_.sync();
+    const uint32_t total = loads_->total;
+    const int bits = block_.leading_zeros(total) - 2;
+    shift_ = total != 0 && bits > 0 ? bits : 0;
+    const int32_t least = *least_;
+    block_.each_of(shape_.solve.group_size, [&](int g) {
+      uint32_t sum = 0;
+      for (int e = g * per_rank; e < (g + 1) * per_rank; ++e) sum += loads_->expert[e];
+      loads_->home[g] = sum << shift_;
+    });
+    block_.sync();
+    block_.each_of(experts_, [&](int e) { loads_->expert[e] <<= shift_; });
+    if (block_.first()) {
+      loads_->total = total << shift_;
+      loads_->least = least < 1 ? 1 : least < INT32_MAX >> shift_ ? least << shift_ : INT32_MAX;
+    }
+    block_.sync();
+  }
+  // Whether the largest rank load at home is within `threshold` of the mean.
+  LPLB_DEVICE bool stays_at_home() const {
+    const float threshold = shape_.solve.threshold, ranks = static_cast<float>(shape_.solve.group_size);
+    return threshold > 0.0f && static_cast<float>(most()) * ranks <= threshold * static_cast<float>(loads_->total);
+  }
+
+  // Writes the tables and the split. Uses up the loads; `left` [experts] is memory to work in.
+  LPLB_DEVICE void write(const PlanScore& score, const Copy* copies, uint32_t* left) {
+    const SolveShape& s = shape_.solve;
+    const float unit = block_.power_of_two(-shift_);
+    const bool at_home = stays_at_home();
+    const uint32_t most_at_home = at_home ? most() : 0;
+    block_.each_of(experts_, [&](int e) { left[e] = loads_->expert[e]; });
+    block_.sync();
+    block_.each_of(score.num_copies, [&](int c) {
+      const Copy copy = copies[c];
+      block_.add(&left[copy.expert], 0u - copy.tokens);
+      block_.add(&loads_->home[copy.giver], 0u - copy.tokens);
+      block_.add(&loads_->home[copy.receiver], copy.tokens);
+    });
+    block_.sync();
+    block_.each_of(experts_, [&](int e) {
+      const int rank = e / shape_.experts_per_rank;
+      const int64_t row = static_cast<int64_t>(e) * s.max_replicas;
+      log2phy_[row] = first_slot_ + rank * s.slots_per_rank + e - rank * shape_.experts_per_rank;
+      fraction_[row] = share(left[e], e);
+    });
+    block_.each_of(score.num_copies, [&](int c) {
+      const Copy copy = copies[c];
+      if (copy.tokens == 0) return;
+      int number = 0, column = 1;  // among the receiver's copies, and among the expert's replicas
+      for (int d = 0; d < score.num_copies; ++d) {
+        const Copy other = copies[d];
+        if (other.tokens == 0) continue;
+        number += other.receiver == copy.receiver && d < c;
+        column += other.expert == copy.expert && other.receiver < copy.receiver;
+      }
+      const int slot = copy.receiver * s.slots_per_rank + shape_.experts_per_rank + number;
+      const int64_t cell = static_cast<int64_t>(copy.expert) * s.max_replicas + column;
+      phy2log_[slot] = first_expert_ + static_cast<int>(copy.expert);
+      log2phy_[cell] = first_slot_ + slot;
+      fraction_[cell] = share(copy.tokens, copy.expert);
+    });
+    block_.each_of(s.group_size, [&](int g) { rank_load_[g] = static_cast<float>(loads_->home[g]) * unit; });
+    if (!block_.first()) return;
+    *iterations_ = 0;
+    if (score.in_use() == 0) {
+      const float home = static_cast<float>(most_at_home) * static_cast<float>(s.group_size);
+      const float more = home - static_cast<float>(loads_->total);
+      *gap_ = at_home && more > 0.0f ? more / home : 0.0f;
+      *status_ = kSkipped;
+    } else {
+      *gap_ = plan_gap(score.largest, score.bound);
+      *status_ = *gap_ <= s.tol ? kConverged : kMaxIterations;
+    }
+  }
+
+ private:
+  LPLB_DEVICE uint32_t most() const {
+    uint32_t most = 0;
+    for (int g = 0; g < shape_.solve.group_size; ++g) most = most > loads_->home[g] ? most : loads_->home[g];
+    return most;
+  }
+  // Of an expert's tokens; 0 where it has none.
+  LPLB_DEVICE float share(uint32_t tokens, int e) const {
+    const uint32_t whole = loads_->expert[e];
+    return tokens == 0 ? 0.0f : tokens == whole ? 1.0f : static_cast<float>(tokens) / static_cast<float>(whole);
+  }
+
+  Block block_;
+  const PlanShape& shape_;
+  PlanLoads* loads_;
+  int experts_, slots_, first_expert_, first_slot_;  // of the group
+  int shift_ = 0;
+  const int32_t *load_, *least_;
+  int32_t *phy2log_, *log2phy_, *iterations_, *status_;
+  float *fraction_, *rank_load_, *gap_;
+};
+
+}  // namespace lplb

@@ -1,0 +1,83 @@
+#include <algorithm>
+#include <cmath>
+#include <memory>
+
+#include "plan.h"
+
+namespace lplb {
+namespace {
+
+struct SerialBlock {
+  bool first() const { return true; }
+  void sync() const {}
+  template <class F>
+  void each_of(int count, F visit) const {
+    for (int i = 0; i < count; ++i) visit(i);
+  }
+  void add(uint32_t* target, uint32_t value) const { *target += value; }
+  void fill(int32_t* values, int64_t count, int32_t value) const { std::fill_n(values, count, value); }
+  int leading_zeros(uint32_t value) const {
+    int zeros = 0;
+    for (uint32_t bit = 1u << 31; bit != 0 && (value & bit) == 0; bit >>= 1) ++zeros;
+    return zeros;
+  }
+  float power_of_two(int exponent) const { return std::ldexp(1.0f, exponent); }
+};
+
+// All lanes at once.
+struct SerialWarp : SerialBlock {
+  struct Word {
+    uint32_t of[kMaxGroupRanks];
+  };
+  struct Found {
+    uint32_t value;
+    int index;
+  };
+  int num_ranks;
+
+  explicit SerialWarp(int num_ranks) : num_ranks(num_ranks) {}
+  template <class F>
+  void each_rank(F visit) const {
+    for (int g = 0; g < num_ranks; ++g) visit(g, g, true);
+  }
+  uint32_t get(const Word& word, int rank) const { return word.of[rank]; }
+  template <class F>
+  Found largest_of(int count, F value) const {
+    Found found = {0, 0};
+    for (int i = 0; i < count; ++i) {
+      if (const uint32_t other = value(i); other > found.value) found = {other, i};
+    }
+    return found;
+  }
+  Found largest(const Word& word) const {
+    return largest_of(num_ranks, [&](int g) { return word.of[g]; });
+  }
+  template <class F>
+  uint32_t count_of(int count, F holds) const {
+    uint32_t number = 0;
+    for (int i = 0; i < count; ++i) number += holds(i) ? 1 : 0;
+    return number;
+  }
+};
+
+}  // namespace
+
+void plan_cpu(const PlanShape& shape, const PlanOperands& in, const PlanResults& out) {
+  const std::unique_ptr<char[]> memory(new char[PlanMemory::bytes(shape)]);
+  const std::unique_ptr<uint32_t[]> of_experts(new uint32_t[2 * shape.num_experts()]);
+  const std::unique_ptr<uint32_t[]> of_ranks(new uint32_t[shape.solve.group_size]);
+  for (int batch = 0; batch < shape.solve.num_batches; ++batch) {
+    for (int group = 0; group < shape.solve.num_groups; ++group) {
+      PlanLoads loads = {of_experts.get(), of_ranks.get(), 0, 1};
+      PlanGroup<SerialBlock> of_group(SerialBlock(), shape, in, out, batch, group, &loads);
+      of_group.read();
+      Planner<SerialWarp> planner(SerialWarp(shape.solve.group_size), shape, loads, PlanMemory(memory.get(), shape));
+      if (!of_group.stays_at_home()) {
+        for (int c = 0; c < shape.num_candidates; ++c) planner.attempt(c);
+      }
+      of_group.write(planner.best(), planner.copies_of_best(), of_experts.get() + shape.num_experts());
+    }
+  }
+}
+
+}  // namespace lplb

@@ -1,0 +1,417 @@
+"""Copies chosen from one batch's load: the plan in pure JAX, and the calls that choose between it and the handlers.
+
+The algorithm and the comments on why each step is as it is are in ffi/plan.h. Both texts are in integers and give the
+same bits.
+"""
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jax_lplb import _ffi, _interior_point
+from jax_lplb._load import in_units, to_integers
+from jax_lplb._status import Status
+
+if TYPE_CHECKING:
+    from jax_lplb._placement import Placement
+
+# Rules for who receives how much, by their number in ffi/plan.h.
+_FILL, _FIT, _MOST = 0, 1, 2
+# What is tried side by side: limits on the rank loads, as shares of what the target allows and then beyond it; the best
+# of those tried over traces and log-normal loads for 8 to 64 ranks, with one or two slots each.
+_WITHIN = ((_MOST, 1), (_MOST, 0.75), (_MOST, 0.5), (_MOST, 0.25), (_FIT, 1), (_FIT, 0.5), (_FILL, 1), (_FILL, 0.5))
+_CERTIFIED = 1e-4  # gap at which a candidate counts as certified, whatever the tolerance asked for
+_BEYOND = (0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.11, 0.2)
+
+
+def candidates(target: float) -> tuple[np.ndarray, np.ndarray]:
+    """Slacks, float32 [candidates], and rules, int32 [candidates], for a target of the largest rank load / the mean."""
+    slack = target - 1
+    tried = [(rule, share * slack) for rule, share in _WITHIN] + [(_FILL, slack + beyond) for beyond in _BEYOND]
+    rules, slacks = zip(*tried, strict=True)
+    return np.array(slacks, np.float32), np.array(rules, np.int32)
+
+
+class Planned(NamedTuple):
+    """Contents of a placement, and the split of the load that it was planned for, as of `_solve.solve_fractions`."""
+
+    phy2log: jax.Array
+    log2phy: jax.Array
+    fraction: jax.Array
+    rank_load: jax.Array
+    gap: jax.Array
+    iterations: jax.Array
+    status: jax.Array
+
+
+def ffi_results(placement: "Placement", varies_with: tuple[jax.Array, ...]) -> list[_ffi.Result]:
+    """`Planned`, as the custom calls return it."""
+    groups = (placement.num_groups,)
+    table = (placement.num_experts, placement.max_replicas)
+    return [
+        _ffi.Result(shape, dtype, varies_with)
+        for shape, dtype in (
+            ((placement.num_physical,), jnp.int32),
+            (table, jnp.int32),
+            (table, jnp.float32),
+            ((placement.num_ranks,), jnp.float32),
+            (groups, jnp.float32),
+            (groups, jnp.int32),
+            (groups, jnp.int32),
+        )
+    ]
+
+
+def ffi_attributes(placement: "Placement", tol: float, threshold: float, *, solve: bool = True) -> dict[str, Any]:
+    """What the custom calls know of the plan; `solve`: whether what it does not certify is solved."""
+    planning = placement.planning
+    assert planning is not None
+    slacks, rules = candidates(planning.target)
+    return {
+        "tol": np.float32(tol),
+        "threshold": np.float32(threshold),
+        "max_iterations": np.int64(_interior_point.MAX_ITERATIONS if solve else 0),
+        "slack": np.float32(planning.target - 1),
+        "max_sends": np.int64(2**31 - 1 if planning.max_sends is None else planning.max_sends),
+        "slacks": slacks,
+        "rules": rules,
+    }
+
+
+def choose(load: jax.Array, placement: "Placement", implementation: _ffi.Implementation) -> tuple[jax.Array, jax.Array]:
+    """Contents of a placement planned for a load, int32 or float32 [num_experts]."""
+    assert placement.planning is not None
+    load, unit = to_integers(load)
+    least = in_units(placement.planning.min_tokens, unit)
+    planned = plan(load, least, placement, _CERTIFIED, 0, implementation, solve=False)
+    return planned.phy2log, planned.log2phy
+
+
+def plan(
+    load: jax.Array,
+    least: jax.Array,
+    placement: "Placement",
+    tol: float,
+    threshold: float,
+    implementation: _ffi.Implementation,
+    *,
+    solve: bool = True,
+) -> Planned:
+    """The plan for an int32 load, in which a copy takes at least `least`, int32 [], of the load's units."""
+
+    def ffi(load: jax.Array, least: jax.Array) -> list[jax.Array]:
+        results = ffi_results(placement, (load, least))
+        return _ffi.call("lplb_plan", results, load, least, **ffi_attributes(placement, tol, threshold, solve=solve))
+
+    def xla(load: jax.Array, least: jax.Array) -> list[jax.Array]:
+        return list(plan_groups(load, least, placement, tol, threshold, solve=solve))
+
+    return Planned(*_ffi.dispatch("plan", implementation, ffi, xla, load, least))
+
+
+def plan_groups(
+    load: jax.Array, least: jax.Array, placement: "Placement", tol: float, threshold: float, *, solve: bool = True
+) -> Planned:
+    """The plan in pure JAX, and the solve of groups whose split it does not certify."""
+    planning = placement.planning
+    assert planning is not None
+    groups, ranks, slots = placement.num_groups, placement.group_size, placement.slots_per_rank
+    homes = placement.num_experts // placement.num_ranks
+    limits = _Limits(
+        planning.target - 1,
+        ranks * (slots - homes) if planning.max_sends is None else planning.max_sends,
+        placement.max_replicas,
+        slots - homes,
+    )
+    by_group = jnp.maximum(load, 0).reshape(groups, ranks, homes)
+    slacks, rules = candidates(planning.target)
+    by_slot, taken, left, rank_load, missing, largest, shift = jax.vmap(
+        lambda loads: _plan_group(loads, least, limits, slacks, rules, threshold)
+    )(by_group)
+
+    # Tables: homes in the first slots of each rank, then what its free slots hold.
+    home = jnp.arange(placement.num_experts, dtype=jnp.int32).reshape(groups, ranks, homes)
+    first_expert = (jnp.arange(groups, dtype=jnp.int32) * ranks * homes)[:, None, None]
+    copies = jnp.where(by_slot >= 0, by_slot + first_expert, -1)
+    phy2log = jnp.concatenate([home, copies], axis=2).reshape(-1)
+    shape = (placement.num_experts, placement.max_replicas)
+    rank = jnp.arange(placement.num_ranks, dtype=jnp.int32)
+    home_slot = (rank[:, None] * slots + jnp.arange(homes, dtype=jnp.int32)).reshape(-1)
+    copy_slot = (rank[:, None] * slots + jnp.arange(homes, slots, dtype=jnp.int32)).reshape(-1)
+    copied = copies.reshape(-1)
+    # An expert's copies are on ranks of their own, and so in the order of their slots.
+    earlier = (copied[:, None] == copied[None, :]) & (copy_slot[:, None] > copy_slot[None, :])
+    column = 1 + jnp.sum(earlier, axis=1, dtype=jnp.int32)
+    row = jnp.where(copied >= 0, copied, placement.num_experts)  # beyond the end: dropped
+    log2phy = jnp.full_like(load, -1, shape=shape).at[:, 0].set(home_slot).at[row, column].set(copy_slot, mode="drop")
+    whole = (by_group << shift[:, None, None]).reshape(-1)
+    fraction = jnp.zeros_like(load, jnp.float32, shape=shape)
+    fraction = fraction.at[:, 0].set(_share(left.reshape(-1), whole))
+    fraction = fraction.at[row, column].set(
+        _share(taken.reshape(-1), whole.at[jnp.maximum(copied, 0)].get()), mode="drop"
+    )
+
+    unit = lax.bitcast_convert_type((127 - shift) << 23, jnp.float32)
+    in_tokens = (rank_load.astype(jnp.float32) * unit[:, None]).reshape(-1)
+    some = jnp.any(by_slot >= 0, axis=(1, 2))
+    home_load = (jnp.sum(by_group, axis=2, dtype=jnp.int32) << shift[:, None]).astype(jnp.uint32)
+    at_home = _stays_at_home(home_load, threshold)
+    most = jnp.max(home_load, axis=1).astype(jnp.float32) * ranks
+    more = most - jnp.sum(home_load, axis=1, dtype=jnp.uint32).astype(jnp.float32)
+    gap_at_home = jnp.where(at_home & (more > 0), more / jnp.maximum(most, 1), 0)
+    gap = jnp.where(some, _gap(missing, largest), gap_at_home)
+    status = jnp.where(some, jnp.where(gap <= tol, Status.CONVERGED, Status.MAX_ITERATIONS), Status.SKIPPED)
+    planned = Planned(
+        phy2log, log2phy, fraction, in_tokens, gap, jnp.zeros_like(gap, jnp.int32), status.astype(jnp.int32)
+    )
+    return _solve_open(load, planned, placement, tol) if solve else planned
+
+
+def _solve_open(load: jax.Array, planned: Planned, placement: "Placement", tol: float) -> Planned:
+    """Solves groups without a certificate by the interior-point method; the plan's split stays where it is as good."""
+    groups = placement.num_groups
+    fraction, rank_load, gap, iterations, status = _interior_point.solve_groups(
+        load, planned.log2phy, placement.slots_per_rank, placement.num_ranks, groups, tol, 0.0
+    )
+
+    def largest(rank_load: jax.Array) -> jax.Array:
+        return jnp.max(rank_load.reshape(groups, -1), axis=1)
+
+    bound = jnp.maximum(largest(rank_load) * (1 - gap), largest(planned.rank_load) * (1 - planned.gap))
+    better = (planned.status == Status.MAX_ITERATIONS) & (largest(rank_load) < largest(planned.rank_load))
+    best = jnp.where(better, largest(rank_load), largest(planned.rank_load))
+    open_ = planned.status == Status.MAX_ITERATIONS
+    gap = jnp.where(open_, jnp.clip((best - bound) / jnp.where(best > 0, best, 1), 0), planned.gap)
+    status = jnp.where(open_, jnp.where(gap <= tol, Status.CONVERGED, Status.MAX_ITERATIONS), planned.status)
+
+    def choose(solved: jax.Array, planned: jax.Array) -> jax.Array:
+        chosen = jnp.repeat(better, solved.shape[0] // groups, total_repeat_length=solved.shape[0])
+        return jnp.where(chosen.reshape(-1, *[1] * (solved.ndim - 1)), solved, planned)
+
+    return planned._replace(
+        fraction=choose(fraction, planned.fraction),
+        rank_load=choose(rank_load, planned.rank_load),
+        gap=gap,
+        iterations=jnp.where(open_, iterations, 0),
+        status=status.astype(jnp.int32),
+    )
+
+
+class _Limits(NamedTuple):
+    slack: float
+    max_sends: int
+    max_replicas: int
+    redundants: int
+
+
+class _Copies(NamedTuple):
+    """A list of copies, each field [max_copies]; experts and ranks are of the group."""
+
+    expert: jax.Array
+    receiver: jax.Array
+    tokens: jax.Array
+    settles: jax.Array
+
+
+_RECEIVER, _GIVER, _NEITHER = 0, 1, 2
+
+
+class _State(NamedTuple):
+    """A candidate at work: [ranks] but for at_home [ranks, homes], replicas alike, and held [ranks, ranks * homes]."""
+
+    load: jax.Array
+    at_home: jax.Array
+    replicas: jax.Array
+    held: jax.Array
+    used: jax.Array
+    sent: jax.Array
+    member: jax.Array
+    copies: _Copies
+    num_copies: jax.Array
+    stuck: jax.Array
+
+
+def _plan_group(
+    loads: jax.Array,
+    least: jax.Array,
+    limits: _Limits,
+    slacks: np.ndarray,
+    rules: np.ndarray,
+    threshold: float,
+) -> tuple[jax.Array, ...]:
+    """One group, int32 loads [ranks, homes]: what free slots hold and take, what stays, rank loads, the certificate."""
+    ranks, homes = loads.shape
+    total = jnp.sum(loads, dtype=jnp.int32).astype(jnp.uint32)
+    shift = jnp.where(total != 0, jnp.maximum(lax.clz(total).astype(jnp.int32) - 2, 0), 0)
+    up = shift.astype(jnp.uint32)
+    scaled = loads.astype(jnp.uint32) << up
+    most = jnp.uint32(2**31 - 1)
+    floor = jnp.maximum(least, 0).astype(jnp.uint32)
+    floor = jnp.where(least < 1, 1, jnp.where(floor < most >> up, floor << up, most)).astype(jnp.uint32)
+    home_load = jnp.sum(scaled, axis=1, dtype=jnp.uint32)
+    mean = (total << up) // jnp.uint32(ranks)
+    even_enough = _limit(mean, jnp.float32(limits.slack))
+
+    def attempt(slack: jax.Array, rule: jax.Array) -> tuple[_Copies, jax.Array, jax.Array, jax.Array, jax.Array]:
+        state = _give(scaled, floor, _limit(mean, slack), rule, limits)
+        tokens, levelled, bound = _level(scaled, state)
+        given = jnp.max(state.load)
+        tokens = jnp.where(levelled <= given, tokens, state.copies.tokens)
+        largest = jnp.minimum(levelled, given)
+        in_use = jnp.sum(tokens != 0, dtype=jnp.uint32)
+        missing = jnp.where(largest > bound, largest - bound, 0)
+        return state.copies._replace(tokens=tokens), jnp.maximum(largest, even_enough), in_use, largest, missing
+
+    copies, rated, in_use, largest, missing = jax.vmap(attempt)(jnp.asarray(slacks), jnp.asarray(rules))
+    # The first of the best, criterion by criterion.
+    left = jnp.ones_like(rated, bool)
+    for criterion in (rated, in_use, (_gap(missing, largest) > jnp.float32(_CERTIFIED)).astype(jnp.uint32), largest):
+        left &= criterion == jnp.min(jnp.where(left, criterion, jnp.uint32(2**32 - 1)))
+    best = jnp.argmax(left)
+    copies, largest, missing = jax.tree.map(lambda leaf: leaf[best], (copies, largest, missing))
+    tokens = jnp.where(_stays_at_home(home_load, threshold), jnp.zeros_like(copies.tokens), copies.tokens)
+
+    # Slots in the order of the list, less copies without tokens.
+    used = tokens != 0
+    index = np.arange(len(tokens))
+    before = (index[None, :] < index[:, None]) & used[None, :] & (copies.receiver[None, :] == copies.receiver[:, None])
+    number = jnp.sum(before, axis=1, dtype=jnp.int32)
+    receiver = jnp.where(used, copies.receiver, ranks)  # beyond the end: dropped
+    by_slot = jnp.full_like(copies.expert, -1, shape=(ranks, limits.redundants))
+    by_slot = by_slot.at[receiver, number].set(copies.expert, mode="drop")
+    taken = jnp.zeros_like(tokens, shape=by_slot.shape).at[receiver, number].set(tokens, mode="drop")
+    out = jnp.zeros_like(scaled.reshape(-1)).at[copies.expert].add(tokens, mode="drop")
+    left_at_home = scaled - out.reshape(ranks, homes)
+    rank_load = jnp.sum(left_at_home, axis=1, dtype=jnp.uint32) + jnp.sum(taken, axis=1, dtype=jnp.uint32)
+    return by_slot, taken, left_at_home, rank_load, missing, largest, shift
+
+
+def _give(scaled: jax.Array, least: jax.Array, limit: jax.Array, rule: jax.Array, limits: _Limits) -> _State:
+    ranks, homes = scaled.shape
+    rank = jnp.arange(ranks, dtype=jnp.int32)
+    capacity = ranks * limits.redundants
+    none = jnp.zeros_like(scaled[:, 0], jnp.int32)
+    nothing = jnp.zeros_like(none, shape=(capacity,))
+    home_load = jnp.sum(scaled, axis=1, dtype=jnp.uint32)
+    axes = _ffi.varying(scaled, least, limit, rule)
+    start = _State(
+        load=home_load,
+        at_home=scaled,
+        replicas=jnp.ones_like(scaled, jnp.int32),
+        held=jnp.zeros_like(scaled, bool, shape=(ranks, ranks * homes)),
+        used=none,
+        sent=none,
+        member=rank + none,
+        copies=_Copies(nothing, nothing, nothing.astype(jnp.uint32), nothing),
+        num_copies=none[0],
+        stuck=none[0] != 0,
+    )
+
+    def step(state: _State) -> _State:
+        giver = jnp.argmax(state.load).astype(jnp.int32)
+        excess = state.load[giver] - limit
+        there = jnp.where(state.replicas[giver] < limits.max_replicas, state.at_home[giver], 0)
+        chosen = jnp.argmax(there).astype(jnp.int32)
+        expert, has = giver * homes + chosen, there[chosen]
+        room = jnp.where((state.used < limits.redundants) & (state.load < limit), limit - state.load, 0)
+        room = jnp.where((room < least) | state.held[:, expert], 0, room)
+
+        def least_room(of: jax.Array) -> jax.Array:
+            return jnp.where((room != 0) & (room >= of), ~room, 0)
+
+        def most_room(of: jax.Array) -> jax.Array:
+            return jnp.where(room <= of, room, 0)
+
+        # Of several rows of keys, the first that has any.
+        fill = least_room(jnp.minimum(excess, has))
+        fit = jnp.where(excess <= has, least_room(excess), 0)
+        first = jnp.where(rule == _FILL, fill, jnp.where(rule == _FIT, fit, 0))
+        second = jnp.where(rule == _FIT, most_room(has), 0)
+        keys = jnp.where(jnp.any(first != 0), first, jnp.where(jnp.any(second != 0), second, room))
+        receiver = jnp.argmax(keys).astype(jnp.int32)
+        space = room[receiver]
+        only_excess = (rule != _FILL) & (has < space) & (excess < has) & (excess >= least)
+        tokens = jnp.where(only_excess, excess, jnp.minimum(space, has))
+        settles = jnp.where(tokens == space, _RECEIVER, jnp.where(tokens == excess, _GIVER, _NEITHER))
+        copy = _Copies(expert, receiver, tokens, settles)
+        given, received = rank == giver, rank == receiver
+        gives, gets = jnp.where(given, tokens, 0), jnp.where(received, tokens, 0)
+        joined = (state.member == state.member[giver]) | (state.member == state.member[receiver])
+        following = _State(
+            load=state.load - gives + gets,
+            at_home=state.at_home.at[giver, chosen].add(jnp.uint32(0) - tokens),
+            replicas=state.replicas.at[giver, chosen].add(1),
+            held=state.held.at[receiver, expert].set(True),
+            used=state.used + received,
+            sent=state.sent + given,
+            member=jnp.where(joined, state.member[giver], state.member),
+            copies=jax.tree.map(lambda field, value: field.at[state.num_copies].set(value), state.copies, copy),
+            num_copies=state.num_copies + 1,
+            stuck=state.stuck,
+        )
+        stuck = (state.sent[giver] >= limits.max_sends) | (has < least) | (space == 0)
+        return jax.tree.map(lambda a, b: jnp.where(stuck, a, b), state._replace(stuck=stuck | state.stuck), following)
+
+    def goes_on(state: _State) -> jax.Array:
+        return ~state.stuck & (jnp.max(state.load) > limit) & (state.num_copies < capacity)
+
+    return lax.while_loop(goes_on, step, jax.tree.map(lambda leaf: _ffi.vary(leaf, axes), start))
+
+
+def _level(scaled: jax.Array, state: _State) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The copies' tokens with the means of components as limits, the largest rank load then, and a bound on it."""
+    homes = scaled.shape[1]
+    home_load = jnp.sum(scaled, axis=1, dtype=jnp.uint32)
+    alike = state.member[:, None] == state.member[None, :]
+    total = jnp.sum(jnp.where(alike, home_load[None, :], 0), axis=1, dtype=jnp.uint32)
+    size = jnp.sum(alike, axis=1, dtype=jnp.uint32)
+    mean = total // size
+    level = mean + (total % size != 0).astype(jnp.uint32)
+
+    def replay(carry: tuple[jax.Array, jax.Array], copy: Any) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        over, at_home = carry
+        of_list, in_list = copy
+        giver = of_list.expert // homes
+        has = at_home[of_list.expert].astype(jnp.int32)
+        wanted = jnp.where(
+            of_list.settles == _RECEIVER,
+            -over[of_list.receiver],
+            jnp.where(of_list.settles == _GIVER, over[giver], has),
+        )
+        tokens = jnp.where(in_list, jnp.clip(wanted, 0, has), 0)
+        over = over.at[giver].add(-tokens).at[of_list.receiver].add(tokens)
+        tokens = tokens.astype(jnp.uint32)
+        return (over, at_home.at[of_list.expert].add(jnp.uint32(0) - tokens)), tokens
+
+    in_list = jnp.arange(len(state.copies.expert)) < state.num_copies
+    (over, _), tokens = lax.scan(
+        replay, ((home_load - level).astype(jnp.int32), scaled.reshape(-1)), (state.copies, in_list)
+    )
+    return tokens, jnp.max(level + over.astype(jnp.uint32)), jnp.max(mean)
+
+
+def _limit(mean: jax.Array, slack: jax.Array) -> jax.Array:
+    return mean + jnp.minimum(mean.astype(jnp.float32) * slack, 2.0**31).astype(jnp.uint32)
+
+
+def _gap(missing: jax.Array, largest: jax.Array) -> jax.Array:
+    return missing.astype(jnp.float32) / jnp.maximum(largest, 1).astype(jnp.float32)
+
+
+def _share(tokens: jax.Array, whole: jax.Array) -> jax.Array:
+    """Of an expert's tokens; 0 where it has none."""
+    share = tokens.astype(jnp.float32) / jnp.maximum(whole, 1).astype(jnp.float32)
+    # On GPUs XLA divides approximately; whole experts stay whole there, too.
+    return jnp.where(tokens == 0, 0, jnp.where(tokens == whole.astype(tokens.dtype), 1, share))
+
+
+def _stays_at_home(home_load: jax.Array, threshold: float) -> jax.Array:
+    """Whether the largest of [..., ranks] is within `threshold` of the mean."""
+    if threshold == 0:
+        return jnp.zeros_like(home_load[..., 0], bool)
+    ranks = home_load.shape[-1]
+    total = jnp.sum(home_load, axis=-1, dtype=jnp.uint32).astype(jnp.float32)
+    return jnp.max(home_load, axis=-1).astype(jnp.float32) * ranks <= jnp.float32(threshold) * total
