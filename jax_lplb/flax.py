@@ -231,7 +231,7 @@ class MoE(nnx.Module):
         )
         if self.placement.get_value().planning is not None:
             raise ValueError(
-                "prepare: the copies of a per-batch placement are chosen within the call; call the layer without slots, "
+                "prepare: copies of a per-batch placement are chosen within the call; call the layer without slots, "
                 "or give it a placement whose copies are chosen before"
             )
         run = self._on_each_device(
