@@ -14,9 +14,17 @@ from jax_lplb import _ffi
 from jax_lplb._assign import quota_rank_load
 from jax_lplb._checks import check_count
 from jax_lplb._placement import Placement, check_contents, slots_of_experts
-from jax_lplb._solve import Solver, certified_bound, check_options, check_placement, solve_fractions
+from jax_lplb._solve import (
+    Solver,
+    beyond_custom_calls,
+    certified_bound,
+    check_options,
+    check_placement,
+    solve_fractions,
+)
 
-_AT_ONCE = 256  # loads of one call
+_AT_ONCE = 256  # loads of one call, at most
+_ELEMENTS = 2**28  # of the largest array, in pure JAX
 
 
 class Evaluation(NamedTuple):
@@ -56,12 +64,13 @@ def evaluate(
       placement: a placement; or integers [num_physical], the logical expert of each slot, such as a row of EPLB's
         phy2log. Two slots of one rank may then hold one expert: an even split uses both, `solve` the first. Either may
         have leading axes, one entry for each layer.
-      loads: integers [..., num_experts], the tokens of each logical expert; a trace is [steps, num_experts]. For
-        stacked layers [..., layers, num_experts]: each is judged by the placement of its layer.
+      loads: whole numbers [..., num_experts], the tokens of each logical expert; a trace is [steps, num_experts], or
+        [steps, layers, num_experts], all judged by the one placement. For stacked layers [..., layers, num_experts]:
+        each is judged by the placement of its layer.
       num_ranks: ranks, where `placement` is an array.
       solver: as of `solve`.
       tol: as of `solve`.
-      implementation: as of `solve`.
+      implementation: as of `solve`; by default pure JAX, too, where a placement is beyond the custom calls' limits.
       progress: shows a progress bar on long traces, if standard error is a terminal and `rich` is installed.
 
     Returns:
@@ -69,14 +78,12 @@ def evaluate(
       imbalance 1.
 
     Raises:
-      TypeError: `loads` or the array do not hold integers, or they are traced.
-      ValueError: shapes do not fit, a load is negative, loads sum to 2**31 or more, an expert has no slot, or the
-        solver cannot solve the placement.
+      TypeError: `loads` does not hold numbers or the array no integers, or they are traced.
+      ValueError: shapes do not fit, a load is negative or not a whole number, loads sum to 2**31 or more, an expert has
+        no slot, or the solver cannot solve the placement.
     """
     _check_concrete("loads", loads)
-    loads = np.asarray(loads)
-    if not np.issubdtype(loads.dtype, np.integer):
-        raise TypeError(f"loads must hold integers, tokens of each expert; got dtype {loads.dtype}")
+    loads = _whole(np.asarray(loads))
     if loads.ndim == 0:
         raise ValueError("loads must have shape [..., num_experts], got shape ()")
     placement = _placement(placement, loads.shape[-1], num_ranks)
@@ -95,6 +102,8 @@ def evaluate(
     stacked = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[len(layers) :]), placement)
     num_layers = len(stacked.phy2log)
     alone = jax.tree.map(lambda leaf: leaf[0], stacked)
+    if implementation is None and beyond_custom_calls(alone):
+        implementation = "xla"
     check_placement(alone, implementation)
     check_options(alone, solver, tol, None)
 
@@ -113,11 +122,13 @@ def evaluate(
     np.add.at(of_slot, (np.arange(num_layers)[:, None], stacked.phy2log, rank), 1)
     in_order = np.arange(experts)[None] // -(-experts // ranks)
 
+    # Of each load the interior-point method in pure JAX holds which replica is on which rank.
+    at_once = min(_AT_ONCE, max(_ELEMENTS // (experts * alone.max_replicas * alone.group_size), 1))
     most, assigned, gap = np.empty(len(flat)), np.empty(len(flat), np.int64), np.empty(len(flat))
-    for first in _track(range(0, len(flat), _AT_ONCE), progress):
-        part = flat[first : first + _AT_ONCE]
+    for first in _track(range(0, len(flat), at_once), progress):
+        part = flat[first : first + at_once]
         # The last part is filled up: one shape, compiled once.
-        padded = np.zeros((min(_AT_ONCE, len(flat)), experts), np.int32)
+        padded = np.zeros((min(at_once, len(flat)), experts), np.int32)
         padded[: len(part)] = part
         layer = (first + np.arange(len(padded))) % num_layers
         of_layer = jax.tree.map(lambda leaf, layer=layer: leaf[layer], stacked)
@@ -152,6 +163,21 @@ def _balance_all(
         return jnp.max(certified_bound(rank_load, gap, placement)), assigned, jnp.max(gap)
 
     return jax.vmap(balance)(loads, placements)
+
+
+def _whole(loads: np.ndarray) -> np.ndarray:
+    """As integers."""
+    if not jnp.issubdtype(loads.dtype, jnp.floating):
+        if not np.issubdtype(loads.dtype, np.integer):
+            raise TypeError(f"loads must hold numbers, tokens of each expert; got dtype {loads.dtype}")
+        return loads
+    loads = loads.astype(np.float64)
+    wrong = ~(np.isfinite(loads) & (loads == np.rint(loads)))
+    if wrong.any():
+        raise ValueError(
+            f"loads must be whole numbers of tokens, got {loads[wrong][0]}; round them, such as by np.rint(loads)"
+        )
+    return loads.clip(-(2**31), 2**31).astype(np.int64)
 
 
 def _placement(placement: Placement | ArrayLike, num_experts: int, num_ranks: int | None) -> Placement:

@@ -1,6 +1,7 @@
 """Placement: which physical expert (slot) holds which logical expert."""
 
 import dataclasses
+import operator
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,7 @@ from jax import lax
 from numpy.typing import ArrayLike
 
 from jax_lplb import _ffi, _plan, eplb
-from jax_lplb._checks import check_count, check_positive
+from jax_lplb._checks import check_choice, check_count, check_positive
 from jax_lplb._mesh import with_auto_axes
 from jax_lplb.topology import Topology
 
@@ -145,6 +146,7 @@ class Placement:
         num_ranks: int,
         redundants_per_rank: int,
         load: ArrayLike | None = None,
+        repeats: bool = False,
     ) -> "Placement":
         """Home experts on each rank, and copies of the heaviest along a topology.
 
@@ -157,6 +159,11 @@ class Placement:
         before the first step: `params = jax_lplb.from_logical(params, placement)`, and optimiser state likewise; see
         `home_order`. (`jax_lplb.flax.MoE` makes its parameters in the right order.)
 
+        With `repeats` a rank may send a hot expert along several columns, so that it has a copy on each of the ranks
+        that these lead to: the rank's slots are filled one after the other, c before d, by the home expert with the
+        most load a replica of those that have no copy on the slot's rank yet; ties go to the fewest replicas, then to
+        the lower expert. `log2phy` has room for as many replicas, and `select` then chooses so, too.
+
         Args:
           topology: for groups of `topology.group_size` ranks.
           num_experts: logical experts, a multiple of `num_ranks`.
@@ -165,6 +172,8 @@ class Placement:
             rank's home experts. 0 for no copies at all.
           load: [..., num_experts], past tokens of each logical expert, in any unit. Leading axes, one entry for each
             layer, are those of the leaves.
+          repeats: whether an expert may have several copies. Without `load` no expert is known to need them, and this
+            makes room for what `select` will choose.
 
         Raises:
           TypeError: `topology` is not a Topology, a number is not an integer, or `load` is traced.
@@ -175,6 +184,7 @@ class Placement:
         check_count("num_experts", num_experts)
         check_count("num_ranks", num_ranks)
         check_count("redundants_per_rank", redundants_per_rank, least=0)
+        check_choice("repeats", repeats, (False, True))
         size, columns = topology.group_size, topology.num_columns
         if num_ranks % size:
             raise ValueError(f"num_ranks must be a multiple of the topology's {size} ranks, got {num_ranks}")
@@ -185,9 +195,13 @@ class Placement:
             raise ValueError(
                 f"redundants_per_rank must be a multiple of the topology's {columns} columns, got {redundants_per_rank}"
             )
-        if redundants_per_rank > home:
+        replicas, most = _limits(topology, home, repeats)
+        if redundants_per_rank > most:
+            cured = not repeats and redundants_per_rank <= _limits(topology, home, True)[1]
             raise ValueError(
-                f"redundants_per_rank must be at most the {home} home experts of a rank, got {redundants_per_rank}"
+                f"redundants_per_rank must be at most {most}, got {redundants_per_rank}: a rank has {home} home "
+                f"experts, and copies{' on one rank' * repeats} are of different ones"
+                f"{'; with repeats=True only those on one rank are' * cured}"
             )
         leading: tuple[int, ...] = ()
         order = np.arange(num_experts)
@@ -200,14 +214,20 @@ class Placement:
         slots = home + redundants_per_rank
         slot = np.arange(num_ranks * slots).reshape(num_ranks, slots)
         order = order.reshape(*leading, num_ranks, home)
-        copies = order[..., *copied(topology, num_ranks, redundants_per_rank)]
+        owner, _ = owners_and_receivers(topology, num_ranks, redundants_per_rank)
+        copies = order[..., owner, np.arange(redundants_per_rank) % home]
         phy2log = np.concatenate([order, copies], axis=-1).reshape(*leading, -1).astype(np.int32)
-        log2phy = np.full((*leading, num_experts, 2 if redundants_per_rank else 1), -1, np.int32)
+        log2phy = np.full((*leading, num_experts, replicas if redundants_per_rank else 1), -1, np.int32)
         for column, (experts, slots_of) in enumerate([(order, slot[:, :home]), (copies, slot[:, home:])]):
             if experts.size:
                 flat = experts.reshape(*leading, -1)
                 np.put_along_axis(log2phy[..., column], flat, np.broadcast_to(slots_of.ravel(), flat.shape), axis=-1)
-        return cls(phy2log, log2phy, num_ranks, num_ranks // size, topology)
+        placement = cls(phy2log, log2phy, num_ranks, num_ranks // size, topology)
+        if placement.max_replicas <= 2:  # repeats or not, no expert has two copies
+            return placement
+        known = np.zeros(num_experts) if load is None else load
+        phy2log, log2phy = placement._select_all(np, repeats, phy2log, log2phy, known)
+        return dataclasses.replace(placement, phy2log=phy2log, log2phy=log2phy)
 
     @classmethod
     def from_eplb(
@@ -446,23 +466,24 @@ class Placement:
             phy2log, log2phy = with_auto_axes(run, jax.P(), lax.stop_gradient(jnp.asarray(load)))
         return dataclasses.replace(self, phy2log=phy2log, log2phy=log2phy)
 
-    def select(self, load: jax.Array) -> "Placement":
+    def select(self, load: jax.Array, *, repeats: bool | None = None) -> "Placement":
         """Chooses anew, on the device, which experts fill the copies' slots, by a load that may be traced.
 
         The same placement, but with copies of each rank's heaviest home experts, the heaviest in the first of the slots
-        that copy from the rank; ties go to the lower expert. Home slots stay. For a moving average of past load: the
-        weights of copies have to follow.
+        that copy from the rank; ties go to the lower expert. With `repeats` a hot one may have several, as
+        `from_topology` says. Home slots stay. For a moving average of past load: the weights of copies have to follow.
 
         Args:
           load: int32 or float32 [..., num_experts], in any unit. Leading axes, one entry for each layer, go with those
             of the leaves.
+          repeats: whether an expert may have several copies. None: as the placement was made.
 
         Returns:
           A placement of the same shapes, whose leaves are traced where `load` is.
 
         Raises:
           TypeError: `load` is no array of numbers.
-          ValueError: it has the wrong shape, or the placement has no topology.
+          ValueError: it has the wrong shape, or the placement has no topology, or no room for repeats.
         """
         if self.topology is None:
             raise ValueError(
@@ -475,48 +496,105 @@ class Placement:
             raise TypeError(f"load must be an array of numbers, got {getattr(load, 'dtype', type(load).__name__)}")
         if load.ndim == 0 or load.shape[-1] != self.num_experts:
             raise ValueError(f"load must have shape [..., num_experts] = [..., {self.num_experts}], got {load.shape}")
+        check_choice("repeats", repeats, (None, False, True))
+        home = self.num_experts // self.num_ranks
+        redundants = self.slots_per_rank - home
+        room = _limits(self.topology, home, True)[0] if redundants else 1
+        if repeats and self.max_replicas < room:
+            raise ValueError(
+                f"repeats = True needs max_replicas = {room}, but the placement has max_replicas = "
+                f"{self.max_replicas}; make it by Placement.from_topology(..., repeats=True)"
+            )
+        if repeats is False and redundants > home:
+            raise ValueError(
+                f"repeats = False needs as many home experts on a rank as redundant ones, but the placement has {home} "
+                f"and {redundants}; leave repeats out"
+            )
+        if repeats is None:
+            repeats = self.max_replicas >= room
         with jax.named_scope("lplb_select"):
-            phy2log, log2phy = with_auto_axes(self._select_all, jax.P(), self.phy2log, self.log2phy, load)
+            run = partial(self._select_all, jnp, repeats)
+            phy2log, log2phy = with_auto_axes(run, jax.P(), self.phy2log, self.log2phy, load)
         return dataclasses.replace(self, phy2log=phy2log, log2phy=log2phy)
 
-    def _select_all(self, phy2log: jax.Array, log2phy: jax.Array, load: jax.Array) -> tuple[jax.Array, jax.Array]:
-        choose = jnp.vectorize(self._select, signature="(p),(e,r),(e)->(p),(e,r)")
+    def _select_all(self, xp: Any, repeats: bool, phy2log: Any, log2phy: Any, load: Any) -> tuple[Any, Any]:
+        """Of arrays of `xp`, NumPy or JAX's, with leading axes."""
+        choose = xp.vectorize(partial(self._select, xp, repeats), signature="(p),(e,r),(e)->(p),(e,r)")
         leading = np.broadcast_shapes(load.shape[:-1], phy2log.shape[:-1])
         return choose(
             *(
-                jnp.broadcast_to(x, (*leading, *x.shape[x.ndim - n :]))
+                xp.broadcast_to(x, (*leading, *x.shape[x.ndim - n :]))
                 for x, n in ((phy2log, 1), (log2phy, 2), (load, 1))
             )
         )
 
-    def _select(self, phy2log: jax.Array, log2phy: jax.Array, load: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _select(self, xp: Any, repeats: bool, phy2log: Any, log2phy: Any, load: Any) -> tuple[Any, Any]:
         if self.max_replicas == 1:
             return phy2log, log2phy
         assert self.topology is not None
         ranks, slots = self.num_ranks, self.slots_per_rank
         home = self.num_experts // ranks
-        redundants = slots - home
+        number = np.arange(slots - home, dtype=np.int32)
+        owner, receiver = owners_and_receivers(self.topology, ranks, slots - home)
         owned = phy2log.reshape(ranks, slots)[:, :home]
-        weight = load.at[owned].get(mode="clip")
+        weight = _clipped(load, owned)
         if jnp.issubdtype(weight.dtype, jnp.floating):
-            weight = jnp.where(jnp.isnan(weight), -jnp.inf, weight)  # or no order would be one
-        # The order of a rank's experts by comparing all pairs: few enough, and no sort, which takes several kernels.
-        heavier = weight[:, None, :] > weight[:, :, None]
-        before = (weight[:, None, :] == weight[:, :, None]) & (owned[:, None, :] < owned[:, :, None])
-        order = jnp.sum(heavier | before, axis=2, dtype=jnp.int32)
-        chosen = order[:, :, None] == jnp.arange(redundants, dtype=jnp.int32)[None, None, :]
-        experts = jnp.max(jnp.where(chosen, owned[:, :, None], 0), axis=1)  # [ranks, redundants]
-        owner, number = copied(self.topology, ranks, redundants)
-        # The slot that copies the k-th of a rank's chosen experts: fixed by the topology.
-        copy_slot = np.full((ranks, home), -1, np.int32)
-        copy_slot[owner, number] = np.arange(ranks)[:, None] * slots + home + np.arange(redundants)
-        slot_of = jnp.take_along_axis(jnp.asarray(copy_slot), order, axis=1).reshape(-1)
+            weight = xp.where(xp.isnan(weight), -np.inf, weight)  # or no order would be one
+        if repeats and self.max_replicas > 2:
+            chosen = _with_repeats(xp, weight, owned, receiver)
+        else:
+            order = xp.sum(_ahead(weight, owned), axis=2, dtype=np.int32)
+            chosen = order[:, :, None] == number[None, None, :]
+        # Here chosen [ranks, home, redundants]: which of its experts a rank sends to which of its copies' slots.
+        experts = xp.max(xp.where(chosen, owned[:, :, None], 0), axis=1)
+        slot = (receiver * slots + home + number).astype(np.int32)
+        earlier = slot[:, None, :] < slot[:, :, None]
+        place = xp.sum(chosen[:, :, None, :] & earlier[:, None], axis=3, dtype=np.int32)  # among the expert's copies
+        column = np.arange(self.max_replicas - 1, dtype=np.int32)
+        in_column = chosen[:, :, None, :] & (place[:, :, None, :] == column[None, None, :, None])
+        copies = xp.max(xp.where(in_column, slot[:, None, None, :], np.int32(-1)), axis=3)
         home_slot = log2phy[:, 0]
         row = home_slot // slots * home + home_slot % slots
         return (
-            jnp.concatenate([owned, experts[owner, number]], axis=1).reshape(-1),
-            jnp.stack([home_slot, slot_of.at[row].get(mode="clip")], axis=1),
+            xp.concatenate([owned, experts[owner, number]], axis=1).reshape(-1),
+            xp.concatenate([home_slot[:, None], _clipped(copies.reshape(-1, len(column)), row)], axis=1),
         )
+
+
+def _with_repeats(xp: Any, weight: Any, owned: Any, receiver: np.ndarray) -> Any:
+    """Which of its experts each rank sends to each of its copies' slots, bool [ranks, home, redundants].
+
+    Slot by slot, that with the most load a replica of those that the slot's rank was not sent yet.
+    """
+    picks: list[Any] = []
+    with jax.enable_x64(True):  # float64 rounds no two quotients of int32 or float32 by so small numbers to one
+        weight = xp.where(weight > 0, weight, 0).astype(np.float64)
+        replicas = xp.ones_like(weight)
+        for number in range(receiver.shape[1]):
+            there = xp.zeros_like(weight, dtype=bool)
+            for earlier, picked in enumerate(picks):
+                there |= picked & (receiver[:, earlier] == receiver[:, number])[:, None]
+            each = xp.where(there, -1, weight / replicas)
+            picks.append(~xp.any(_ahead(each, replicas, owned), axis=2))
+            replicas += picks[-1].astype(np.float64)
+        return xp.stack(picks, axis=2)
+
+
+def _ahead(most: Any, *least: Any) -> Any:
+    """[ranks, experts, others]: whether the other has more of the first; or as much, and less of the next, and so on.
+
+    All pairs: few enough, and no sort, which takes several kernels.
+    """
+    ahead = None
+    for value in reversed(least):
+        less, equal = (compare(value[:, None, :], value[:, :, None]) for compare in (operator.lt, operator.eq))
+        ahead = less if ahead is None else less | equal & ahead
+    return (most[:, None, :] > most[:, :, None]) | (most[:, None, :] == most[:, :, None]) & ahead
+
+
+def _clipped(array: Any, index: Any) -> Any:
+    """array[index]; what is traced may hold any index."""
+    return array[index] if isinstance(array, np.ndarray) else array.at[index].get(mode="clip")
 
 
 def _same(leaf: Any, other: Any) -> bool:
@@ -544,12 +622,27 @@ def _short(leaf: Any) -> str:
     return repr(leaf)
 
 
-def copied(topology: Topology, num_ranks: int, redundants_per_rank: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of each redundant slot [num_ranks, redundants_per_rank] the rank it copies from, and which of its experts."""
-    ranks, copy = np.arange(num_ranks), np.arange(redundants_per_rank)
-    size = topology.group_size
-    owner = ranks[:, None] // size * size + topology.r2o[ranks % size][:, copy % topology.num_columns]
-    return owner, np.broadcast_to(copy, owner.shape)
+def owners_and_receivers(topology: Topology, num_ranks: int, redundants_per_rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of each rank's redundant slots [num_ranks, redundants_per_rank] the ranks that they copy from.
+
+    And those that its own copies go to: to the slots of the same numbers.
+    """
+    ranks, size = np.arange(num_ranks), topology.group_size
+    column = np.arange(redundants_per_rank) % topology.num_columns
+    owner = ranks[:, None] // size * size + topology.r2o[ranks % size][:, column]
+    return owner, np.argsort(owner, axis=0)
+
+
+def _limits(topology: Topology, home: int, repeats: bool) -> tuple[int, int]:
+    """The most replicas of an expert, and redundant experts on each rank, where it has as many home experts.
+
+    A rank's copies are of different experts; with repeats only those that go to one rank.
+    """
+    columns = topology.num_columns
+    if not repeats:
+        return 2, home // columns * columns
+    to_each = [np.unique(receivers, return_counts=True)[1] for receivers in np.argsort(topology.r2o, axis=0)]
+    return 1 + max(map(len, to_each)), home // int(max(map(max, to_each))) * columns
 
 
 def _give_way(by_rank: np.ndarray, load: np.ndarray, num_nodes: int, max_replicas: int) -> None:

@@ -217,18 +217,21 @@ def check_placement(placement: Placement, implementation: _ffi.Implementation) -
         )
     if implementation not in (None, "ffi", "xla"):
         raise ValueError(f"implementation must be None, 'ffi' or 'xla', got {implementation!r}")
-    if implementation == "xla":
-        return
+    beyond = beyond_custom_calls(placement)
+    if beyond and implementation != "xla":
+        raise ValueError(f"{beyond}; pass implementation='xla'")
+
+
+def beyond_custom_calls(placement: Placement) -> str:
+    """What of a placement the custom calls cannot hold, as a sentence; empty where there is nothing."""
     for what, value, limit in (
         ("ranks a group", placement.group_size, _ffi.MAX_GROUP_RANKS),
         ("physical experts a group", placement.num_physical // placement.num_groups, _ffi.MAX_GROUP_SLOTS),
         ("experts", placement.num_experts, _ffi.MAX_EXPERTS),
     ):
         if value > limit:
-            raise ValueError(
-                f"placement has {value} {what}, and the custom calls hold at most {limit} in shared memory; "
-                "pass implementation='xla'"
-            )
+            return f"placement has {value} {what}, and the custom calls hold at most {limit} in shared memory"
+    return ""
 
 
 def check_options(placement: Placement, solver: Solver, tol: float, threshold: float | None) -> Options:

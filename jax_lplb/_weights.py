@@ -14,7 +14,7 @@ from jax import lax
 from jax_lplb import _ffi
 from jax_lplb._balance import AxisName, axis_size
 from jax_lplb._mesh import spec_of, with_auto_axes
-from jax_lplb._placement import Placement, copied
+from jax_lplb._placement import Placement, owners_and_receivers
 from jax_lplb._reverse_only import reverse_only
 
 Route = tuple[tuple[int, int], ...]  # (sender, receiver), as `ppermute` takes them
@@ -111,16 +111,14 @@ def send_early(
     if topology is None:
         rows = jnp.clip(of_slots[rank], 0, placement.num_experts - 1)
         return (Travel(rows, axis_name, None, (), (), dtypes, whole), [], []), value
-    owner, number = copied(topology, ranks, slots - home)
-    copier = np.empty_like(owner)  # of each rank's k-th copied expert
-    copier[owner, number] = np.arange(ranks)[:, None]
-    experts = of_slots[copier, home + number]
+    _, receiver = owners_and_receivers(topology, ranks, slots - home)
+    experts = of_slots[receiver, home + np.arange(slots - home)]
     rows = (jnp.asarray(placement.log2phy)[experts, 0] % slots)[rank]
     axes, number_of = _in_mesh_order(axis_name, ranks)
     half = -(-len(rows) // 2)
     columns = range(topology.num_columns if len(rows) else 0)
     routes = tuple(
-        tuple(zip(number_of.tolist(), number_of[copier[:, column]].tolist(), strict=True)) for column in columns
+        tuple(zip(number_of.tolist(), number_of[receiver[:, column]].tolist(), strict=True)) for column in columns
     )
     early, late = (
         tuple(numbers for column in columns if (numbers := tuple(k for k in some if k % len(routes) == column)))

@@ -1,16 +1,19 @@
 """`evaluate` against counts of its own, HiGHS, and the tokens that `balance` sends."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import many_replicas, optimum, placement, random_loads, skewed_ids, topology
 
 import jax_lplb as lplb
-from jax_lplb import eplb
+from jax_lplb import _evaluate, eplb
 
 
-def cube(load=None) -> lplb.Placement:
-    return lplb.Placement.from_topology(topology.cube(), num_experts=64, num_ranks=8, redundants_per_rank=2, load=load)
+def cube(load=None, **options) -> lplb.Placement:
+    return lplb.Placement.from_topology(
+        topology.cube(), num_experts=64, num_ranks=8, redundants_per_rank=2, load=load, **options
+    )
 
 
 @pytest.fixture
@@ -20,11 +23,16 @@ def loads(rng) -> np.ndarray:
     return np.rint(rows).astype(np.int64)
 
 
-@pytest.mark.parametrize("kind", ["cube", "eplb", "many"])
+@pytest.mark.parametrize("kind", ["cube", "repeats", "eplb", "many"])
 def test_each_number(rng, loads, kind):
     """Several parts, the last not full; a load of zeros."""
     if kind == "cube":
         place = cube(loads.mean(axis=0))
+    elif kind == "repeats":
+        past = loads.mean(axis=0)
+        past[:8] *= 20
+        place = cube(past, repeats=True)
+        assert np.any(place.log2phy[:, 2] >= 0)
     elif kind == "eplb":
         place = lplb.Placement.from_eplb(loads.mean(axis=0), num_ranks=8, redundants_per_rank=2)
     else:
@@ -45,7 +53,7 @@ def test_each_number(rng, loads, kind):
         assert result.gap[step] <= 1e-4
         # Whole tokens: a replica takes about one more or less.
         assert result.optimum[step] <= result.assigned[step] <= result.optimum[step] * (1 + 2e-4) + 20 / mean
-    if kind == "cube":
+    if kind in ("cube", "repeats"):
         assert np.any(result.home != result.contiguous)
     else:  # without a topology rows of weights are in logical order
         np.testing.assert_array_equal(result.home, result.contiguous)
@@ -106,18 +114,35 @@ def test_raw_eplb_with_two_replicas_on_a_rank(loads):
     assert np.all(raw.optimum <= raw.even * (1 + 1e-4))
 
 
-def test_leading_axes(loads):
-    place = cube()
-    flat = lplb.evaluate(place, loads)
-    boxed = lplb.evaluate(place, loads.reshape(50, 6, 64).astype(np.int16))
+@pytest.mark.parametrize("kind", ["placement", "array"])
+def test_one_placement_for_all_layers(loads, kind):
+    """Of a trace [steps, layers, experts], and of any shape."""
+    place, options = (cube(), {}) if kind == "placement" else (cube().phy2log, {"num_ranks": 8})
+    flat = lplb.evaluate(place, loads, **options)
+    boxed = lplb.evaluate(place, loads.reshape(50, 6, 64).astype(np.int16), **options)
     for one, other in zip(flat, boxed, strict=True):
         np.testing.assert_array_equal(one.reshape(50, 6), other)
-    assert lplb.evaluate(place, loads[:0]).even.shape == (0,)
+    assert lplb.evaluate(place, loads[:0], **options).even.shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, jnp.bfloat16])
+def test_counts_as_floats(loads, dtype):
+    """Whole numbers in whatever dtype they were recorded."""
+    loads = loads[:20].astype(dtype)
+    for got, expected in zip(lplb.evaluate(cube(), loads), lplb.evaluate(cube(), loads.astype(int)), strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_averages_are_refused_and_rounded_as_the_error_says(loads):
+    averages = loads[:20] / 8
+    with pytest.raises(ValueError, match=r"loads must be whole numbers of tokens, got \d+\.\d+; .* np\.rint\(loads\)"):
+        lplb.evaluate(cube(), averages)
+    assert lplb.evaluate(cube(), np.rint(averages)).gap.max() <= 1e-4
 
 
 @pytest.mark.parametrize("kind", ["cube", "eplb", "array"])
 def test_stacked_layers_are_judged_each_by_its_own_placement(rng, loads, kind):
-    """Over several parts, whose length the number of layers does not divide."""
+    """Of a trace [steps, layers, experts]: over several parts, whose length the number of layers does not divide."""
     trace = rng.permutation(np.concatenate([loads, loads])).reshape(100, 2, 3, 64)
     past, options = trace[:20].mean(axis=0), {}
     stacked = cube(past) if kind == "cube" else lplb.Placement.from_eplb(past, num_ranks=8, redundants_per_rank=2)
@@ -133,15 +158,36 @@ def test_stacked_layers_are_judged_each_by_its_own_placement(rng, loads, kind):
     np.testing.assert_array_equal(lplb.evaluate(stacked, trace[7], **options).assigned, together.assigned[7])
 
 
-def test_pure_jax_takes_what_the_custom_calls_do_not(rng):
-    """As the error says."""
-    place = placement(topology.ring(2), 4104, 8, 2)
-    loads = rng.integers(0, 100, (2, 4104))
-    with pytest.raises(ValueError, match=r"4104 experts.* pass implementation='xla'"):
-        lplb.evaluate(place, loads)
-    result = lplb.evaluate(place, loads, implementation="xla")
-    best = [optimum(load, place).max() / (load.sum() / 8) for load in loads]
+BEYOND = {
+    "4104 experts": lambda: placement(topology.ring(2), 4104, 8, 2),
+    "144 ranks a group": lambda: many_replicas(np.random.default_rng(0), num_experts=288, num_ranks=144, redundants=2),
+}
+
+
+@pytest.mark.parametrize("beyond", BEYOND)
+def test_placements_beyond_the_custom_calls(rng, beyond):
+    """By pure JAX, without being asked; the custom calls, asked for, refuse."""
+    place = BEYOND[beyond]()
+    loads = rng.integers(0, 100, (2, place.num_experts))
+    with pytest.raises(ValueError, match=f"{beyond}.* pass implementation='xla'"):
+        lplb.evaluate(place, loads, implementation="ffi")
+    result = lplb.evaluate(place, loads)
+    best = [optimum(load, place).max() / (load.sum() / place.num_ranks) for load in loads]
     np.testing.assert_allclose(result.optimum, best, rtol=4e-4)
+
+
+def test_large_placements_are_evaluated_in_small_parts(monkeypatch, loads):
+    """Of as many loads as have room; with the same results."""
+    expected = lplb.evaluate(cube(), loads[:20])
+    monkeypatch.setattr("jax_lplb._evaluate._ELEMENTS", 3 * 64 * 2 * 8)
+    sizes = []
+    balance_all = _evaluate._balance_all
+    monkeypatch.setattr(
+        _evaluate, "_balance_all", lambda part, *rest: sizes.append(len(part)) or balance_all(part, *rest)
+    )
+    for got, want in zip(lplb.evaluate(cube(), loads[:20]), expected, strict=True):
+        np.testing.assert_array_equal(got, want)
+    assert sizes == [3] * 7
 
 
 def test_traced_arguments_are_refused():
@@ -162,7 +208,11 @@ def test_a_placement_of_device_arrays(loads):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"loads": np.ones((2, 64))}, TypeError, "loads must hold integers, .* float64"),
+        ({"loads": np.ones((2, 64), bool)}, TypeError, "loads must hold numbers, .* bool"),
+        ({"loads": np.full((2, 64), np.nan)}, ValueError, "loads must be whole numbers of tokens, got nan"),
+        ({"loads": np.full((2, 64), np.inf)}, ValueError, "loads must be whole numbers of tokens, got inf"),
+        ({"loads": np.full((2, 64), 1e300)}, ValueError, "loads must have sums below 2"),
+        ({"loads": np.full((2, 64), -3.0)}, ValueError, "loads must not be negative, got -3"),
         ({"loads": np.ones((2, 63), int)}, ValueError, r"loads must have shape \[..., num_experts\] = \[..., 64\]"),
         ({"loads": np.array(3)}, ValueError, r"loads must have shape \[..., num_experts\], got shape \(\)"),
         (

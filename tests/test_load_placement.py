@@ -1,5 +1,6 @@
 """Placements chosen by load: on the host by packing and by EPLB, on the device by `select`."""
 
+from fractions import Fraction
 from functools import partial
 
 import jax
@@ -16,13 +17,14 @@ from jax_lplb import eplb
 INT32 = np.iinfo(np.int32)
 
 
-def along(topo, load, *, redundants, num_ranks=None, by_load=True) -> lplb.Placement:
+def along(topo, load, *, redundants, num_ranks=None, by_load=True, repeats=False) -> lplb.Placement:
     return lplb.Placement.from_topology(
         topo,
         num_experts=np.shape(load)[-1],
         num_ranks=num_ranks or topo.group_size,
         redundants_per_rank=redundants,
         load=load if by_load else None,
+        repeats=repeats,
     )
 
 
@@ -223,18 +225,27 @@ def test_eplb_placements_replace_each_other_without_recompiling(rng):
 # ---- Chosen on the device --------------------------------------------------------------------------------------------
 
 
-def reselected(place: lplb.Placement, load: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Slot by slot, as the documentation of `select` says."""
+def reselected(place: lplb.Placement, load: np.ndarray, repeats: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Slot by slot, as the documentation of `select` and `from_topology` says."""
     topo, slots = place.topology, place.slots_per_rank
     home, size = place.num_experts // place.num_ranks, topo.group_size
-    phy2log, log2phy = place.phy2log.reshape(-1, slots).copy(), place.log2phy.copy()
-    log2phy[:, 1:] = -1
-    for rank in range(place.num_ranks):
-        for copy in range(slots - home):
+    phy2log, log2phy = np.array(place.phy2log).reshape(-1, slots), np.array(place.log2phy)
+    copies: dict[int, list[int]] = {expert: [] for expert in range(place.num_experts)}
+    load = [Fraction(max(float(tokens), 0)) for tokens in load]
+    for copy in range(slots - home):
+        for rank in range(place.num_ranks):
             owner = rank // size * size + topo.r2o[rank % size, copy % topo.num_columns]
-            expert = sorted(phy2log[owner, :home].tolist(), key=lambda e: (-float(load[e]), e))[copy]
+            experts = phy2log[owner, :home].tolist()
+            if repeats:
+                free = [e for e in experts if rank not in [slot // slots for slot in copies[e]]]
+                expert = min(free, key=lambda e: (-load[e] / (1 + len(copies[e])), len(copies[e]), e))
+            else:
+                expert = sorted(experts, key=lambda e: (-load[e], e))[copy]
             phy2log[rank, home + copy] = expert
-            log2phy[expert, 1] = rank * slots + home + copy
+            copies[expert].append(rank * slots + home + copy)
+    log2phy[:, 1:] = -1
+    for expert, of_expert in copies.items():
+        log2phy[expert, 1 : 1 + len(of_expert)] = sorted(of_expert)
     return phy2log.ravel(), log2phy
 
 
@@ -248,16 +259,104 @@ def test_select(platform, rng, topo, num_ranks, redundants, dtype):
     for by_load in (False, True):
         place = along(topo, rng.lognormal(0, 1, 64), redundants=redundants, num_ranks=num_ranks, by_load=by_load)
         for load in (rng.integers(0, 200, 64), rng.integers(0, 3, 64), np.zeros(64)):
-            load = load.astype(dtype)
-            chosen = select(place, load)
-            check(chosen)
-            phy2log, log2phy = reselected(place, load)
-            np.testing.assert_array_equal(chosen.phy2log, phy2log)
-            np.testing.assert_array_equal(chosen.log2phy, log2phy)
-            assert chosen.log2phy.shape == place.log2phy.shape
-            again = select(chosen, load)
-            np.testing.assert_array_equal(again.phy2log, phy2log)
-            np.testing.assert_array_equal(again.log2phy, log2phy)
+            check_selected(select, place, load.astype(dtype))
+
+
+def check_selected(select, place: lplb.Placement, load: np.ndarray, repeats: bool = False) -> None:
+    """And chosen again, from what was chosen; home slots stay."""
+    chosen, home = place, place.num_experts // place.num_ranks
+    phy2log, log2phy = reselected(place, load, repeats)
+    for _ in range(2):
+        chosen = select(chosen, load)
+        check(chosen)
+        np.testing.assert_array_equal(chosen.phy2log, phy2log)
+        np.testing.assert_array_equal(chosen.log2phy, log2phy)
+        np.testing.assert_array_equal(chosen.home_order, place.home_order)
+        np.testing.assert_array_equal(chosen.home_rank, place.home_rank)
+        by_rank = [np.reshape(leaf, (place.num_ranks, -1))[:, :home] for leaf in (chosen.phy2log, place.phy2log)]
+        np.testing.assert_array_equal(*by_rank)
+
+
+# Rank i's copies go to ranks i - 1, twice, and i - 3: two columns, and further rounds of them, lead to one rank.
+TWICE = topology.from_r2o((np.arange(8)[:, None] + [1, 1, 3]) % 8)
+REPEATS = {
+    "cube": (topology.cube(), 8, 2, 3),
+    "two cubes, two rounds": (topology.cube(), 16, 4, 3),
+    "a column twice, two rounds": (TWICE, 8, 6, 3),
+    "hypercube": (topology.hypercube(), 16, 2, 3),
+    "one home expert": (topology.torus(8, 8), 64, 2, 3),
+    "ring": (topology.ring(4), 4, 3, 2),
+    "no copies": (topology.cube(), 8, 0, 1),
+}
+
+
+@pytest.mark.parametrize("case", REPEATS)
+def test_select_with_repeats(platform, rng, case):
+    """A hot expert goes along several columns, never twice to one rank; by loads of all dtypes, with ties."""
+    topo, num_ranks, redundants, room = REPEATS[case]
+    select = jax.jit(lplb.Placement.select)
+    options = {"redundants": redundants, "num_ranks": num_ranks, "repeats": True}
+    place = along(topo, np.zeros(64), by_load=False, **options)
+    assert place.max_replicas == room
+    check(place)
+    uneven = rng.lognormal(0, 1.5, 64)
+    loads = [
+        uneven.astype(np.float32),
+        np.where(rng.random(64) < 0.5, np.nan, uneven).astype(np.float32),
+        rng.integers(0, 7, 64).astype(np.int32),
+        (rng.integers(1, 4, 64) * (2**29 - 1) // 12 * 4).astype(np.int32),  # thirds and halves of them are whole
+        np.zeros(64, np.int32),
+    ]
+    for load in loads:
+        check_selected(select, place, np.nan_to_num(load), repeats=True)
+        np.testing.assert_array_equal(select(place, load).phy2log, select(place, np.nan_to_num(load)).phy2log)
+    replicas = np.bincount(select(place, loads[0]).phy2log)
+    assert replicas.max() == room
+    if room > 2:
+        assert replicas.min() == 1 or redundants == 64 // num_ranks * topo.num_columns
+    by_past = along(topo, uneven, **options)
+    check(by_past)
+    np.testing.assert_array_equal(by_past.log2phy, reselected(by_past, uneven, repeats=True)[1])
+    np.testing.assert_array_equal(by_past.home_order, along(topo, uneven, **options | {"redundants": 0}).home_order)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "sent"),
+    [
+        (2**29 + 2, 2**28, [0, 0, 1]),  # half of the first is more than the second by one, which float32 rounds off
+        (2**29, 2**28, [0, 1, 0]),  # as much: to that with fewer replicas
+        (2**29 - 2, 2**28, [0, 1, 0]),
+        (3 * (2**27 + 1), 2**27 + 1, [0, 0, 1]),
+        (3 * (2**27 + 1) + 1, 2**27 + 1, [0, 0, 0]),
+    ],
+)
+def test_loads_of_replicas_are_compared_exactly(first, second, sent):
+    """Of loads that float32 cannot tell apart, to three other ranks."""
+    topo = topology.from_r2o((np.arange(8)[:, None] + [1, 2, 3]) % 8)
+    place = along(topo, np.zeros(16), redundants=3, by_load=False, repeats=True)
+    load = np.zeros(16, np.int32)
+    load[:2] = first, second
+    chosen = np.asarray(place.select(load).phy2log).reshape(8, 5)
+    assert [chosen[-step, 1 + step] for step in (1, 2, 3)] == sent
+
+
+def test_repeats_reach_what_single_copies_cannot(rng):
+    """An expert that is hotter than two ranks can carry; and without repeats such a placement is the narrow one."""
+    load = rng.integers(50, 100, 64).astype(np.int32)
+    load[5] = load.sum() // 4
+    for by_load in (False, True):
+        narrow, wide = (
+            along(topology.cube(), load, redundants=2, by_load=by_load, repeats=repeats).select(load)
+            for repeats in (False, True)
+        )
+        assert optimum(load, wide)[0] < 0.85 * optimum(load, narrow)[0]
+        for solver in ("auto", "ipm"):
+            solution = lplb.solve(load, wide, solver=solver)
+            assert solution.rank_load.max() <= optimum(load, wide)[0] * (1 + 2e-4)
+        single = wide.select(load, repeats=False)
+        np.testing.assert_array_equal(single.phy2log, narrow.phy2log)
+        np.testing.assert_array_equal(single.log2phy[:, :2], narrow.log2phy)
+        np.testing.assert_array_equal(single.log2phy[:, 2], -1)
 
 
 def test_select_by_the_load_it_was_placed_by_changes_nothing(rng):
@@ -268,9 +367,10 @@ def test_select_by_the_load_it_was_placed_by_changes_nothing(rng):
     np.testing.assert_array_equal(load[chosen.phy2log], load[place.phy2log])
 
 
-def test_select_in_a_jitted_loop_compiles_once(platform, rng):
+@pytest.mark.parametrize("repeats", [False, True])
+def test_select_in_a_jitted_loop_compiles_once(platform, rng, repeats):
     """1,000 steps, a moving average of the load, new copies in each, balanced by them."""
-    place = along(topology.cube(), np.ones(32), redundants=2, by_load=False)
+    place = along(topology.cube(), np.ones(32), redundants=2, by_load=False, repeats=repeats)
     traces = 0
 
     @jax.jit
@@ -298,10 +398,11 @@ def test_select_in_a_jitted_loop_compiles_once(platform, rng):
     check(last)
 
 
-def test_select_layers_under_vmap_and_by_leading_axes(rng):
+@pytest.mark.parametrize("repeats", [False, True])
+def test_select_layers_under_vmap_and_by_leading_axes(rng, repeats):
     loads = rng.integers(0, 100, (3, 64)).astype(np.int32)
-    place = along(topology.cube(), loads[0], redundants=2, by_load=False)
-    layers = along(topology.cube(), rng.permuted(loads, axis=1), redundants=2)
+    place = along(topology.cube(), loads[0], redundants=2, by_load=False, repeats=repeats)
+    layers = along(topology.cube(), rng.permuted(loads, axis=1), redundants=2, repeats=repeats)
     batched = place.select(loads)
     for layer in range(3):
         np.testing.assert_array_equal(batched.phy2log[layer], place.select(loads[layer]).phy2log)
@@ -310,9 +411,10 @@ def test_select_layers_under_vmap_and_by_leading_axes(rng):
     np.testing.assert_array_equal(by_axes.log2phy, by_vmap.log2phy)
 
 
-def test_select_whatever_the_contents(rng):
+@pytest.mark.parametrize("repeats", [False, True])
+def test_select_whatever_the_contents(rng, repeats):
     """NaN comes last; contents that are no placement give no slot out of range."""
-    place = along(topology.cube(), np.ones(64), redundants=2, by_load=False)
+    place = along(topology.cube(), np.ones(64), redundants=2, by_load=False, repeats=repeats)
     load = rng.lognormal(0, 1, 64).astype(np.float32)
     some = np.where(rng.random(64) < 0.3, np.nan, load).astype(np.float32)
     instead = np.where(np.isnan(some), -1, some)
@@ -320,7 +422,7 @@ def test_select_whatever_the_contents(rng):
     garbage = rng.integers(INT32.min, INT32.max, (2, 96), np.int32, endpoint=True)
     wild = jax.jit(
         lambda phy2log, log2phy, load: lplb.Placement(phy2log, log2phy, 8, 1, place.topology).select(load),
-    )(garbage[0, :80], np.resize(garbage[1], (64, 2)), load)
+    )(garbage[0, :80], np.resize(garbage[1], place.log2phy.shape), load)
     ids = rng.integers(0, 64, (100, 4)).astype(np.int32)
     out = lplb.balance(ids, wild)
     assert np.all((np.asarray(out.physical_ids) >= -1) & (np.asarray(out.physical_ids) < 80))
@@ -373,6 +475,26 @@ def test_select_refuses():
         place.select([1.0] * 8)
     with pytest.raises(ValueError, match="select needs a placement along a topology"):
         lplb.Placement.from_eplb(np.ones(8), num_ranks=4, redundants_per_rank=1).select(np.ones(8))
+    with pytest.raises(ValueError, match=r"repeats must be one of \(None, False, True\), got 1"):
+        place.select(np.ones(8), repeats=1)
+
+
+def test_cures_for_repeats_work():
+    """A placement with room for them; and what has more copies than experts is chosen with repeats."""
+    narrow = along(topology.cube(), np.ones(16), redundants=2, by_load=False)
+    message = r"repeats = True needs max_replicas = 3, .* max_replicas = 2; make it by Placement\.from_topology"
+    with pytest.raises(ValueError, match=message):
+        narrow.select(np.arange(16), repeats=True)
+    wide = along(topology.cube(), np.ones(16), redundants=2, by_load=False, repeats=True)
+    check(wide.select(np.arange(16), repeats=True))
+    with pytest.raises(ValueError, match=r"must be at most 0, got 2: .* with repeats=True only those on one rank are"):
+        along(topology.cube(), np.ones(8), redundants=2)
+    more = along(topology.cube(), np.ones(8), redundants=2, repeats=True)
+    with pytest.raises(ValueError, match=r"repeats = False needs .* has 1 and 2; leave repeats out"):
+        more.select(np.ones(8), repeats=False)
+    check(more.select(np.ones(8)))
+    with pytest.raises(ValueError, match=r"needs experts of at most two replicas, .* = 3; pass solver='ipm' or 'auto'"):
+        lplb.solve(np.ones(16, np.int32), wide, solver="edge_balance")
 
 
 def test_from_topology_refuses_loads_of_other_shapes():

@@ -35,6 +35,9 @@ def cases() -> dict:
     other = lplb.Placement.from_topology(
         topology.cube(), num_experts=EXPERTS, num_ranks=RANKS, redundants_per_rank=2, load=rng.lognormal(0, 1, EXPERTS)
     )
+    wide = lplb.Placement.from_topology(
+        topology.cube(), num_experts=EXPERTS, num_ranks=RANKS, redundants_per_rank=2, repeats=True
+    )
     eplb = lplb.Placement.from_eplb(rng.lognormal(0, 1, EXPERTS), num_ranks=RANKS, redundants_per_rank=2)
     ids = skewed_ids(rng, 160, 4, EXPERTS)
     load = np.bincount(ids.ravel(), minlength=EXPERTS).astype(np.int32)
@@ -47,6 +50,7 @@ def cases() -> dict:
         "balance": (lambda ids: lplb.balance(ids, place), ids),
         "balance by load": (lambda ids, load: lplb.balance(ids, eplb, load=load), ids, load),
         "select": (lambda load: place.select(load), load),
+        "select with repeats": (lambda load: wide.select(load), load),
         "permute_experts": (lambda weights: lplb.permute_experts(weights, place, other), weights),
     }
     return {

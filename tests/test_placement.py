@@ -525,7 +525,10 @@ def test_building_one_initialises_no_backend():
         ({"redundants_per_rank": "2"}, TypeError, "redundants_per_rank must be an integer, got '2'"),
         ({"redundants_per_rank": -2}, ValueError, "redundants_per_rank must be at least 0, got -2"),
         ({"redundants_per_rank": 3}, ValueError, "redundants_per_rank must be a multiple of .* 2 columns, got 3"),
-        ({"redundants_per_rank": 10}, ValueError, "redundants_per_rank must be at most the 8 home experts .* got 10"),
+        ({"redundants_per_rank": 10}, ValueError, "must be at most 8, got 10: .* with repeats=True only"),
+        ({"redundants_per_rank": 18, "repeats": True}, ValueError, "must be at most 16, got 18: .* copies on one rank"),
+        ({"topology": topology.ring(8), "redundants_per_rank": 9}, ValueError, "must be at most 8, .* different ones$"),
+        ({"repeats": 1}, ValueError, r"repeats must be one of \(False, True\), got 1"),
     ],
 )
 def test_from_topology_refuses(changed, error, message):

@@ -35,11 +35,15 @@ DECODE = {
 
 
 @lru_cache
-def batches(folder: pathlib.Path) -> np.ndarray:
-    """int32 [batches, TOKENS, 6]: DeepSeek-V2-Lite's experts, in file order for each task and layer."""
+def sequences(folder: pathlib.Path) -> list[np.ndarray]:
+    """int32 [batches, TOKENS, 6]: DeepSeek-V2-Lite's experts, in file order, of each task and layer."""
     with np.load(folder / "deepseek_v2_lite_topk_ids.npz") as archive:
         ids = [archive[f"{task}_ids"][:, layer].astype(np.int32) for task in TASKS for layer in LAYERS]
-    return np.concatenate([one[: len(one) // TOKENS * TOKENS].reshape(-1, TOKENS, 6) for one in ids])
+    return [one[: len(one) // TOKENS * TOKENS].reshape(-1, TOKENS, 6) for one in ids]
+
+
+def batches(folder: pathlib.Path) -> np.ndarray:
+    return np.concatenate(sequences(folder))
 
 
 @lru_cache
@@ -297,7 +301,23 @@ def test_placed_by_the_past(trace, num_ranks, redundants, traces):
         copies = {"num_ranks": num_ranks, "redundants_per_rank": redundants}
         along = lplb.Placement.from_topology(topo, num_experts=experts, load=past, **copies)
         many = lplb.Placement.from_eplb(past, max_replicas=num_ranks, **copies)
-        for place in (along, many):
+        wide = lplb.Placement.from_topology(topo, num_experts=experts, load=past, repeats=True, **copies)
+        for place in (along, wide, many):
             result = lplb.evaluate(place, now)
             assert np.all(result.optimum <= result.even * (1 + ROUNDING))
         assert np.all(result.optimum <= eplb_even * (1 + TOL))
+
+
+def test_hot_experts_along_several_columns(traces):
+    """What one copy of each cannot even out, on 16 ranks with two redundant experts each, is even with repeats."""
+    loads = [counts(ids, NUM_EXPERTS) for ids in sequences(traces)]
+    now = np.concatenate([of_one[8:] for of_one in loads])
+    past = np.stack([of_one[step - 8 : step].mean(axis=0) for of_one in loads for step in range(8, len(of_one))])
+    most = {}
+    for repeats in (False, True):
+        place = lplb.Placement.from_topology(
+            topology.hypercube(), num_experts=64, num_ranks=16, redundants_per_rank=2, load=past, repeats=repeats
+        )
+        most[repeats] = np.percentile(lplb.evaluate(place, now).optimum, 95)
+    assert most[False] > 1.2
+    assert most[True] < 1.02

@@ -132,6 +132,17 @@ def along_columns(*steps: int) -> lplb.Placement:
     return placement(topology.from_r2o(columns), EXPERTS, RANKS, len(steps))
 
 
+def repeats() -> lplb.Placement:
+    """Each rank's hottest expert goes to both ranks that copy from it, one of them along two columns."""
+    columns = topology.from_r2o((np.arange(RANKS)[:, None] + [1, 1, 3]) % RANKS)
+    load = np.where(np.arange(EXPERTS) % 4 == 2, 100, np.arange(EXPERTS) % 4)
+    place = lplb.Placement.from_topology(
+        columns, num_experts=EXPERTS, num_ranks=RANKS, redundants_per_rank=6, load=load, repeats=True
+    )
+    np.testing.assert_array_equal(np.bincount(place.phy2log)[2::4], 3)
+    return place
+
+
 def placements(rng: np.random.Generator) -> dict[str, lplb.Placement]:
     load = rng.lognormal(0, 1, EXPERTS)
     return {
@@ -143,6 +154,7 @@ def placements(rng: np.random.Generator) -> dict[str, lplb.Placement]:
         "two rings by load": lplb.Placement.from_topology(
             topology.ring(4), num_experts=EXPERTS, num_ranks=RANKS, redundants_per_rank=2, load=load
         ),
+        "repeats": repeats(),
         "selected": by_load(rng).select(rng.permutation(load)),
         "no copies": lplb.Placement.from_topology(
             topology.ring(8), num_experts=EXPERTS, num_ranks=RANKS, redundants_per_rank=0, load=load
@@ -154,7 +166,7 @@ def placements(rng: np.random.Generator) -> dict[str, lplb.Placement]:
 @pytest.mark.smoke
 @pytest.mark.parametrize("axes", ["ep", ("a", "b"), ("b", "a")])
 @pytest.mark.parametrize(
-    "name", ["cube", "three columns", "a column twice", "two rings by load", "selected", "no copies", "eplb"]
+    "name", ["cube", "three columns", "a column twice", "two rings by load", "repeats", "selected", "no copies", "eplb"]
 )
 def test_copies_and_their_gradients(rng, name, axes):
     """Each slot has its expert's weights; at home arrives the sum of the gradients of all its slots."""
@@ -178,7 +190,7 @@ def test_copies_and_their_gradients(rng, name, axes):
     np.testing.assert_array_equal(lplb.to_logical(gradient, place), expected)
 
 
-@pytest.mark.parametrize("name", ["cube", "selected", "no copies"])
+@pytest.mark.parametrize("name", ["cube", "repeats", "no copies"])
 def test_copies_in_another_dtype(rng, name):
     """Slots are rounded, and gradients added up at home unrounded: 256 + 1 is no bfloat16."""
     place = placements(rng)[name]
