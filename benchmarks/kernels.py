@@ -15,7 +15,7 @@ import numpy as np
 from common import helpers
 
 import jax_lplb as lplb
-from jax_lplb import _edge_balance
+from jax_lplb import _edge_balance, _plan
 from jax_lplb._count import chunking
 
 TOL = 1e-4
@@ -37,12 +37,18 @@ def write_problem(
         placement.num_groups,
         *chunking(ids.shape[1], placement.num_experts),
         len(partners),
+        0 if placement.planning is None else len(_plan.candidates(placement.planning.target)[0]),
     ]
+    plan = []
+    if placement.planning is not None:
+        slacks, rules = _plan.candidates(placement.planning.target)
+        plan = [([placement.planning.target - 1], np.float32), (slacks, np.float32), (rules, np.int32)]
     with path.open("wb") as file:
         for part, dtype in (
             (header, np.int32),
             ([tol], np.float32),
             (partners, np.int32),
+            *plan,
             (placement.log2phy, np.int32),
             (loads, np.int32),
             (ids, np.int32),

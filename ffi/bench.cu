@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <numeric>
 
 #include "bench.h"
 #ifdef LPLB_MATHDX
@@ -59,8 +60,8 @@ struct Solver {
   lplb::SolveShape shape;
   const lplb::EdgeColouring* edges;
   bool plain = false;  // without cuSolverDx, where it is built in
-  std::vector<double> solve_us = {}, all_us = {}, gaps = {};
-  std::vector<int> iterations = {}, statuses = {};
+  std::vector<double> plan_us = {}, solve_us = {}, all_us = {}, gaps = {}, imbalances = {};
+  std::vector<int> iterations = {}, statuses = {}, copies = {};
 };
 
 }  // namespace
@@ -77,21 +78,24 @@ int main(int argc, char** argv) {
   const int num_ids = problem.num_ids;
   const size_t experts = problem.num_experts, replicas = problem.max_replicas, ranks = problem.num_ranks;
   const size_t groups = problem.num_groups, cells = experts * replicas, chunk_cells = count_shape.num_chunks * experts;
-  const std::vector<int32_t>& log2phy = problem.log2phy;
+  const bool planned = problem.plan.num_candidates > 0;
+  std::vector<int32_t> log2phy = problem.log2phy, phy2log(problem.num_physical);
   std::FILE* fractions = std::fopen(argv[2], "wb");
   if (fractions == nullptr) fail("cannot write FRACTIONS", 0);
 
+  LPLB_CHECK(lplb::prepare_plan_cuda());
   LPLB_CHECK(lplb::prepare_solve_cuda());
   LPLB_CHECK(lplb::prepare_assign_cuda());
   cudaStream_t stream;
   LPLB_CHECK(cudaStreamCreate(&stream));
-  Device<int32_t> d_log2phy(log2phy);
-  const std::vector<int32_t> offset(experts, 0);
+  Device<int32_t> d_log2phy(log2phy), d_phy2log(phy2log);
+  const std::vector<int32_t> offset(experts, 0), least(1, 0);
+  Device<int32_t> d_least(least);
   Device<int32_t> d_offset(offset);
   std::vector<double> empty_us, count_us, assign_us;
-  std::vector<Solver> solvers = {{"ipm", problem.solve, nullptr, true}};
+  std::vector<Solver> solvers = {{planned ? "plan" : "ipm", problem.solve, nullptr, true}};
 #ifdef LPLB_MATHDX
-  if (lplb::has_mathdx(problem.solve)) solvers.push_back({"ipm (cuSolverDx)", problem.solve, nullptr});
+  if (!planned && lplb::has_mathdx(problem.solve)) solvers.push_back({"ipm (cuSolverDx)", problem.solve, nullptr});
 #endif
   if (problem.has_edges) {
     solvers.push_back({"edge_balance", problem.solve, &problem.colouring});
@@ -120,7 +124,11 @@ int main(int argc, char** argv) {
 
     for (Solver& solver : solvers) {
       const lplb::SolveShape& shape = solver.shape;
+      const lplb::PlanOperands plan_in = {d_load.get(), d_least.get()};
+      const lplb::PlanResults plan_out = {d_phy2log.get(), d_log2phy.get(), solve_out};
+      const auto plan = [&](cudaStream_t s) { return lplb::plan_cuda(s, problem.plan, plan_in, plan_out); };
       const auto solve = [&](cudaStream_t s) {
+        if (planned) return lplb::plan_solve_cuda(s, problem.plan, plan_in, plan_out);
         return solver.plain ? lplb::solve_plain_cuda(s, shape, solve_in, solve_out)
                             : lplb::solve_cuda(s, shape, solver.edges, solve_in, solve_out);
       };
@@ -139,8 +147,14 @@ int main(int argc, char** argv) {
       if (starts != d_starts.host()) fail("count: starts differ from the CPU's", instance);
       std::vector<float> fraction(cells), rank_load(ranks), gap(groups);
       std::vector<int32_t> iteration(groups), status(groups);
-      lplb::solve_cpu(shape, solver.edges, {load.data(), log2phy.data()},
-                      {fraction.data(), rank_load.data(), gap.data(), iteration.data(), status.data()});
+      const lplb::SolveResults on_cpu = {fraction.data(), rank_load.data(), gap.data(), iteration.data(),
+                                         status.data()};
+      if (planned) {
+        lplb::plan_solve_cpu(problem.plan, {load.data(), least.data()}, {phy2log.data(), log2phy.data(), on_cpu});
+        if (phy2log != d_phy2log.host() || log2phy != d_log2phy.host()) fail("plan: differs from the CPU's", instance);
+      } else {
+        lplb::solve_cpu(shape, solver.edges, {load.data(), log2phy.data()}, on_cpu);
+      }
       const std::vector<float> cuda_fraction = d_fraction.host(), cuda_rank_load = d_rank_load.host();
       const std::vector<float> cuda_gap = d_gap.host();
       const std::vector<int32_t> cuda_iteration = d_iterations.host(), cuda_status = d_status.host();
@@ -156,6 +170,9 @@ int main(int argc, char** argv) {
         const float cpu = largest(rank_load), cuda = largest(cuda_rank_load);
         const float allowed = std::max(cpu, cuda) * (std::max(gap[group], cuda_gap[group]) + 1e-6f);
         if (!(std::fabs(cpu - cuda) <= allowed)) fail("solve: largest rank load differs from the CPU's", instance);
+        const auto begin = cuda_rank_load.begin() + group * (ranks / groups);
+        const double total = std::accumulate(begin, begin + ranks / groups, 0.0);
+        solver.imbalances.push_back(total > 0 ? cuda * (ranks / groups) / total : 1.0);
         solver.gaps.push_back(cuda_gap[group]);
         solver.iterations.push_back(cuda_iteration[group]);
         solver.statuses.push_back(cuda_status[group]);
@@ -179,7 +196,10 @@ int main(int argc, char** argv) {
         LPLB_CHECK(assign(stream));
         LPLB_CHECK(cudaStreamSynchronize(stream));
       }
+      solver.copies.push_back(problem.num_physical - static_cast<int>(std::count(phy2log.begin(), phy2log.end(), -1)) -
+                              static_cast<int>(experts));
       if (repeats > 0) {
+        if (planned) solver.plan_us.push_back(time_us(stream, repeats, plan));
         solver.solve_us.push_back(time_us(stream, repeats, solve));
         solver.all_us.push_back(time_us(stream, repeats, all));
       }
@@ -201,6 +221,9 @@ int main(int argc, char** argv) {
   print("assign_us", assign_us, "%.3f", ", \"solvers\": {");
   for (const Solver& solver : solvers) {
     std::printf("%s\"%s\": {", &solver == solvers.data() ? "" : ", ", solver.name);
+    print("plan_us", solver.plan_us, "%.3f", ", ");
+    print("imbalance", solver.imbalances, "%.6f", ", ");
+    print("copies", solver.copies, "%d", ", ");
     print("solve_us", solver.solve_us, "%.3f", ", ");
     print("all_us", solver.all_us, "%.3f", ", ");
     print("gap", solver.gaps, "%.3e", ", ");

@@ -8,6 +8,7 @@
 
 #include "assign.h"
 #include "count.h"
+#include "plan_solve.h"
 #include "solve.h"
 #include "solve_assign.h"
 
@@ -73,6 +74,7 @@ struct Problem {
   CountShape count = {};
   SolveShape solve = {};
   AssignShape assign = {};
+  PlanShape plan = {};  // where num_candidates > 0
   bool has_edges;
   EdgeColouring colouring;       // where it has edges
   std::vector<int32_t> log2phy;  // [num_experts, max_replicas]
@@ -82,7 +84,7 @@ struct Problem {
   explicit Problem(const char* path) {
     std::FILE* file = std::fopen(path, "rb");
     if (file == nullptr) fail("cannot read PROBLEM");
-    const std::vector<int32_t> header = read<int32_t>(file, 10);
+    const std::vector<int32_t> header = read<int32_t>(file, 11);
     instances = header[0], num_ids = header[1], num_experts = header[2], num_physical = header[3];
     max_replicas = header[4], num_ranks = header[5], num_groups = header[6];
     count.num_batches = 1;
@@ -109,6 +111,17 @@ struct Problem {
     if (has_edges) {
       const char* wrong = check_edges(solve, partners.data(), partners.size(), &colouring);
       if (wrong != nullptr) fail(wrong);
+    }
+    plan.num_candidates = header[10];
+    if (plan.num_candidates > 0) {
+      plan.solve = solve;
+      plan.experts_per_rank = num_experts / num_ranks;
+      plan.max_sends = num_experts;
+      plan.slack = read<float>(file, 1)[0];
+      const std::vector<float> slacks = read<float>(file, plan.num_candidates);
+      const std::vector<int32_t> rules = read<int32_t>(file, plan.num_candidates);
+      for (int i = 0; i < plan.num_candidates; ++i) plan.candidates[i] = {slacks[i], static_cast<Rule>(rules[i])};
+      if (const char* wrong = check(plan); wrong != nullptr) fail(wrong);
     }
     log2phy = read<int32_t>(file, static_cast<size_t>(num_experts) * max_replicas);
     loads = read<int32_t>(file, static_cast<size_t>(instances) * num_experts);

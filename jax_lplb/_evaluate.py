@@ -1,5 +1,6 @@
 """What a placement is worth, by loads that were recorded."""
 
+import dataclasses
 import sys
 from collections.abc import Iterable
 from functools import partial
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from jax_lplb import _ffi
+from jax_lplb import _ffi, _plan
 from jax_lplb._assign import quota_rank_load
 from jax_lplb._checks import check_count
 from jax_lplb._placement import Placement, check_contents, slots_of_experts
@@ -38,6 +39,7 @@ class Evaluation(NamedTuple):
       assigned: they are split as `balance` does, in whole tokens.
       gap: certified, before rounding to whole tokens: the split that `solve` found is at most a fraction `gap` of
         itself above the best there is. That of the worst group, where there are several.
+      copies: int64, slots that hold an expert beside another that does.
     """
 
     contiguous: np.ndarray
@@ -46,6 +48,7 @@ class Evaluation(NamedTuple):
     optimum: np.ndarray
     assigned: np.ndarray
     gap: np.ndarray
+    copies: np.ndarray
 
 
 def evaluate(
@@ -61,9 +64,10 @@ def evaluate(
     """Tries a placement, or those of stacked layers, on recorded loads, before it is used.
 
     Args:
-      placement: a placement; or integers [num_physical], the logical expert of each slot, such as a row of EPLB's
-        phy2log. Two slots of one rank may then hold one expert: an even split uses both, `solve` the first. Either may
-        have leading axes, one entry for each layer.
+      placement: a placement, with copies chosen for each load where it is one of `Placement.per_batch`; or integers
+        [num_physical], the logical expert of each slot, such as a row of EPLB's phy2log. Two slots of one rank may then
+        hold one expert: an even split uses both, `solve` the first. Either may have leading axes, one entry for each
+        layer.
       loads: whole numbers [..., num_experts], the tokens of each logical expert; a trace is [steps, num_experts], or
         [steps, layers, num_experts], all judged by the one placement. For stacked layers [..., layers, num_experts]:
         each is judged by the placement of its layer.
@@ -117,14 +121,11 @@ def evaluate(
         by_layer = flat.reshape(-1, num_layers, experts).swapaxes(0, 1)
         return imbalance((by_layer @ share).swapaxes(0, 1).reshape(-1, ranks).max(axis=1))
 
-    rank = np.arange(alone.num_physical) // alone.slots_per_rank
-    of_slot = np.zeros((num_layers, experts, ranks))
-    np.add.at(of_slot, (np.arange(num_layers)[:, None], stacked.phy2log, rank), 1)
     in_order = np.arange(experts)[None] // -(-experts // ranks)
 
     # Of each load the interior-point method in pure JAX holds which replica is on which rank.
     at_once = min(_AT_ONCE, max(_ELEMENTS // (experts * alone.max_replicas * alone.group_size), 1))
-    most, assigned, gap = np.empty(len(flat)), np.empty(len(flat), np.int64), np.empty(len(flat))
+    even, most, assigned, gap, copies = np.empty((5, len(flat)))
     for first in _track(range(0, len(flat), at_once), progress):
         part = flat[first : first + at_once]
         # The last part is filled up: one shape, compiled once.
@@ -133,16 +134,19 @@ def evaluate(
         layer = (first + np.arange(len(padded))) % num_layers
         of_layer = jax.tree.map(lambda leaf, layer=layer: leaf[layer], stacked)
         here = slice(first, first + len(part))
-        most[here], assigned[here], gap[here] = (
+        most[here], assigned[here], gap[here], phy2log = (
             np.asarray(result)[: len(part)] for result in _balance_all(padded, of_layer, solver, tol, implementation)
         )
+        copies[here] = np.sum(phy2log >= 0, axis=1) - experts
+        even[here] = _evenly(part, phy2log, ranks).max(axis=1)
     return Evaluation(
         contiguous=if_sent(_one_hot(in_order, ranks)),
         home=if_sent(_one_hot(stacked.home_rank, ranks)),
-        even=if_sent(of_slot / of_slot.sum(axis=2, keepdims=True)),
+        even=imbalance(even),
         optimum=np.maximum(imbalance(most), 1),
         assigned=imbalance(assigned),
         gap=gap.reshape(loads.shape[:-1]),
+        copies=copies.astype(np.int64).reshape(loads.shape[:-1]),
     )
 
 
@@ -150,17 +154,34 @@ def _one_hot(rank: np.ndarray, num_ranks: int) -> np.ndarray:
     return (rank[..., None] == np.arange(num_ranks)).astype(np.float64)
 
 
+def _evenly(loads: np.ndarray, phy2log: np.ndarray, num_ranks: int) -> np.ndarray:
+    """Rank loads [loads, num_ranks] where the tokens [loads, experts] are split evenly over slots [loads, slots]."""
+    holds = phy2log >= 0
+    rows = np.arange(len(loads))[:, None]
+    expert = np.where(holds, phy2log, 0)
+    slots = np.zeros(loads.shape)
+    np.add.at(slots, (np.broadcast_to(rows, expert.shape), expert), holds)
+    of_slots = np.where(holds, (loads / np.maximum(slots, 1))[rows, expert], 0)
+    return of_slots.reshape(len(loads), num_ranks, -1).sum(axis=2)
+
+
 @partial(jax.jit, static_argnames=("solver", "tol", "implementation"))
 def _balance_all(
     loads: jax.Array, placements: Placement, solver: Solver, tol: float, implementation: _ffi.Implementation
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of each load, by its own placement: a bound on the largest rank load, that in whole tokens, and the gap."""
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Of each load, by its own placement: a bound on the largest rank load, that in whole tokens, the gap, the slots."""
 
-    def balance(load: jax.Array, placement: Placement) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def balance(load: jax.Array, placement: Placement) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         options = check_options(placement, solver, tol, None)
-        fraction, rank_load, gap, _, _ = solve_fractions(load, placement, options, implementation)
+        if placement.planning is None:
+            fraction, rank_load, gap, _, _ = solve_fractions(load, placement, options, implementation)
+        else:
+            least = jnp.int32(min(placement.planning.min_tokens, 2**31 - 1))
+            planned = _plan.plan(load, least, placement, options.tol, options.threshold, implementation)
+            fraction, rank_load, gap = planned.fraction, planned.rank_load, planned.gap
+            placement = dataclasses.replace(placement, phy2log=planned.phy2log, log2phy=planned.log2phy)
         assigned = jnp.max(quota_rank_load(fraction, load, placement))
-        return jnp.max(certified_bound(rank_load, gap, placement)), assigned, jnp.max(gap)
+        return jnp.max(certified_bound(rank_load, gap, placement)), assigned, jnp.max(gap), placement.phy2log
 
     return jax.vmap(balance)(loads, placements)
 
