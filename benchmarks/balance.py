@@ -35,7 +35,7 @@ CHAIN = 16
 KERNELS = {
     "count": ("histogram_kernel", "scan_kernel", "count_kernel"),
     "solve": ("solve_kernel", "edge_balance_kernel"),
-    "assign": ("assign_kernel",),
+    "assign": ("share_kernel", "assign_kernel"),
 }
 LAUNCHES = {"lplb_count": 1, "lplb_solve_assign": 2}  # kernels of each custom call
 

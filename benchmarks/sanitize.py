@@ -21,7 +21,7 @@ TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 def problems() -> dict:
     rng = np.random.default_rng(0)
     topology = helpers.topology
-    place, many = helpers.placement, helpers.many_replicas
+    place, many, everywhere = helpers.placement, helpers.many_replicas, helpers.everywhere
     return {
         "ring 8x1": (place(topology.ring(8), 256, 8, 1), 500),
         "cube 8x2, eight groups": (place(topology.cube(), 256, 64, 4), 130),
@@ -35,11 +35,13 @@ def problems() -> dict:
         "many 30 ranks": (many(rng, num_experts=60, num_ranks=30, redundants=3), 33),
         "many 60 ranks": (many(rng, num_experts=120, num_ranks=60, redundants=3), 33),
         "many 72 ranks": (many(rng, num_experts=288, num_ranks=72, redundants=4), 33),
-        # Two kernels that count; several passes over a chunk, with and without the shares in shared memory.
+        "an expert on 64 ranks": (everywhere(64), 33),
+        # Two kernels that count; several passes over a chunk, with and without room for all shares in shared memory.
         "4096 experts": (place(topology.cube(), 4096, 64, 2), 700),
         "2048 experts": (place(topology.cube(), 2048, 32, 2), 700),
         # Too many ids for one cluster, and chunks of which a thread takes several ids.
         "many ids": (place(topology.ring(8), 64, 8, 1), 20_000),
+        "many ids and replicas": (everywhere(8), 20_000),
     }
 
 

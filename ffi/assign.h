@@ -52,7 +52,7 @@ cudaError_t assign_prepared_cuda(cudaStream_t stream, const AssignShape& shape, 
                                  const AssignResults& out);
 #endif
 
-// ---- Shares: what each replica takes ---------------------------------------------------------------------------------
+// ---- Shares: what each replica takes --------------------------------------------------------------------------------
 
 // What a replica takes of the tokens that those before it left. An expert's last share has quota == left; so has any
 // that nothing is left after. An expert without replicas has one share, of no slot.
@@ -144,8 +144,8 @@ LPLB_INLINE Share make_share(int32_t slot, uint32_t begin, uint32_t end, uint32_
 
 // Writes an expert's shares, of up to max_replicas, and returns how many there are: one at least. read(r) gives entry r
 // of its row, a Replica. Replicas share the load as the split does, and evenly where that has nothing for any of them;
-// sums are taken one by one. With kMost > 0, at least max_replicas, loops are unrolled, so that a row that `read` has in
-// registers stays there.
+// sums are taken one by one. Where kMost > 0, which is no less than max_replicas, loops are unrolled, so that a row
+// that `read` has in registers stays there.
 template <int kMost = 0, class Read>
 LPLB_INLINE int write_shares(Read read, int max_replicas, int num_physical, int32_t load, Share* shares) {
   const int most = kMost > 0 ? kMost : max_replicas;

@@ -21,7 +21,9 @@ void assign_cpu(const AssignShape& shape, const AssignOperands& in, const Assign
       next[e] = static_cast<uint32_t>(std::max(0, in.offset[expert]));
       first[e] = shares.size();
       shares.resize(first[e] + replicas);
-      const auto read = [&](int r) { return Replica{in.split[expert * replicas + r], in.log2phy[expert * replicas + r]}; };
+      const auto read = [&](int r) {
+        return Replica{in.split[expert * replicas + r], in.log2phy[expert * replicas + r]};
+      };
       shares.resize(first[e] + write_shares(read, replicas, shape.num_physical, in.load[expert], &shares[first[e]]));
       for_each_quota(&shares[first[e]], [&](int32_t slot, uint32_t quota) {
         int32_t& sum = sums[slot / slots_per_rank];

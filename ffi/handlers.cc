@@ -258,8 +258,7 @@ ffi::Error assign(Launch launch, Ids expert_ids, Ids starts, Reals split, Ids lo
   if (!shapes.ok()) return shapes.error();
   const AssignOperands in = {expert_ids.typed_data(), starts.typed_data(), split.typed_data(),
                              load.typed_data(),       offset.typed_data(), log2phy.typed_data()};
-  return launch(shape, in,
-                AssignResults{physical_ids->typed_data(), rank_load->typed_data(), workspace->typed_data()});
+  return launch(shape, in, AssignResults{physical_ids->typed_data(), rank_load->typed_data(), workspace->typed_data()});
 }
 
 // The split of `predicted`, and by it the assignment of tokens that `load` counts.

@@ -57,6 +57,12 @@ def many_replicas(rng: np.random.Generator, *, num_experts: int, num_ranks: int,
     return lplb.Placement.from_phy2log(np.concatenate(slots), num_ranks, num_experts=num_experts)
 
 
+def everywhere(num_ranks: int) -> lplb.Placement:
+    """Expert 0 on every rank, each beside one expert that is at home there."""
+    slots = np.stack([np.arange(1, num_ranks + 1), np.zeros(num_ranks, int)], axis=1)
+    return lplb.Placement.from_phy2log(slots.ravel(), num_ranks)
+
+
 def optimum(load: np.ndarray, place: lplb.Placement) -> np.ndarray:
     """Smallest possible largest rank load of each group, float64 [num_groups], by SciPy's HiGHS."""
     slots, size = place.slots_per_rank, place.group_size

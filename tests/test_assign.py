@@ -12,6 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import jax_lplb as lplb
+from jax_lplb._assign import assign_with_starts
+from jax_lplb._count import count
 
 topology = lplb.topology
 ONE = 2**30
@@ -94,14 +96,12 @@ def random_split(rng: np.random.Generator, place: lplb.Placement) -> np.ndarray:
 @cache
 def placements() -> dict[str, lplb.Placement]:
     rng = np.random.default_rng(1)
-    # Expert 0 on each of 72 ranks, beside one expert at home there.
-    everywhere = np.stack([np.arange(1, 73), np.zeros(72, int)], axis=1).ravel()
     return {
         "ring": helpers.placement(topology.ring(8), 16, 8, 1),
         "cube, 2 groups": helpers.placement(topology.cube(), 64, 16, 2),
         "no copies": helpers.placement(topology.ring(4), 16, 4, 0),
         "many": helpers.many_replicas(rng, num_experts=36, num_ranks=12, redundants=3),
-        "72 replicas": lplb.Placement.from_phy2log(everywhere, 72),
+        "72 replicas": helpers.everywhere(72),
         # Experts with 5, 4, 3, 2 and 1 replicas.
         "5 to 1": lplb.Placement.from_phy2log([0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 3, 0, 3, 4], 5),
     }
@@ -455,6 +455,46 @@ def test_vmapped(platform, implementation, rng):
     np.testing.assert_array_equal(one_placement, expected)
 
 
+@pytest.mark.smoke
+@pytest.mark.parametrize("width", [3, 4, 22, 64, 128])
+def test_rows_of_any_width(exact, rng, width):
+    """A batch of placements, most rows much shorter than the widest: an entry that is no slot ends a row, whatever
+    follows; parts may be anything; loads, nothing or the largest. Ids, and the rank load of the quotas.
+    """
+    experts, ranks, slots = 40, 6, 120
+    ids = rng.integers(-1, experts + 1, (3, 700), np.int32)
+    log2phy = rng.integers(0, slots, (3, experts, width), np.int32)
+    lengths = np.where(rng.random((3, experts)) < 0.6, rng.integers(1, 4, (3, experts)), width)
+    lengths[:, ::7] = rng.integers(1, width, lengths[:, ::7].shape, endpoint=True)
+    nothing = rng.choice(np.array([-1, slots, INT32.min, INT32.max], np.int32), (3, experts))
+    log2phy = np.where(np.arange(width) == lengths[..., None], nothing[..., None], log2phy)
+    split = rng.lognormal(0, 2, log2phy.shape).astype(np.float32)
+    kind = rng.random(split.shape)
+    for chance, part in ((0.3, 0), (0.2, np.nan), (0.1, -3)):
+        split[kind < chance] = part
+    split[:, ::5] = 0
+    load = rng.choice([0, 1, 7, 300, MOST - 1, MOST, -9], (3, experts)).astype(np.int32)
+    offset = rng.integers(-5, 40, (3, experts), np.int32)
+
+    def call(ids, split, log2phy, load, offset, num_sms):
+        place = lplb.Placement(np.zeros(slots, np.int32), log2phy, num_ranks=ranks, num_groups=1, topology=None)
+        starts = count(ids, experts, num_sms, exact)[1]
+        return assign_with_starts(ids, starts, split, place, load, offset, num_sms, exact)
+
+    expected = []
+    for i in range(3):
+        table = np.where(np.arange(width) < lengths[i][:, None], log2phy[i], -1)
+        rank_load = np.zeros(ranks, np.int64)
+        for row, parts, n, m in zip(table, split[i], lengths[i], load[i].tolist(), strict=True):
+            np.add.at(rank_load, row[:n] // (slots // ranks), quotas(parts, n, max(0, m)))
+        known = np.maximum(load[i], 0)
+        expected.append((reference(ids[i], split[i], table, known, offset[i]), rank_load.astype(np.int32)))
+    for num_sms in (None, 4) if exact == "ffi" else (None,):
+        run = jax.jit(jax.vmap(partial(call, num_sms=num_sms)))
+        for got, want in zip(run(ids, split, log2phy, load, offset), zip(*expected, strict=True), strict=True):
+            np.testing.assert_array_equal(got, want)
+
+
 def garbage_tables() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(3)
     return {
@@ -470,16 +510,16 @@ def garbage_tables() -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("table", garbage_tables())
-@pytest.mark.parametrize("max_replicas", [1, 3])
+@pytest.mark.parametrize("max_replicas", [1, 3, 6])
 def test_garbage_stays_in_bounds(platform, implementation, table, max_replicas):
     """Contents that no constructor gives: an expert's slots end at the first entry that is none."""
-    log2phy = garbage_tables()[table].astype(np.int32)[:, :max_replicas]
+    log2phy = np.tile(garbage_tables()[table].astype(np.int32), 2)[:, :max_replicas]
     valid = np.cumprod((log2phy >= 0) & (log2phy < 12), axis=1).astype(bool)
     ids = np.tile(np.arange(-1, 7, dtype=np.int32), 30)
     place = lplb.Placement(np.zeros(12, np.int32), log2phy, num_ranks=4, num_groups=1, topology=None)
     for load in (np.full(6, 30, np.int32), np.zeros(6, np.int32)):
         for row in ([1, 1, 1], [0, 2, 1], [0, 0, 5]):
-            split = np.tile(np.array(row[:max_replicas], np.float32), (6, 1))
+            split = np.tile(np.array((2 * row)[:max_replicas], np.float32), (6, 1))
             physical_ids = run(implementation, ids, split, place, load)
             for expert in range(-1, 7):
                 slots = log2phy[expert][valid[expert]].tolist() if 0 <= expert < 6 else []
