@@ -1,4 +1,4 @@
-"""Device time of plan, solve and assign with copies chosen per batch: `python benchmarks/plan.py build/bench/lplb_bench`.
+"""Device time with copies chosen per batch: `python benchmarks/plan.py build/bench/lplb_bench`.
 
 As benchmarks/kernels.py, which has the instances and the driver; beside the times, what the plans are worth: imbalance
 of the split that was found, and the number of copies.
