@@ -108,10 +108,10 @@ __global__ void __launch_bounds__(kShareWarps* kWarp)
         return others == 0 ? kWarp : __ffs(others) - 1;
       };
 
-      // The split comes last: it is the solve's.
-      int32_t slot = slot_at(0);
+      // The split and log2phy come last: they are the solve's and the plan's.
       const uint32_t tokens = static_cast<uint32_t>(max(in.load[expert], 0));
       wait_for_launch<kAhead>();
+      int32_t slot = slot_at(0);
       const float part = part_at(0);
       int count = leading(slot);
       float total = 0.0f;

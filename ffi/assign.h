@@ -42,7 +42,8 @@ void assign_cpu(const AssignShape& shape, const AssignOperands& in, const Assign
 cudaError_t prepare_assign_cuda();
 cudaError_t assign_cuda(cudaStream_t stream, const AssignShape& shape, const AssignOperands& in,
                         const AssignResults& out);
-// Where the launch before this one on the stream is that of the solve which writes `split`, and all else is older: on
+// Where the launch before this one on the stream is that of the solve which writes `split`, a plan before it may have
+// written log2phy, and all else is older: on
 // devices that can, tokens are numbered while it runs (programmatic dependent launch).
 cudaError_t assign_after_solve_cuda(cudaStream_t stream, const AssignShape& shape, const AssignOperands& in,
                                     const AssignResults& out);

@@ -694,9 +694,10 @@ class InteriorPoint {
       if (own) rank_load_[g] = best_rank_[i] * tokens;
     });
     const float gap = fmaxf((best_most_ - best_bound_) / best_most_, 0.0f);
-    report(gap, iterations, gap <= shape_.tol                           ? kConverged
-                            : best_is_first_ && !shape_.planned ? kEvenSplit
-                                                                : kMaxIterations);
+    report(gap, iterations,
+           gap <= shape_.tol                   ? kConverged
+           : best_is_first_ && !shape_.planned ? kEvenSplit
+                                               : kMaxIterations);
   }
   // Everything stays at home; or there is nothing at all.
   LPLB_DEVICE void finish_unsolved() {

@@ -18,7 +18,8 @@
 // component bounds the largest rank load from below. Nearly always the copies of a component form a tree, each filling
 // up or relieving one rank for good. Replayed with the component's mean as the limit, the same copies then carry what
 // makes all ranks of the component equal, which proves the split optimal for these copies. Where an expert does not
-// have as much to give as that asks for, the gap tells, and the interior-point method solves (see `planned` in solve.h).
+// have as much to give as that asks for, the gap tells, and the interior-point method solves (see `planned` in
+// solve.h).
 //
 // Integers, scaled by a power of two: CPU, CUDA and the pure JAX in jax_lplb/_plan.py give the same bits.
 //
@@ -85,8 +86,8 @@ cudaError_t prepare_plan_cuda();
 cudaError_t plan_cuda(cudaStream_t stream, const PlanShape& shape, const PlanOperands& in, const PlanResults& out);
 #endif
 
-// Tokens of an expert that a rank takes from its home, and what that settles for good: the receiver, the giver, or, where
-// the expert had no more, neither. Experts and ranks are of the group.
+// Tokens of an expert that a rank takes from its home, and what that settles for good: the receiver, the giver, or,
+// where the expert had no more, neither. Experts and ranks are of the group.
 enum Settles : uint32_t { kReceiver, kGiver, kNeither };
 struct Copy {
   static_assert(kMaxGroupRanks <= 1 << 7 && kMaxGroupSlots <= 1 << 16, "must fit");
@@ -126,11 +127,12 @@ struct PlanLoads {
 
 // How good a candidate is: the smaller the better.
 struct PlanScore {
-  uint64_t first = ~uint64_t{0};  // largest rank load, but no less than the target; copies; whether it has no certificate
-  uint32_t largest = ~0u;         // rank load
+  uint64_t first =
+      ~uint64_t{0};        // largest rank load, but no less than the target; copies; whether it has no certificate
+  uint32_t largest = ~0u;  // rank load
   int candidate = 0;
-  uint32_t bound = 0;             // what the busiest rank has at the least, with these copies
-  int num_copies = 0;             // in the list, of which some may have no tokens
+  uint32_t bound = 0;  // what the busiest rank has at the least, with these copies
+  int num_copies = 0;  // in the list, of which some may have no tokens
 
   LPLB_INLINE int in_use() const { return num_copies == 0 ? 0 : static_cast<int>(first >> 1 & 0xfff); }
   LPLB_INLINE bool better_than(const PlanScore& other) const {
@@ -172,8 +174,8 @@ class Planner {
     const uint32_t in_use = settle(levelled <= given);
     const bool open = plan_gap(score.largest, score.bound) > kCertified;
     const uint32_t even_enough = plan_limit(mean, shape_.slack);
-    score.first = static_cast<uint64_t>(score.largest > even_enough ? score.largest : even_enough) << 13 |
-                  in_use << 1 | (open ? 1 : 0);
+    score.first = static_cast<uint64_t>(score.largest > even_enough ? score.largest : even_enough) << 13 | in_use << 1 |
+                  (open ? 1 : 0);
     if (!score.better_than(best_)) return;
     best_ = score;
     Copy* const swapped = memory_.best;
@@ -339,7 +341,7 @@ class Planner {
   // Of the candidate at work.
   int num_copies_ = 0;
   uint32_t bound_ = 0;
-  Word load_, used_, sent_;       // of each rank: tokens, slots that hold copies, copies of its experts elsewhere
+  Word load_, used_, sent_;     // of each rank: tokens, slots that hold copies, copies of its experts elsewhere
   Word member_, total_, size_;  // of each rank's component: its name, tokens and ranks
 };
 

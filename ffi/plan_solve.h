@@ -16,7 +16,8 @@ inline SolveShape after_plan(const PlanShape& shape) {
 
 inline void plan_solve_cpu(const PlanShape& shape, const PlanOperands& in, const PlanResults& out) {
   plan_cpu(shape, in, out);
-  if (shape.max_copies() > 0 && shape.solve.max_iterations > 0) solve_cpu(after_plan(shape), {in.load, out.log2phy}, out.split);
+  if (shape.max_copies() > 0 && shape.solve.max_iterations > 0)
+    solve_cpu(after_plan(shape), {in.load, out.log2phy}, out.split);
 }
 
 inline void plan_assign_cpu(const PlanShape& plan_shape, const PlanOperands& plan_in, const PlanResults& planned,
