@@ -134,7 +134,6 @@ struct PlanScore {
   uint32_t bound = 0;  // what the busiest rank has at the least, with these copies
   int num_copies = 0;  // in the list, of which some may have no tokens
 
-  LPLB_INLINE int in_use() const { return num_copies == 0 ? 0 : static_cast<int>(first >> 1 & 0xfff); }
   LPLB_INLINE bool better_than(const PlanScore& other) const {
     if (first != other.first) return first < other.first;
     return largest != other.largest ? largest < other.largest : candidate < other.candidate;
@@ -163,19 +162,22 @@ class Planner {
   LPLB_DEVICE void attempt(int number) {
     const Candidate& candidate = shape_.candidates[number];
     const uint32_t mean = loads_.total / static_cast<uint32_t>(shape_.solve.group_size);
+    const uint32_t even_enough = plan_limit(mean, shape_.slack);
     give(plan_limit(mean, candidate.slack), candidate.rule);
     const uint32_t given = warp_.largest(load_).value;
+    // With more copies than a candidate that is even enough, there is nothing to win.
+    if (given <= even_enough) warp_.announce(num_copies_);
+    if (num_copies_ > warp_.fewest()) return;
     const uint32_t levelled = level();
     PlanScore score;
     score.candidate = number;
     score.num_copies = num_copies_;
     score.bound = bound_;
     score.largest = levelled <= given ? levelled : given;
-    const uint32_t in_use = settle(levelled <= given);
+    settle(levelled <= given);
     const bool open = plan_gap(score.largest, score.bound) > kCertified;
-    const uint32_t even_enough = plan_limit(mean, shape_.slack);
-    score.first = static_cast<uint64_t>(score.largest > even_enough ? score.largest : even_enough) << 13 | in_use << 1 |
-                  (open ? 1 : 0);
+    score.first = static_cast<uint64_t>(score.largest > even_enough ? score.largest : even_enough) << 13 |
+                  static_cast<uint64_t>(num_copies_) << 1 | (open ? 1 : 0);
     if (!score.better_than(best_)) return;
     best_ = score;
     Copy* const swapped = memory_.best;
@@ -206,15 +208,15 @@ class Planner {
       size_.of[k] = 1;
     });
     warp_.sync();
-    for (num_copies_ = 0; num_copies_ < shape_.max_copies(); ++num_copies_) {
+    int fewest = shape_.max_copies();
+    for (num_copies_ = 0; num_copies_ < shape_.max_copies() && num_copies_ <= fewest; ++num_copies_) {
+      fewest = warp_.fewest();  // long before it is needed
       const auto giver = warp_.largest(load_);
       if (giver.value <= limit) return;
       const uint32_t excess = giver.value - limit;
       if (warp_.get(sent_, giver.index) >= static_cast<uint32_t>(shape_.max_sends)) return;
       const int first = giver.index * per_rank;
-      const auto expert = warp_.largest_of(per_rank, [&](int i) {
-        return memory_.replicas[first + i] < shape_.solve.max_replicas ? memory_.at_home[first + i] : 0u;
-      });
+      const auto expert = warp_.largest_of(per_rank, [&](int i) { return memory_.at_home[first + i]; });
       const uint32_t e = static_cast<uint32_t>(first + expert.index), has = expert.value;
       if (has < loads_.least) return;
 
@@ -255,8 +257,8 @@ class Planner {
         copy.receiver = static_cast<uint32_t>(receiver.index);
         copy.settles = tokens == space ? kReceiver : tokens == excess ? kGiver : kNeither;
         memory_.copies[num_copies_] = copy;
-        memory_.at_home[e] -= tokens;
-        ++memory_.replicas[e];
+        // An expert with as many replicas as it may have gives no more.
+        memory_.at_home[e] = ++memory_.replicas[e] < shape_.solve.max_replicas ? has - tokens : 0;
       }
       join(giver.index, receiver.index);
       warp_.each_rank([&](int k, int g, bool) {
@@ -300,15 +302,19 @@ class Planner {
       over.of[k] = own ? loads_.home[g] - level.of[k] : 0;
     });
     bound_ = warp_.largest(mean).value;
-    warp_.each_of(shape_.num_experts(), [&](int e) { memory_.at_home[e] = loads_.expert[e]; });
+    warp_.each_of(num_copies_, [&](int c) {
+      const int e = memory_.copies[c].expert;
+      memory_.at_home[e] = loads_.expert[e];
+    });
     warp_.sync();
+    Copy next = memory_.copies[0];
     for (int c = 0; c < num_copies_; ++c) {
-      const Copy copy = memory_.copies[c];
+      const Copy copy = next;
+      next = memory_.copies[c + 1 < num_copies_ ? c + 1 : c];
       const int giver = copy.giver, receiver = copy.receiver;
       const int32_t has = static_cast<int32_t>(memory_.at_home[copy.expert]);
-      int32_t wanted = has;
-      if (copy.settles == kReceiver) wanted = -static_cast<int32_t>(warp_.get(over, receiver));
-      if (copy.settles == kGiver) wanted = static_cast<int32_t>(warp_.get(over, giver));
+      const int32_t above = static_cast<int32_t>(warp_.get(over, copy.settles == kReceiver ? receiver : giver));
+      const int32_t wanted = copy.settles == kReceiver ? -above : copy.settles == kGiver ? above : has;
       const uint32_t tokens = static_cast<uint32_t>(wanted < 0 ? 0 : wanted < has ? wanted : has);
       warp_.sync();
       if (warp_.first()) {
@@ -324,13 +330,11 @@ class Planner {
     warp_.each_rank([&](int k, int, bool) { level.of[k] += over.of[k]; });
     return warp_.largest(level).value;
   }
-  // Takes what the plan gave where the replay is not better; returns the number of copies that have tokens.
-  LPLB_DEVICE uint32_t settle(bool levelled) {
-    return warp_.count_of(num_copies_, [&](int c) {
-      Copy& copy = memory_.copies[c];
-      if (!levelled) copy.tokens = copy.given;
-      return copy.tokens != 0;
-    });
+  // Takes what the plan gave where the replay is not better.
+  LPLB_DEVICE void settle(bool levelled) {
+    if (levelled) return;
+    warp_.each_of(num_copies_, [&](int c) { memory_.copies[c].tokens = memory_.copies[c].given; });
+    warp_.sync();
   }
 
   Warp warp_;
@@ -381,13 +385,10 @@ class PlanGroup {
       loads_->expert[e] = static_cast<uint32_t>(load_[e] > 0 ? load_[e] : 0);
       mine += loads_->expert[e];
     });
-    block_.add(&loads_->total, mine);
-    block_.fill(log2phy_, static_cast<int64_t>(experts_) * replicas, -1);
-    block_.fill(reinterpret_cast<int32_t*>(fraction_), static_cast<int64_t>(experts_) * replicas, 0);
-    block_.each_of(slots_, [&](int slot) {
-      const int rank = slot / shape_.solve.slots_per_rank, i = slot - rank * shape_.solve.slots_per_rank;
-      phy2log_[slot] = i < per_rank ? first_expert_ + rank * per_rank + i : -1;
-    });
+    block_.add_all(&loads_->total, mine);
+    block_.fill(log2phy_, experts_ * replicas, -1);
+    block_.fill(reinterpret_cast<int32_t*>(fraction_), experts_ * replicas, 0);
+    block_.fill(phy2log_, slots_, -1);
     block_.sync();
     const uint32_t total = loads_->total;
     const int bits = block_.leading_zeros(total) - 2;
@@ -430,7 +431,9 @@ class PlanGroup {
     block_.each_of(experts_, [&](int e) {
       const int rank = e / shape_.experts_per_rank;
       const int64_t row = static_cast<int64_t>(e) * s.max_replicas;
-      log2phy_[row] = first_slot_ + rank * s.slots_per_rank + e - rank * shape_.experts_per_rank;
+      const int slot = rank * s.slots_per_rank + e - rank * shape_.experts_per_rank;
+      phy2log_[slot] = first_expert_ + e;
+      log2phy_[row] = first_slot_ + slot;
       fraction_[row] = share(left[e], e);
     });
     block_.each_of(score.num_copies, [&](int c) {
@@ -452,7 +455,7 @@ class PlanGroup {
     block_.each_of(s.group_size, [&](int g) { rank_load_[g] = static_cast<float>(loads_->home[g]) * unit; });
     if (!block_.first()) return;
     *iterations_ = 0;
-    if (score.in_use() == 0) {
+    if (score.num_copies == 0) {
       const float home = static_cast<float>(most_at_home) * static_cast<float>(s.group_size);
       const float more = home - static_cast<float>(loads_->total);
       *gap_ = at_home && more > 0.0f ? more / home : 0.0f;

@@ -15,7 +15,8 @@ struct SerialBlock {
     for (int i = 0; i < count; ++i) visit(i);
   }
   void add(uint32_t* target, uint32_t value) const { *target += value; }
-  void fill(int32_t* values, int64_t count, int32_t value) const { std::fill_n(values, count, value); }
+  void add_all(uint32_t* target, uint32_t value) const { *target += value; }
+  void fill(int32_t* values, int count, int32_t value) const { std::fill_n(values, count, value); }
   int leading_zeros(uint32_t value) const {
     int zeros = 0;
     for (uint32_t bit = 1u << 31; bit != 0 && (value & bit) == 0; bit >>= 1) ++zeros;
@@ -34,8 +35,11 @@ struct SerialWarp : SerialBlock {
     int index;
   };
   int num_ranks;
+  int fewest_copies = kMaxGroupSlots;
 
   explicit SerialWarp(int num_ranks) : num_ranks(num_ranks) {}
+  void announce(int num_copies) { fewest_copies = std::min(fewest_copies, num_copies); }
+  int fewest() const { return fewest_copies; }
   template <class F>
   void each_rank(F visit) const {
     for (int g = 0; g < num_ranks; ++g) visit(g, g, true);
@@ -51,12 +55,6 @@ struct SerialWarp : SerialBlock {
   }
   Found largest(const Word& word) const {
     return largest_of(num_ranks, [&](int g) { return word.of[g]; });
-  }
-  template <class F>
-  uint32_t count_of(int count, F holds) const {
-    uint32_t number = 0;
-    for (int i = 0; i < count; ++i) number += holds(i) ? 1 : 0;
-    return number;
   }
 };
 

@@ -261,14 +261,13 @@ def _plan_group(
         given = jnp.max(state.load)
         tokens = jnp.where(levelled <= given, tokens, state.copies.tokens)
         largest = jnp.minimum(levelled, given)
-        in_use = jnp.sum(tokens != 0, dtype=jnp.uint32)
         missing = jnp.where(largest > bound, largest - bound, 0)
-        return state.copies._replace(tokens=tokens), jnp.maximum(largest, even_enough), in_use, largest, missing
+        return state.copies._replace(tokens=tokens), jnp.maximum(largest, even_enough), state.num_copies, largest, missing
 
-    copies, rated, in_use, largest, missing = jax.vmap(attempt)(jnp.asarray(slacks), jnp.asarray(rules))
+    copies, rated, num_copies, largest, missing = jax.vmap(attempt)(jnp.asarray(slacks), jnp.asarray(rules))
     # The first of the best, criterion by criterion.
     left = jnp.ones_like(rated, bool)
-    for criterion in (rated, in_use, (_gap(missing, largest) > jnp.float32(_CERTIFIED)).astype(jnp.uint32), largest):
+    for criterion in (rated, num_copies.astype(jnp.uint32), (_gap(missing, largest) > jnp.float32(_CERTIFIED)).astype(jnp.uint32), largest):
         left &= criterion == jnp.min(jnp.where(left, criterion, jnp.uint32(2**32 - 1)))
     best = jnp.argmax(left)
     copies, largest, missing = jax.tree.map(lambda leaf: leaf[best], (copies, largest, missing))
