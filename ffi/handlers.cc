@@ -5,6 +5,7 @@
 #include "handlers.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <limits>
 #include <string>
@@ -32,7 +33,8 @@ ffi::Error check_launch(const char* name, cudaError_t error) {
 }
 #endif
 
-// Reads shapes and remembers the first thing that is wrong with them.
+// Reads shapes and remembers the first thing that is wrong with them. Messages are made only then: handlers run at
+// every call, and allocate nothing.
 class Shapes {
  public:
   explicit Shapes(const char* call) : call_(call) {}
@@ -59,21 +61,25 @@ class Shapes {
   void expect(const char* operand, const char* what, int64_t expected, int64_t got) {
     if (expected != got) fail(operand, what, expected, got);
   }
-  void require(bool holds, const std::string& message) {
-    if (!holds && message_.empty()) message_ = std::string(call_) + ": " + message;
+  // message() says what is wrong.
+  template <class Message>
+  void require(bool holds, Message message) {
+    if (!holds && message_.empty()) message_ = std::string(call_) + ": " + message();
   }
   int batch() const { return static_cast<int>(batch_); }
   bool ok() {
     // The batch is a grid's y dimension on CUDA.
-    require(batch_ <= 65535, "at most 65535 batch elements, got " + std::to_string(batch_));
+    require(batch_ <= 65535, [&] { return "at most 65535 batch elements, got " + std::to_string(batch_); });
     return message_.empty();
   }
   ffi::Error error() const { return ffi::Error::InvalidArgument(message_); }
 
  private:
   void fail(const char* operand, const char* what, int64_t expected, int64_t got) {
-    require(false, std::string(operand) + ": expected " + what + " " + std::to_string(expected) + ", got " +
-                       std::to_string(got));
+    require(false, [&] {
+      return std::string(operand) + ": expected " + what + " " + std::to_string(expected) + ", got " +
+             std::to_string(got);
+    });
   }
   const char* call_;
   int64_t batch_ = -1;
@@ -89,15 +95,18 @@ CountShape count_shape(Shapes& shapes, const Ids& expert_ids, const Ids& starts,
   shape.chunk_size = chunk_size;
   shape.num_batches = shapes.batch();
   shape.num_sms = static_cast<int>(std::min<int64_t>(num_sms, std::numeric_limits<int>::max()));
-  shapes.require(num_sms >= 0, "num_sms " + std::to_string(num_sms) + " is negative");
-  shapes.require(shape.num_experts >= 1 && shape.num_experts <= kMaxExperts,
-                 "at most " + std::to_string(kMaxExperts) + " experts, got " + std::to_string(chunks[1]));
-  shapes.require(
-      chunk_size >= 4 && chunk_size <= kMaxChunk && chunk_size % 4 == 0,
-      "chunk_size must be a multiple of 4 up to " + std::to_string(kMaxChunk) + ", got " + std::to_string(chunk_size));
-  shapes.require(chunks[0] >= 1 && chunks[0] * chunk_size >= shape.num_ids,
-                 std::to_string(chunks[0]) + " chunks of " + std::to_string(chunk_size) + " do not hold " +
-                     std::to_string(shape.num_ids) + " ids");
+  shapes.require(num_sms >= 0, [&] { return "num_sms " + std::to_string(num_sms) + " is negative"; });
+  shapes.require(shape.num_experts >= 1 && shape.num_experts <= kMaxExperts, [&] {
+    return "at most " + std::to_string(kMaxExperts) + " experts, got " + std::to_string(chunks[1]);
+  });
+  shapes.require(chunk_size >= 4 && chunk_size <= kMaxChunk && chunk_size % 4 == 0, [&] {
+    return "chunk_size must be a multiple of 4 up to " + std::to_string(kMaxChunk) + ", got " +
+           std::to_string(chunk_size);
+  });
+  shapes.require(chunks[0] >= 1 && chunks[0] * chunk_size >= shape.num_ids, [&] {
+    return std::to_string(chunks[0]) + " chunks of " + std::to_string(chunk_size) + " do not hold " +
+           std::to_string(shape.num_ids) + " ids";
+  });
   return shape;
 }
 
@@ -142,7 +151,7 @@ Solve read_solve(Shapes& shapes, const Ids& load, const Ids& log2phy, ffi::Resul
   shapes.expect("iterations", "num_groups", groups, shapes.last("iterations", *iterations, 1)[0]);
   shapes.expect("status", "num_groups", groups, shapes.last("status", *status, 1)[0]);
   shapes.require(groups >= 1 && ranks >= 1 && ranks % groups == 0 && shape.num_physical % ranks == 0,
-                 "num_groups must divide the ranks, and the ranks num_physical");
+                 [] { return "num_groups must divide the ranks, and the ranks num_physical"; });
   if (!shapes.ok()) return solve;
   shape.num_batches = shapes.batch();
   shape.num_groups = static_cast<int>(groups);
@@ -155,7 +164,7 @@ Solve read_solve(Shapes& shapes, const Ids& load, const Ids& log2phy, ffi::Resul
   shape.threshold = threshold;
   const char* wrong =
       partners.size() == 0 ? check(shape) : check_edges(shape, partners.begin(), partners.size(), &solve.colouring);
-  shapes.require(wrong == nullptr, wrong != nullptr ? wrong : "");
+  shapes.require(wrong == nullptr, [&] { return wrong; });
   solve.along_edges = partners.size() > 0;
   solve.in = {load.typed_data(), log2phy.typed_data()};
   solve.out = {fraction->typed_data(), rank_load->typed_data(), gap->typed_data(), iterations->typed_data(),
@@ -232,6 +241,7 @@ AssignShape read_assign(Shapes& shapes, const Ids& expert_ids, const Ids& starts
   const int64_t* table = shapes.last("log2phy", log2phy, 2);
   shapes.expect("log2phy", "num_experts", experts, table[0]);
   shape.max_replicas = static_cast<int>(table[1]);
+  shapes.require(shape.max_replicas >= 1, [] { return "log2phy: max_replicas is 0"; });
   shapes.expect("workspace", "size", workspace_words(experts, shape.max_replicas),
                 shapes.last("workspace", *workspace, 1)[0]);
   shapes.expect("split", "num_experts", experts, split[0]);
@@ -240,9 +250,10 @@ AssignShape read_assign(Shapes& shapes, const Ids& expert_ids, const Ids& starts
   shapes.expect("offset", "num_experts", experts, shapes.last("offset", offset, 1)[0]);
   shapes.expect("physical_ids", "size", shape.count.num_ids, shapes.last("physical_ids", *physical_ids, 1)[0]);
   const int64_t ranks = shapes.last("rank_load", *rank_load, 1)[0];
-  shapes.require(ranks >= 1 && ranks <= kMaxExperts && num_physical % ranks == 0,
-                 "rank_load: 1 to " + std::to_string(kMaxExperts) + " ranks that divide num_physical " +
-                     std::to_string(num_physical) + ", got " + std::to_string(ranks));
+  shapes.require(ranks >= 1 && ranks <= kMaxExperts && num_physical % ranks == 0, [&] {
+    return "rank_load: 1 to " + std::to_string(kMaxExperts) + " ranks that divide num_physical " +
+           std::to_string(num_physical) + ", got " + std::to_string(ranks);
+  });
   shape.num_ranks = static_cast<int>(ranks);
   shape.num_physical = static_cast<int>(num_physical);
   return shape;
@@ -441,13 +452,20 @@ LPLB_CUDA_HANDLER(SolveAssignCuda, solve_assign, solve_assign_cuda);
 LPLB_CUDA_HANDLER(PlanCuda, plan, plan_solve_cuda);
 LPLB_CUDA_HANDLER(PlanAssignCuda, plan_assign, plan_assign_cuda);
 
-// Function attributes may not be set while a stream is captured; XLA initialises before it captures.
+// Function attributes may not be set while a stream is captured; XLA initialises before it captures. It does so before
+// every execution, at each call site, so that only the first may cost something.
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     InitializeCuda,
     []() {
-      cudaError_t error = prepare_plan_cuda();
-      if (error == cudaSuccess) error = prepare_solve_cuda();
-      if (error == cudaSuccess) error = prepare_assign_cuda();
+      constexpr int kMaxDevices = 64;
+      static std::atomic<bool> prepared[kMaxDevices];
+      int device = 0;
+      cudaError_t error = cudaGetDevice(&device);
+      if (error == cudaSuccess && device < kMaxDevices && prepared[device].load()) return ffi::Error::Success();
+      for (const auto prepare : {prepare_plan_cuda, prepare_solve_cuda, prepare_assign_cuda}) {
+        if (error == cudaSuccess) error = prepare();
+      }
+      if (error == cudaSuccess && device < kMaxDevices) prepared[device].store(true);
       return check_launch("initialize", error);
     },
     ffi::Ffi::BindInitialize());

@@ -1,4 +1,3 @@
-#include <atomic>
 #include <utility>
 
 #include "count.h"
@@ -70,11 +69,6 @@ cudaError_t launch(cudaStream_t stream, const SolveShape& shape, const SolveOper
 }  // namespace
 
 cudaError_t prepare_solve_cuda() {
-  constexpr int kMaxDevices = 64;
-  static std::atomic<bool> prepared[kMaxDevices];
-  int device = 0;
-  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
-  if (device < kMaxDevices && prepared[device].load()) return cudaSuccess;
   for (const int group_size : {8, 16, 32, 64, 72, 128}) {
     for (const auto& [variables, replicas] : {std::pair(1, 2), std::pair(1, 3), std::pair(kMaxGroupSlots, 3)}) {
       const cudaError_t error = with_block(group_size, variables, replicas, [&](auto block) {
@@ -86,10 +80,12 @@ cudaError_t prepare_solve_cuda() {
     }
   }
 #ifdef LPLB_MATHDX
-  if (const cudaError_t error = prepare_solve_mathdx_cuda(device); error != cudaSuccess) return error;
-#endif
-  if (device < kMaxDevices) prepared[device].store(true);
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  return error != cudaSuccess ? error : prepare_solve_mathdx_cuda(device);
+#else
   return cudaSuccess;
+#endif
 }
 
 cudaError_t solve_cuda(cudaStream_t stream, const SolveShape& shape, const SolveOperands& in, const SolveResults& out) {

@@ -182,14 +182,13 @@ def _quotas(split: jax.Array, load: jax.Array, log2phy: jax.Array, num_physical:
     # Evenly where there is nothing for any of them.
     part = jnp.where(jnp.any(part > 0, axis=1, keepdims=True), part, present.astype(part.dtype))
     # Added up one by one, as the handlers do: a parallel prefix sum would round otherwise.
-    upto, sums = jnp.zeros_like(part[:, 0]), []
-    for replica in range(part.shape[1]):
-        upto = upto + part[:, replica]
-        sums.append(upto)
+    zero = _ffi.vary(jnp.zeros_like(part[:, 0]), _ffi.varying(part))
+    unroll = min(part.shape[1], 4)  # no loop where rows are narrow, and no program as long as rows where they are wide
+    total, sums = lax.scan(lambda upto, column: (upto + column,) * 2, zero, part.T, unroll=unroll)
     # Column by column: XLA divides by a broadcast as it multiplies by the reciprocal, and rounds otherwise. (On GPUs it
     # divides approximately anyway; there quotas may differ from the handlers' by a token.)
-    whole = jnp.where(upto > 0, upto, 1)
-    share = jnp.stack([sum_ / whole for sum_ in sums], axis=1)
+    whole = jnp.where(total > 0, total, 1)
+    share = lax.scan(lambda _, upto: (None, upto / whole), None, sums, unroll=unroll)[1].T
     index = jnp.arange(1, part.shape[1] + 1, dtype=jnp.int32)[None, :]
     fraction = jnp.where(share < 1, share * _ONE, _ONE).astype(jnp.uint32)
     fraction = jnp.where(index >= replicas, jnp.uint32(_ONE), fraction)

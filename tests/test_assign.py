@@ -1,5 +1,6 @@
 """`assign`: which replica each token goes to, against a reference in plain Python and what the split promises."""
 
+import contextlib
 import itertools
 from fractions import Fraction
 from functools import cache, partial
@@ -12,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import jax_lplb as lplb
+from jax_lplb import _handlers
 from jax_lplb._assign import assign_with_starts
 from jax_lplb._count import count
 
@@ -524,6 +526,39 @@ def test_garbage_stays_in_bounds(platform, implementation, table, max_replicas):
             for expert in range(-1, 7):
                 slots = log2phy[expert][valid[expert]].tolist() if 0 <= expert < 6 else []
                 assert set(physical_ids[ids == expert].tolist()) <= set(slots or [-1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, None),
+        ({"workspace": 7}, r"workspace: expected size \d+, got 7"),
+        ({"physical_ids": 11}, "physical_ids: expected size 12, got 11"),
+        ({"offset": 4}, "offset: expected num_experts 5, got 4"),
+        ({"batch": 2}, "load: expected batch 1, got 2"),
+        ({"rank_load": 4}, "ranks that divide num_physical 15, got 4"),
+        ({"chunk_size": 6}, "chunk_size must be a multiple of 4 up to 1073741824, got 6"),
+        ({"chunk_size": 4}, "1 chunks of 4 do not hold 12 ids"),
+        ({"num_sms": -1}, "num_sms -1 is negative"),
+    ],
+    ids=str,
+)
+def test_the_custom_call_says_what_is_wrong(change, message):
+    """Called as no function of the library calls it."""
+    place = placements()["5 to 1"]
+    words = _handlers.assign_workspace_words(5, 5)
+    sizes = {"physical_ids": 12, "rank_load": 5, "workspace": words, "offset": 5, "batch": 1} | change
+    attributes = {"num_physical": 15, "chunk_size": 256, "num_sms": 0}
+    attributes = {name: np.int64(change.get(name, value)) for name, value in attributes.items()}
+    names = ("physical_ids", "rank_load", "workspace")
+    call = jax.ffi.ffi_call("lplb_assign", [jax.ShapeDtypeStruct((sizes[name],), np.int32) for name in names])
+    ids, starts, split = np.zeros(12, np.int32), np.zeros((1, 5), np.int32), np.ones((5, 5), np.float32)
+    load = np.zeros((5,) if sizes["batch"] == 1 else (sizes["batch"], 5), np.int32)
+    wrong = pytest.raises(Exception, match=message) if message else contextlib.nullcontext()
+    with wrong, jax.default_device(jax.devices("cpu")[0]):
+        jax.block_until_ready(
+            call(ids, starts, split, load, np.zeros(sizes["offset"], np.int32), place.log2phy, **attributes)
+        )
 
 
 def test_same_bits_every_time(platform, implementation, rng):
