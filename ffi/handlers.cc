@@ -201,7 +201,8 @@ Plan read_plan(Shapes& shapes, const Ids& load, const Ids& least, ffi::Result<Id
   shapes.last("least", least, 0);
   const Solve solve = read_solve(shapes, load, *log2phy, fraction, rank_load, gap, iterations, status, num_physical,
                                  tol, threshold, max_iterations, {});
-  shapes.require(slacks.size() == rules.size() && slacks.size() <= kMaxCandidates, "a rule for each of 16 slacks");
+  shapes.require(slacks.size() == rules.size() && slacks.size() <= kMaxCandidates,
+                 [] { return "a rule for each of 16 slacks"; });
   if (!shapes.ok()) return plan;
   plan.shape.solve = solve.shape;
   plan.shape.experts_per_rank = solve.shape.num_experts / (solve.shape.num_groups * solve.shape.group_size);
@@ -212,7 +213,7 @@ Plan read_plan(Shapes& shapes, const Ids& load, const Ids& least, ffi::Result<Id
     plan.shape.candidates[i] = {slacks.begin()[i], static_cast<Rule>(rules.begin()[i])};
   }
   const char* wrong = check(plan.shape);
-  shapes.require(wrong == nullptr, wrong != nullptr ? wrong : "");
+  shapes.require(wrong == nullptr, [&] { return wrong; });
   plan.in = {load.typed_data(), least.typed_data()};
   plan.out = {phy2log->typed_data(), log2phy->typed_data(), solve.out};
   return plan;
