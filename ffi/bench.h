@@ -116,6 +116,7 @@ struct Problem {
     if (plan.num_candidates > 0) {
       plan.solve = solve;
       plan.experts_per_rank = num_experts / num_ranks;
+      plan.rank_of_expert = rank_factor(plan.experts_per_rank);
       plan.max_sends = num_experts;
       plan.slack = read<float>(file, 1)[0];
       const std::vector<float> slacks = read<float>(file, plan.num_candidates);

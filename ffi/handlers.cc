@@ -206,6 +206,7 @@ Plan read_plan(Shapes& shapes, const Ids& load, const Ids& least, ffi::Result<Id
   if (!shapes.ok()) return plan;
   plan.shape.solve = solve.shape;
   plan.shape.experts_per_rank = solve.shape.num_experts / (solve.shape.num_groups * solve.shape.group_size);
+  plan.shape.rank_of_expert = rank_factor(std::max(plan.shape.experts_per_rank, 1));
   plan.shape.max_sends = static_cast<int>(std::min<int64_t>(max_sends, std::numeric_limits<int>::max()));
   plan.shape.slack = slack;
   plan.shape.num_candidates = static_cast<int>(slacks.size());

@@ -16,6 +16,7 @@ constexpr int kMaxCluster = 8;  // what every device with clusters has
 struct BlockShared {
   PlanLoads loads;
   uint32_t home[kMaxGroupRanks];
+  Largest largest[kMaxGroupRanks];
   int fewest_copies;  // of the candidates that are even enough, in all blocks
   PlanScore scores[kMaxCandidates];
 };
@@ -56,89 +57,82 @@ struct CudaWarp {
   struct Word {
     uint32_t of[kWords];
   };
-  struct Found {
-    uint32_t value;
-    int index;
-  };
   int lane, num_ranks;
   BlockShared* shared;
 
-  __device__ CudaWarp(int num_ranks, BlockShared* shared)
+  __device__ __forceinline__ CudaWarp(int num_ranks, BlockShared* shared)
       : lane(threadIdx.x % kWarp), num_ranks(num_ranks), shared(shared) {}
-  __device__ bool first() const { return lane == 0; }
-  __device__ void sync() const { __syncwarp(); }
+  __device__ __forceinline__ bool first() const { return lane == 0; }
+  __device__ __forceinline__ void sync() const { __syncwarp(); }
   template <class F>
-  __device__ void each_of(int count, F visit) const {
+  __device__ __forceinline__ void each_of(int count, F visit) const {
 #pragma unroll 1
     for (int i = lane; i < count; i += kWarp) visit(i);
   }
   template <class F>
-  __device__ void each_rank(F visit) const {
+  __device__ __forceinline__ void each_rank(F visit) const {
 #pragma unroll
     for (int k = 0; k < kWords; ++k) visit(k, k * kWarp + lane, k * kWarp + lane < num_ranks);
   }
-  __device__ uint32_t get(const Word& word, int rank) const {
-    uint32_t value = __shfl_sync(kFullWarp, word.of[0], rank % kWarp);
-#pragma unroll
-    for (int k = 1; k < kWords; ++k) {
-      const uint32_t other = __shfl_sync(kFullWarp, word.of[k], rank % kWarp);
-      if (rank / kWarp == k) value = other;
-    }
-    return value;
-  }
-  // The first of the largest.
-  __device__ Found largest(const Word& word) const {
+  __device__ __forceinline__ uint32_t get(const Word& word, int rank) const {
     uint32_t mine = word.of[0];
 #pragma unroll
-    for (int k = 1; k < kWords; ++k) mine = max(mine, word.of[k]);
-    const uint32_t value = __reduce_max_sync(kFullWarp, mine);
-    int index = 0;
-#pragma unroll
-    for (int k = kWords - 1; k >= 0; --k) {
-      const unsigned lanes = __ballot_sync(kFullWarp, word.of[k] == value);
-      if (lanes != 0) index = k * kWarp + __ffs(lanes) - 1;
-    }
-    return {value, index};
+    for (int k = 1; k < kWords; ++k) mine = rank / kWarp == k ? word.of[k] : mine;
+    return __shfl_sync(kFullWarp, mine, rank % kWarp);
   }
   template <class F>
-  __device__ Found largest_of(int count, F value) const {
-    const auto of_32 = [&](int begin) {
-      const int i = begin + lane;
-      const uint32_t mine = i < count ? value(i) : 0, here = __reduce_max_sync(kFullWarp, mine);
-      return Found{here, begin + __ffs(__ballot_sync(kFullWarp, mine == here)) - 1};
-    };
-    Found found = of_32(0);
-#pragma unroll 1
-    for (int begin = kWarp; begin < count; begin += kWarp) {
-      if (const Found other = of_32(begin); other.value > found.value) found = other;
-    }
-    return found;
+  __device__ __forceinline__ uint32_t largest(F key) const {
+    uint32_t mine = key(0, lane);
+#pragma unroll
+    for (int k = 1; k < kWords; ++k) mine = max(mine, key(k, k * kWarp + lane));
+    return __reduce_max_sync(kFullWarp, mine);
   }
-  __device__ void announce(int num_copies) const {
+  __device__ __forceinline__ uint32_t most(const Word& word) const {
+    return largest([&](int k, int) { return word.of[k]; });
+  }
+  template <class F>
+  __device__ __forceinline__ Largest largest_of(int count, F value) const {
+    Largest mine = {0, 0, 0};
+#pragma unroll 1
+    for (int i = lane; i < count; i += kWarp) mine.take(value(i), i);
+    const uint32_t tokens = __reduce_max_sync(kFullWarp, mine.tokens);
+    const int index = __reduce_min_sync(kFullWarp, mine.tokens == tokens ? mine.expert : INT32_MAX);
+    const bool has = mine.tokens == tokens && mine.expert == index;
+    return {tokens, __reduce_max_sync(kFullWarp, has ? mine.second : mine.tokens), index};
+  }
+  __device__ __forceinline__ void add(uint32_t* target, uint32_t value) const { atomicAdd(target, value); }
+  // Aligned to 16 bytes, and with room up to a multiple of that.
+  __device__ __forceinline__ void copy(uint32_t* target, const uint32_t* source, int count) const {
+#pragma unroll 1
+    for (int i = lane; i * 4 < count; i += kWarp) {
+      reinterpret_cast<uint4*>(target)[i] = reinterpret_cast<const uint4*>(source)[i];
+    }
+  }
+  __device__ __forceinline__ void announce(int num_copies) const {
     if (lane < num_blocks()) atomicMin(&shared_of(lane, shared)->fewest_copies, num_copies);
   }
   // As one lane reads it: others may announce at any time.
-  __device__ int fewest() const {
+  __device__ __forceinline__ int fewest() const {
     return __shfl_sync(kFullWarp, *static_cast<volatile int*>(&shared->fewest_copies), 0);
   }
 };
 
 struct CudaBlock {
-  __device__ bool first() const { return threadIdx.x == 0; }
-  __device__ void sync() const { __syncthreads(); }
+  __device__ __forceinline__ bool first() const { return threadIdx.x == 0; }
+  __device__ __forceinline__ void sync() const { __syncthreads(); }
   template <class F>
-  __device__ void each_of(int count, F visit) const {
+  __device__ __forceinline__ void each_of(int count, F visit) const {
 #pragma unroll 1
     for (int i = threadIdx.x; i < count; i += blockDim.x) visit(i);
   }
   // Integers: the order does not show.
-  __device__ void add(uint32_t* target, uint32_t value) const { atomicAdd(target, value); }
-  __device__ void add_all(uint32_t* target, uint32_t value) const {
+  __device__ __forceinline__ void add(uint32_t* target, uint32_t value) const { atomicAdd(target, value); }
+  __device__ __forceinline__ void add_all(uint32_t* target, uint32_t value) const {
     value = __reduce_add_sync(kFullWarp, value);
     if (threadIdx.x % kWarp == 0) atomicAdd(target, value);
   }
   // By all blocks together.
-  __device__ void fill(int32_t* values, int count, int32_t value) const {
+  __device__ __forceinline__ void fill(int32_t* values, int count, int32_t value) const {
     const int first = block_number() * blockDim.x + threadIdx.x, threads = num_blocks() * blockDim.x;
     if (count % 4 != 0 || reinterpret_cast<uintptr_t>(values) % sizeof(int4) != 0) {
       for (int i = first; i < count; i += threads) values[i] = value;
@@ -147,8 +141,43 @@ struct CudaBlock {
     int4* const fours = reinterpret_cast<int4*>(values);
     for (int i = first; i < count / 4; i += threads) fours[i] = make_int4(value, value, value, value);
   }
-  __device__ int leading_zeros(uint32_t value) const { return __clz(static_cast<int>(value)); }
-  __device__ float power_of_two(int exponent) const { return __int_as_float((127 + exponent) << 23); }
+  // Some neighbouring threads for each rank.
+  template <class F>
+  __device__ __forceinline__ void each_rank(int num_ranks, int per_rank, F load, uint32_t* home,
+                                            Largest* largest) const {
+    int lanes = 1;
+    while (lanes < kWarp && 2 * lanes * num_ranks <= blockDim.x) lanes *= 2;
+    const int lane = threadIdx.x % lanes, ranks_at_once = blockDim.x / lanes;
+#pragma unroll 1
+    for (int first = 0; first < num_ranks; first += ranks_at_once) {
+      const int g = first + threadIdx.x / lanes;
+      const int begin = g * per_rank, end = g < num_ranks ? begin + per_rank : begin;
+      uint32_t sum = 0;
+      Largest mine = {0, 0, begin};
+#pragma unroll 1
+      for (int e = begin + lane; e < end; e += lanes) {
+        sum += load(e);
+        mine.take(load(e), e);
+      }
+#pragma unroll 1
+      for (int step = lanes / 2; step > 0; step /= 2) {
+        sum += __shfl_xor_sync(kFullWarp, sum, step);
+        const Largest other = {__shfl_xor_sync(kFullWarp, mine.tokens, step),
+                               __shfl_xor_sync(kFullWarp, mine.second, step),
+                               __shfl_xor_sync(kFullWarp, mine.expert, step)};
+        const bool more = other.tokens > mine.tokens || (other.tokens == mine.tokens && other.expert < mine.expert);
+        const uint32_t second = more ? max(mine.tokens, other.second) : max(other.tokens, mine.second);
+        if (more) mine = other;
+        mine.second = second;
+      }
+      if (lane == 0 && g < num_ranks) {
+        home[g] = sum;
+        largest[g] = mine;
+      }
+    }
+  }
+  __device__ __forceinline__ int leading_zeros(uint32_t value) const { return __clz(static_cast<int>(value)); }
+  __device__ __forceinline__ float power_of_two(int exponent) const { return __int_as_float((127 + exponent) << 23); }
 };
 
 // The smallest of the scores; the same for all lanes.
@@ -183,6 +212,7 @@ __global__ void __launch_bounds__(kMaxCandidates* kWarp, 1)
   if (threadIdx.x == 0) {
     shared.loads.expert = reinterpret_cast<uint32_t*>(memory);
     shared.loads.home = shared.home;
+    shared.loads.largest = shared.largest;
     shared.fewest_copies = kMaxGroupSlots;
   }
   __syncthreads();

@@ -46,10 +46,11 @@ struct Candidate {
 };
 
 struct PlanShape {
-  SolveShape solve;      // homes and free slots of each rank; log2phy is a result
-  int experts_per_rank;  // homes
-  int max_sends;         // most copies of a rank's experts
-  float slack;           // within which the largest rank load is even enough
+  SolveShape solve;         // homes and free slots of each rank; log2phy is a result
+  int experts_per_rank;     // homes
+  uint32_t rank_of_expert;  // see rank_factor
+  int max_sends;            // most copies of a rank's experts
+  float slack;              // within which the largest rank load is even enough
   int num_candidates;
   Candidate candidates[kMaxCandidates];
 
@@ -97,33 +98,62 @@ struct Copy {
 
 // A warp's working memory.
 struct PlanMemory {
-  uint32_t* at_home;  // [experts] tokens that have not been given away
+  uint32_t* at_home;  // [experts] tokens that have not been given away; 0 where the expert gives no more
   Copy* best;         // [max_copies] of the best candidate so far
   Copy* copies;       // [max_copies] of the one at work
+  uint32_t* total;    // [ranks] tokens of components
+  uint32_t* size;     // [ranks] ranks of components
   uint16_t* held;     // [ranks, redundants] experts that a rank has copies of
   uint8_t* replicas;  // [experts]
 
   LPLB_INLINE static size_t experts(const PlanShape& shape) { return (shape.num_experts() + 15) / 16 * 16; }
   LPLB_INLINE static size_t max_copies(const PlanShape& shape) { return (shape.max_copies() + 7) / 8 * 8; }
+  LPLB_INLINE static size_t ranks(const PlanShape& shape) { return (shape.solve.group_size + 3) / 4 * 4; }
   LPLB_INLINE static size_t bytes(const PlanShape& shape) {
-    return experts(shape) * (sizeof(uint32_t) + sizeof(uint8_t)) +
+    return experts(shape) * (sizeof(uint32_t) + sizeof(uint8_t)) + 2 * ranks(shape) * sizeof(uint32_t) +
            max_copies(shape) * (2 * sizeof(Copy) + sizeof(uint16_t));
   }
   LPLB_INLINE PlanMemory(char* memory, const PlanShape& shape)
       : at_home(reinterpret_cast<uint32_t*>(memory)),
         best(reinterpret_cast<Copy*>(at_home + experts(shape))),
         copies(best + max_copies(shape)),
-        held(reinterpret_cast<uint16_t*>(copies + max_copies(shape))),
+        total(reinterpret_cast<uint32_t*>(copies + max_copies(shape))),
+        size(total + ranks(shape)),
+        held(reinterpret_cast<uint16_t*>(size + ranks(shape))),
         replicas(reinterpret_cast<uint8_t*>(held + max_copies(shape))) {}
+};
+
+// A rank's largest expert that may give, the first of those, and the largest of its others.
+struct Largest {
+  uint32_t tokens, second;
+  int expert;
+
+  // Of experts after those so far.
+  LPLB_INLINE void take(uint32_t other, int which) {
+    const bool more = other > tokens;
+    second = more ? tokens : other > second ? other : second;
+    expert = more ? which : expert;
+    tokens = more ? other : tokens;
+  }
 };
 
 // What a group's candidates start from, in scaled tokens.
 struct PlanLoads {
   uint32_t* expert;  // [experts] of the group
   uint32_t* home;    // [ranks] with all experts at home
+  Largest* largest;  // [ranks]
   uint32_t total;
   uint32_t least;  // that the plan gives to a copy; at least 1
 };
+
+// The largest of several ranks' values but for the last bits, which make room for the rank: the first of the largest.
+constexpr uint32_t kRankBits = 127;
+static_assert(kMaxGroupRanks <= kRankBits + 1, "must fit");
+constexpr uint32_t kSome = 1u << 31;  // tells keys from none
+LPLB_INLINE uint32_t rank_key(uint32_t value, int rank) {
+  return (value & ~kRankBits) | (kRankBits - static_cast<uint32_t>(rank));
+}
+LPLB_INLINE int rank_of_key(uint32_t key) { return static_cast<int>(kRankBits - (key & kRankBits)); }
 
 // How good a candidate is: the smaller the better.
 struct PlanScore {
@@ -142,7 +172,8 @@ struct PlanScore {
 
 LPLB_INLINE uint32_t plan_limit(uint32_t mean, float slack) {
   const float more = static_cast<float>(mean) * slack;
-  return mean + static_cast<uint32_t>(more < 0x1p31f ? more : 0x1p31f);
+  const uint32_t limit = mean + static_cast<uint32_t>(more < 0x1p31f ? more : 0x1p31f);
+  return limit < INT32_MAX ? limit : INT32_MAX;  // no load is more
 }
 
 // How far the largest rank load may be from the best there is.
@@ -162,9 +193,9 @@ class Planner {
   LPLB_DEVICE void attempt(int number) {
     const Candidate& candidate = shape_.candidates[number];
     const uint32_t mean = loads_.total / static_cast<uint32_t>(shape_.solve.group_size);
-    const uint32_t even_enough = plan_limit(mean, shape_.slack);
+    const uint32_t even_enough = plan_limit(mean, shape_.slack) | kRankBits;  // as far as keys tell
     give(plan_limit(mean, candidate.slack), candidate.rule);
-    const uint32_t given = warp_.largest(load_).value;
+    const uint32_t given = warp_.most(load_);
     // With more copies than a candidate that is even enough, there is nothing to win.
     if (given <= even_enough) warp_.announce(num_copies_);
     if (num_copies_ > warp_.fewest()) return;
@@ -193,101 +224,106 @@ class Planner {
   // ---- The plan ----------------------------------------------------------------------------------------------------
 
   LPLB_DEVICE void give(uint32_t limit, Rule rule) {
-    const int per_rank = shape_.experts_per_rank;
     const uint32_t redundants = static_cast<uint32_t>(shape_.redundants());
-    warp_.each_of(shape_.num_experts(), [&](int e) {
-      memory_.at_home[e] = loads_.expert[e];
-      memory_.replicas[e] = 1;
-    });
+    const bool capped = shape_.solve.max_replicas < shape_.solve.group_size;
+    warp_.copy(memory_.at_home, loads_.expert, shape_.num_experts());
+    if (capped) warp_.each_of(shape_.num_experts(), [&](int e) { memory_.replicas[e] = 1; });
+    Word top, second, which, used, sent;
     warp_.each_rank([&](int k, int g, bool own) {
       load_.of[k] = own ? loads_.home[g] : 0;
-      used_.of[k] = own ? 0 : redundants;
-      sent_.of[k] = 0;
+      top.of[k] = own ? loads_.largest[g].tokens : 0;
+      second.of[k] = own ? loads_.largest[g].second : 0;
+      which.of[k] = own ? static_cast<uint32_t>(loads_.largest[g].expert) : 0;
+      used.of[k] = own ? 0 : redundants;
+      sent.of[k] = 0;
       member_.of[k] = static_cast<uint32_t>(g);
-      total_.of[k] = load_.of[k];
-      size_.of[k] = 1;
     });
     warp_.sync();
+    bool all_full = true;  // those that have received, but for those without a free slot
     int fewest = shape_.max_copies();
+    LPLB_UNROLL_BY(1)
     for (num_copies_ = 0; num_copies_ < shape_.max_copies() && num_copies_ <= fewest; ++num_copies_) {
       fewest = warp_.fewest();  // long before it is needed
-      const auto giver = warp_.largest(load_);
-      if (giver.value <= limit) return;
-      const uint32_t excess = giver.value - limit;
-      if (warp_.get(sent_, giver.index) >= static_cast<uint32_t>(shape_.max_sends)) return;
-      const int first = giver.index * per_rank;
-      const auto expert = warp_.largest_of(per_rank, [&](int i) { return memory_.at_home[first + i]; });
-      const uint32_t e = static_cast<uint32_t>(first + expert.index), has = expert.value;
-      if (has < loads_.least) return;
+      const int giver = rank_of_key(warp_.largest([&](int k, int g) { return rank_key(load_.of[k], g); }));
+      const uint32_t excess = warp_.get(load_, giver) - limit, has = warp_.get(top, giver);
+      const uint32_t e = warp_.get(which, giver);
+      if (static_cast<int32_t>(excess) <= 0 || has < loads_.least) return;
 
       Word room;
-      warp_.each_rank([&](int k, int g, bool) {
-        room.of[k] = used_.of[k] < redundants && load_.of[k] < limit ? limit - load_.of[k] : 0;
+      warp_.each_rank([&](int k, int, bool) {
+        room.of[k] = used.of[k] < redundants && load_.of[k] < limit ? limit - load_.of[k] : 0;
         if (room.of[k] < loads_.least) room.of[k] = 0;
-        for (uint32_t s = 0; room.of[k] != 0 && s < used_.of[k]; ++s) {
-          if (memory_.held[g * redundants + s] == e) room.of[k] = 0;
-        }
       });
-      const auto choose = [&](auto key) {
-        Word keys;
-        warp_.each_rank([&](int k, int, bool) { keys.of[k] = room.of[k] != 0 ? key(room.of[k]) : 0; });
-        return warp_.largest(keys);
-      };
-      const auto least_room = [&](uint32_t of) { return choose([of](uint32_t r) { return r >= of ? ~r : 0u; }); };
-      const auto most_room = [&](uint32_t of) { return choose([of](uint32_t r) { return r <= of ? r : 0u; }); };
-      auto receiver = giver;
-      receiver.value = 0;
-      if (rule == kFill) {
-        receiver = least_room(excess < has ? excess : has);
-      } else if (rule == kFit) {
-        if (excess <= has) receiver = least_room(excess);
-        if (receiver.value == 0) receiver = most_room(has);
+      if (!all_full) {
+        warp_.each_rank([&](int k, int g, bool) {
+          LPLB_UNROLL_BY(1)
+          for (uint32_t s = 0; room.of[k] != 0 && s < used.of[k]; ++s) {
+            if (memory_.held[g * redundants + s] == e) room.of[k] = 0;
+          }
+        });
       }
-      if (receiver.value == 0) receiver = most_room(~0u);
-      if (receiver.value == 0) return;
-      const uint32_t space = warp_.get(room, receiver.index);
-
+      // The least room that is enough; else the most that the expert can fill; else the most.
+      uint32_t key = 0;
+      LPLB_UNROLL_BY(1)
+      for (int step = rule == kMost                  ? 2
+                      : rule == kFit && excess > has ? 1
+                                                     : 0;
+           key == 0 && step < 3; step += rule == kFill ? 2 : 1) {
+        const uint32_t enough = step == 0 ? (excess < has ? excess : has) : 1;
+        const uint32_t most = step == 1 ? has : ~0u, flip = step == 0 ? ~0u : 0u;
+        key = warp_.largest([&](int k, int g) {
+          const uint32_t here = room.of[k];
+          return here >= enough && here <= most ? rank_key(here ^ flip, g) | kSome : 0u;
+        });
+      }
+      if (key == 0) return;
+      const int receiver = rank_of_key(key);
+      const uint32_t space = warp_.get(room, receiver);
       uint32_t tokens = space < has ? space : has;
       if (rule != kFill && has < space && excess < has && excess >= loads_.least) tokens = excess;
+      all_full = all_full && tokens == space;
+      const uint32_t remains = has - tokens;
+      bool closed = remains == 0;
+      if (capped) {
+        const int replicas = memory_.replicas[e] + 1;
+        closed = closed || replicas == shape_.solve.max_replicas;
+        warp_.sync();
+        if (warp_.first()) memory_.replicas[e] = static_cast<uint8_t>(replicas);
+      }
       if (warp_.first()) {
         Copy copy;
-        copy.given = tokens;
+        copy.given = copy.tokens = tokens;
         copy.expert = e;
-        copy.giver = static_cast<uint32_t>(giver.index);
-        copy.receiver = static_cast<uint32_t>(receiver.index);
+        copy.giver = static_cast<uint32_t>(giver);
+        copy.receiver = static_cast<uint32_t>(receiver);
         copy.settles = tokens == space ? kReceiver : tokens == excess ? kGiver : kNeither;
         memory_.copies[num_copies_] = copy;
-        // An expert with as many replicas as it may have gives no more.
-        memory_.at_home[e] = ++memory_.replicas[e] < shape_.solve.max_replicas ? has - tokens : 0;
+        memory_.at_home[e] = closed ? 0 : remains;
       }
-      join(giver.index, receiver.index);
+      Largest next = {closed ? 0 : remains, warp_.get(second, giver), static_cast<int>(e)};
+      if (next.tokens <= next.second && next.second != 0) {
+        warp_.sync();
+        const int first = giver * shape_.experts_per_rank;
+        next = warp_.largest_of(shape_.experts_per_rank, [&](int i) { return memory_.at_home[first + i]; });
+        next.expert += first;
+      }
+      const uint32_t of_giver = warp_.get(member_, giver), of_receiver = warp_.get(member_, receiver);
       warp_.each_rank([&](int k, int g, bool) {
-        if (g == giver.index) {
+        if (member_.of[k] == of_receiver) member_.of[k] = of_giver;
+        if (g == giver) {
           load_.of[k] -= tokens;
-          ++sent_.of[k];
+          const bool stops = ++sent.of[k] >= static_cast<uint32_t>(shape_.max_sends);
+          top.of[k] = stops ? 0 : next.tokens;
+          second.of[k] = stops ? 0 : next.second;
+          which.of[k] = static_cast<uint32_t>(next.expert);
         }
-        if (g == receiver.index) {
-          memory_.held[g * redundants + used_.of[k]] = static_cast<uint16_t>(e);
+        if (g == receiver) {
+          memory_.held[g * redundants + used.of[k]] = static_cast<uint16_t>(e);
           load_.of[k] += tokens;
-          ++used_.of[k];
+          ++used.of[k];
         }
       });
-      warp_.sync();
     }
-  }
-
-  // Makes one component of those of two ranks.
-  LPLB_DEVICE void join(int a, int b) {
-    const uint32_t of_a = warp_.get(member_, a), of_b = warp_.get(member_, b);
-    const uint32_t total = warp_.get(total_, a) + warp_.get(total_, b);
-    const uint32_t size = warp_.get(size_, a) + warp_.get(size_, b);
-    if (of_a == of_b) return;
-    warp_.each_rank([&](int k, int, bool) {
-      if (member_.of[k] != of_a && member_.of[k] != of_b) return;
-      member_.of[k] = of_a;
-      total_.of[k] = total;
-      size_.of[k] = size;
-    });
   }
 
   // ---- The split ---------------------------------------------------------------------------------------------------
@@ -295,19 +331,31 @@ class Planner {
   // Replays the copies, with the means of components as limits: a copy that settled a rank does so again, as far as its
   // expert has tokens; any other takes all that its expert has left. Returns the largest rank load.
   LPLB_DEVICE uint32_t level() {
+    warp_.each_rank([&](int, int g, bool own) {
+      if (own) memory_.total[g] = memory_.size[g] = 0;
+    });
+    warp_.sync();
+    warp_.each_rank([&](int k, int g, bool own) {
+      if (!own) return;
+      warp_.add(&memory_.total[member_.of[k]], loads_.home[g]);
+      warp_.add(&memory_.size[member_.of[k]], 1);
+    });
+    warp_.sync();
     Word mean, level, over;  // over: the load above the level, may be negative
     warp_.each_rank([&](int k, int g, bool own) {
-      mean.of[k] = own ? total_.of[k] / size_.of[k] : 0;
-      level.of[k] = own ? mean.of[k] + (total_.of[k] % size_.of[k] != 0 ? 1 : 0) : 0;
+      const uint32_t total = own ? memory_.total[member_.of[k]] : 0, size = own ? memory_.size[member_.of[k]] : 1;
+      mean.of[k] = total / size;
+      level.of[k] = mean.of[k] + (mean.of[k] * size != total ? 1 : 0);
       over.of[k] = own ? loads_.home[g] - level.of[k] : 0;
     });
-    bound_ = warp_.largest(mean).value;
+    bound_ = warp_.most(mean);
     warp_.each_of(num_copies_, [&](int c) {
       const int e = memory_.copies[c].expert;
       memory_.at_home[e] = loads_.expert[e];
     });
     warp_.sync();
     Copy next = memory_.copies[0];
+    LPLB_UNROLL_BY(1)
     for (int c = 0; c < num_copies_; ++c) {
       const Copy copy = next;
       next = memory_.copies[c + 1 < num_copies_ ? c + 1 : c];
@@ -328,7 +376,7 @@ class Planner {
       warp_.sync();
     }
     warp_.each_rank([&](int k, int, bool) { level.of[k] += over.of[k]; });
-    return warp_.largest(level).value;
+    return warp_.most(level);
   }
   // Takes what the plan gave where the replay is not better.
   LPLB_DEVICE void settle(bool levelled) {
@@ -345,8 +393,7 @@ class Planner {
   // Of the candidate at work.
   int num_copies_ = 0;
   uint32_t bound_ = 0;
-  Word load_, used_, sent_;     // of each rank: tokens, slots that hold copies, copies of its experts elsewhere
-  Word member_, total_, size_;  // of each rank's component: its name, tokens and ranks
+  Word load_, member_;  // of each rank: tokens, the component's name
 };
 
 // One group, by the threads of a Block: reads its loads, and writes down the best candidate.
@@ -394,13 +441,10 @@ class PlanGroup {
     const int bits = block_.leading_zeros(total) - 2;
     shift_ = total != 0 && bits > 0 ? bits : 0;
     const int32_t least = *least_;
-    block_.each_of(shape_.solve.group_size, [&](int g) {
-      uint32_t sum = 0;
-      for (int e = g * per_rank; e < (g + 1) * per_rank; ++e) sum += loads_->expert[e];
-      loads_->home[g] = sum << shift_;
-    });
-    block_.sync();
     block_.each_of(experts_, [&](int e) { loads_->expert[e] <<= shift_; });
+    block_.sync();
+    block_.each_rank(
+        shape_.solve.group_size, per_rank, [&](int e) { return loads_->expert[e]; }, loads_->home, loads_->largest);
     if (block_.first()) {
       loads_->total = total << shift_;
       loads_->least = least < 1 ? 1 : least < INT32_MAX >> shift_ ? least << shift_ : INT32_MAX;
@@ -429,7 +473,7 @@ class PlanGroup {
     });
     block_.sync();
     block_.each_of(experts_, [&](int e) {
-      const int rank = e / shape_.experts_per_rank;
+      const int rank = static_cast<int>(static_cast<uint64_t>(e) * shape_.rank_of_expert >> kRankShift);
       const int64_t row = static_cast<int64_t>(e) * s.max_replicas;
       const int slot = rank * s.slots_per_rank + e - rank * shape_.experts_per_rank;
       phy2log_[slot] = first_expert_ + e;
@@ -440,6 +484,7 @@ class PlanGroup {
       const Copy copy = copies[c];
       if (copy.tokens == 0) return;
       int number = 0, column = 1;  // among the receiver's copies, and among the expert's replicas
+      LPLB_UNROLL_BY(1)
       for (int d = 0; d < score.num_copies; ++d) {
         const Copy other = copies[d];
         if (other.tokens == 0) continue;
@@ -469,6 +514,7 @@ class PlanGroup {
  private:
   LPLB_DEVICE uint32_t most() const {
     uint32_t most = 0;
+    LPLB_UNROLL_BY(1)
     for (int g = 0; g < shape_.solve.group_size; ++g) most = most > loads_->home[g] ? most : loads_->home[g];
     return most;
   }

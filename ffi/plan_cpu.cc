@@ -17,6 +17,17 @@ struct SerialBlock {
   void add(uint32_t* target, uint32_t value) const { *target += value; }
   void add_all(uint32_t* target, uint32_t value) const { *target += value; }
   void fill(int32_t* values, int count, int32_t value) const { std::fill_n(values, count, value); }
+  template <class F>
+  void each_rank(int num_ranks, int per_rank, F load, uint32_t* home, Largest* largest) const {
+    for (int g = 0; g < num_ranks; ++g) {
+      home[g] = 0;
+      largest[g] = {0, 0, g * per_rank};
+      for (int e = g * per_rank; e < (g + 1) * per_rank; ++e) {
+        home[g] += load(e);
+        largest[g].take(load(e), e);
+      }
+    }
+  }
   int leading_zeros(uint32_t value) const {
     int zeros = 0;
     for (uint32_t bit = 1u << 31; bit != 0 && (value & bit) == 0; bit >>= 1) ++zeros;
@@ -30,31 +41,32 @@ struct SerialWarp : SerialBlock {
   struct Word {
     uint32_t of[kMaxGroupRanks];
   };
-  struct Found {
-    uint32_t value;
-    int index;
-  };
   int num_ranks;
   int fewest_copies = kMaxGroupSlots;
 
   explicit SerialWarp(int num_ranks) : num_ranks(num_ranks) {}
   void announce(int num_copies) { fewest_copies = std::min(fewest_copies, num_copies); }
   int fewest() const { return fewest_copies; }
+  void copy(uint32_t* target, const uint32_t* source, int count) const { std::copy_n(source, count, target); }
   template <class F>
   void each_rank(F visit) const {
     for (int g = 0; g < num_ranks; ++g) visit(g, g, true);
   }
   uint32_t get(const Word& word, int rank) const { return word.of[rank]; }
   template <class F>
-  Found largest_of(int count, F value) const {
-    Found found = {0, 0};
-    for (int i = 0; i < count; ++i) {
-      if (const uint32_t other = value(i); other > found.value) found = {other, i};
-    }
-    return found;
+  uint32_t largest(F key) const {
+    uint32_t largest = 0;
+    for (int g = 0; g < num_ranks; ++g) largest = std::max<uint32_t>(largest, key(g, g));
+    return largest;
   }
-  Found largest(const Word& word) const {
-    return largest_of(num_ranks, [&](int g) { return word.of[g]; });
+  uint32_t most(const Word& word) const {
+    return largest([&](int k, int) { return word.of[k]; });
+  }
+  template <class F>
+  Largest largest_of(int count, F value) const {
+    Largest largest = {0, 0, 0};
+    for (int i = 0; i < count; ++i) largest.take(value(i), i);
+    return largest;
   }
 };
 
@@ -64,9 +76,10 @@ void plan_cpu(const PlanShape& shape, const PlanOperands& in, const PlanResults&
   const std::unique_ptr<char[]> memory(new char[PlanMemory::bytes(shape)]);
   const std::unique_ptr<uint32_t[]> of_experts(new uint32_t[2 * shape.num_experts()]);
   const std::unique_ptr<uint32_t[]> of_ranks(new uint32_t[shape.solve.group_size]);
+  const std::unique_ptr<Largest[]> largest(new Largest[shape.solve.group_size]);
   for (int batch = 0; batch < shape.solve.num_batches; ++batch) {
     for (int group = 0; group < shape.solve.num_groups; ++group) {
-      PlanLoads loads = {of_experts.get(), of_ranks.get(), 0, 1};
+      PlanLoads loads = {of_experts.get(), of_ranks.get(), largest.get(), 0, 1};
       PlanGroup<SerialBlock> of_group(SerialBlock(), shape, in, out, batch, group, &loads);
       of_group.read();
       Planner<SerialWarp> planner(SerialWarp(shape.solve.group_size), shape, loads, PlanMemory(memory.get(), shape));

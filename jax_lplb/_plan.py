@@ -217,6 +217,7 @@ class _Copies(NamedTuple):
 
 
 _RECEIVER, _GIVER, _NEITHER = 0, 1, 2
+_RANK_BITS, _SOME = 127, np.uint32(1 << 31)  # of keys, see ffi/plan.h
 
 
 class _State(NamedTuple):
@@ -253,7 +254,7 @@ def _plan_group(
     floor = jnp.where(least < 1, 1, jnp.where(floor < most >> up, floor << up, most)).astype(jnp.uint32)
     home_load = jnp.sum(scaled, axis=1, dtype=jnp.uint32)
     mean = (total << up) // jnp.uint32(ranks)
-    even_enough = _limit(mean, jnp.float32(limits.slack))
+    even_enough = _limit(mean, jnp.float32(limits.slack)) | _RANK_BITS  # as far as keys tell
 
     def attempt(slack: jax.Array, rule: jax.Array) -> tuple[_Copies, jax.Array, jax.Array, jax.Array, jax.Array]:
         state = _give(scaled, floor, _limit(mean, slack), rule, limits)
@@ -262,12 +263,23 @@ def _plan_group(
         tokens = jnp.where(levelled <= given, tokens, state.copies.tokens)
         largest = jnp.minimum(levelled, given)
         missing = jnp.where(largest > bound, largest - bound, 0)
-        return state.copies._replace(tokens=tokens), jnp.maximum(largest, even_enough), state.num_copies, largest, missing
+        return (
+            state.copies._replace(tokens=tokens),
+            jnp.maximum(largest, even_enough),
+            state.num_copies,
+            largest,
+            missing,
+        )
 
     copies, rated, num_copies, largest, missing = jax.vmap(attempt)(jnp.asarray(slacks), jnp.asarray(rules))
     # The first of the best, criterion by criterion.
     left = jnp.ones_like(rated, bool)
-    for criterion in (rated, num_copies.astype(jnp.uint32), (_gap(missing, largest) > jnp.float32(_CERTIFIED)).astype(jnp.uint32), largest):
+    for criterion in (
+        rated,
+        num_copies.astype(jnp.uint32),
+        (_gap(missing, largest) > jnp.float32(_CERTIFIED)).astype(jnp.uint32),
+        largest,
+    ):
         left &= criterion == jnp.min(jnp.where(left, criterion, jnp.uint32(2**32 - 1)))
     best = jnp.argmax(left)
     copies, largest, missing = jax.tree.map(lambda leaf: leaf[best], (copies, largest, missing))
@@ -309,8 +321,15 @@ def _give(scaled: jax.Array, least: jax.Array, limit: jax.Array, rule: jax.Array
         stuck=none[0] != 0,
     )
 
+    # Of the keys of ranks, the largest tells which rank has it, the first of the largest but for the last bits.
+    def keys_of(values: jax.Array) -> jax.Array:
+        return (values & jnp.uint32(~_RANK_BITS & 0xFFFFFFFF)) | (_RANK_BITS - rank).astype(jnp.uint32)
+
+    def rank_of(key: jax.Array) -> jax.Array:
+        return _RANK_BITS - (key & _RANK_BITS).astype(jnp.int32)
+
     def step(state: _State) -> _State:
-        giver = jnp.argmax(state.load).astype(jnp.int32)
+        giver = rank_of(jnp.max(keys_of(state.load)))
         excess = state.load[giver] - limit
         there = jnp.where(state.replicas[giver] < limits.max_replicas, state.at_home[giver], 0)
         chosen = jnp.argmax(there).astype(jnp.int32)
@@ -318,20 +337,17 @@ def _give(scaled: jax.Array, least: jax.Array, limit: jax.Array, rule: jax.Array
         room = jnp.where((state.used < limits.redundants) & (state.load < limit), limit - state.load, 0)
         room = jnp.where((room < least) | state.held[:, expert], 0, room)
 
-        def least_room(of: jax.Array) -> jax.Array:
-            return jnp.where((room != 0) & (room >= of), ~room, 0)
+        def best(allowed: jax.Array, values: jax.Array) -> jax.Array:
+            return jnp.max(jnp.where(allowed & (room != 0), keys_of(values) | _SOME, 0))
 
-        def most_room(of: jax.Array) -> jax.Array:
-            return jnp.where(room <= of, room, 0)
-
-        # Of several rows of keys, the first that has any.
-        fill = least_room(jnp.minimum(excess, has))
-        fit = jnp.where(excess <= has, least_room(excess), 0)
-        first = jnp.where(rule == _FILL, fill, jnp.where(rule == _FIT, fit, 0))
-        second = jnp.where(rule == _FIT, most_room(has), 0)
-        keys = jnp.where(jnp.any(first != 0), first, jnp.where(jnp.any(second != 0), second, room))
-        receiver = jnp.argmax(keys).astype(jnp.int32)
-        space = room[receiver]
+        # The least room that is enough; else the most that the expert can fill; else the most.
+        least_room = best(
+            (room >= jnp.minimum(excess, has)) & (rule != _MOST) & ((rule == _FILL) | (excess <= has)), ~room
+        )
+        most_filled = best((room <= has) & (rule == _FIT), room)
+        key = jnp.where(least_room != 0, least_room, jnp.where(most_filled != 0, most_filled, best(room != 0, room)))
+        receiver = rank_of(key)
+        space = jnp.where(key != 0, room[receiver], 0)
         only_excess = (rule != _FILL) & (has < space) & (excess < has) & (excess >= least)
         tokens = jnp.where(only_excess, excess, jnp.minimum(space, has))
         settles = jnp.where(tokens == space, _RECEIVER, jnp.where(tokens == excess, _GIVER, _NEITHER))
@@ -355,7 +371,8 @@ def _give(scaled: jax.Array, least: jax.Array, limit: jax.Array, rule: jax.Array
         return jax.tree.map(lambda a, b: jnp.where(stuck, a, b), state._replace(stuck=stuck | state.stuck), following)
 
     def goes_on(state: _State) -> jax.Array:
-        return ~state.stuck & (jnp.max(state.load) > limit) & (state.num_copies < capacity)
+        busiest = state.load[rank_of(jnp.max(keys_of(state.load)))]
+        return ~state.stuck & (busiest > limit) & (state.num_copies < capacity)
 
     return lax.while_loop(goes_on, step, jax.tree.map(lambda leaf: _ffi.vary(leaf, axes), start))
 
@@ -393,7 +410,8 @@ def _level(scaled: jax.Array, state: _State) -> tuple[jax.Array, jax.Array, jax.
 
 
 def _limit(mean: jax.Array, slack: jax.Array) -> jax.Array:
-    return mean + jnp.minimum(mean.astype(jnp.float32) * slack, 2.0**31).astype(jnp.uint32)
+    more = jnp.minimum(mean.astype(jnp.float32) * slack, 2.0**31).astype(jnp.uint32)
+    return jnp.minimum(mean + more, jnp.uint32(2**31 - 1))  # no load is more
 
 
 def _gap(missing: jax.Array, largest: jax.Array) -> jax.Array:
