@@ -80,6 +80,20 @@ struct CudaWarp {
     for (int k = 1; k < kWords; ++k) mine = rank / kWarp == k ? word.of[k] : mine;
     return __shfl_sync(kFullWarp, mine, rank % kWarp);
   }
+  __device__ __forceinline__ bool any(bool holds) const { return __any_sync(kFullWarp, holds) != 0; }
+  // The words of ranks that differ from lane to lane.
+  __device__ __forceinline__ Word gather(const Word& word, const Word& ranks) const {
+    Word gathered;
+#pragma unroll
+    for (int k = 0; k < kWords; ++k) {
+#pragma unroll
+      for (int from = 0; from < kWords; ++from) {
+        const uint32_t value = __shfl_sync(kFullWarp, word.of[from], ranks.of[k] % kWarp);
+        if (from == 0 || ranks.of[k] / kWarp == from) gathered.of[k] = value;
+      }
+    }
+    return gathered;
+  }
   template <class F>
   __device__ __forceinline__ uint32_t largest(F key) const {
     uint32_t mine = key(0, lane);

@@ -14,12 +14,13 @@
 // No one rule and limit is best for all loads, so all of a list are tried side by side, a warp each. The best has the
 // lowest largest rank load, where no less than the target counts; then the fewest copies; then a certificate.
 //
-// Copies join ranks to components, of which each carries a load that no split can change: the largest mean load of a
-// component bounds the largest rank load from below. Nearly always the copies of a component form a tree, each filling
-// up or relieving one rank for good. Replayed with the component's mean as the limit, the same copies then carry what
-// makes all ranks of the component equal, which proves the split optimal for these copies. Where an expert does not
-// have as much to give as that asks for, the gap tells, and the interior-point method solves (see `planned` in
-// solve.h).
+// The split. A copy that fills a rank up settles it for good, and so does one that takes a rank's excess, no more: each
+// rank is settled once at most, and hangs on the rank at the copy's other end, in trees. A tree carries a load that no
+// split can change, so that its mean bounds the largest rank load from below; and the copies can make all ranks of a
+// tree equal, each carrying what the ranks that hang on it have too little or too much. That proves the split optimal
+// for these copies. Where an expert has not as much to give as that asks for, the plan's own split stays, the gap
+// tells, and the interior-point method solves (see `planned` in solve.h). A copy that settles no rank has taken all
+// that its expert had left, and keeps it.
 //
 // Integers, scaled by a power of two: CPU, CUDA and the pure JAX in jax_lplb/_plan.py give the same bits.
 //
@@ -90,10 +91,19 @@ cudaError_t plan_cuda(cudaStream_t stream, const PlanShape& shape, const PlanOpe
 // Tokens of an expert that a rank takes from its home, and what that settles for good: the receiver, the giver, or,
 // where the expert had no more, neither. Experts and ranks are of the group.
 enum Settles : uint32_t { kReceiver, kGiver, kNeither };
-struct Copy {
+struct alignas(8) Copy {
   static_assert(kMaxGroupRanks <= 1 << 7 && kMaxGroupSlots <= 1 << 16, "must fit");
-  uint32_t given, tokens;  // by the plan; by the split
-  uint32_t expert : 16, giver : 7, receiver : 7, settles : 2;
+  uint32_t tokens;
+  uint32_t packed;
+
+  LPLB_INLINE static Copy make(uint32_t tokens, uint32_t expert, int giver, int receiver, Settles settles) {
+    return {tokens,
+            expert | static_cast<uint32_t>(giver) << 16 | static_cast<uint32_t>(receiver) << 23 | settles << 30};
+  }
+  LPLB_INLINE int expert() const { return static_cast<int>(packed & 0xffff); }
+  LPLB_INLINE int giver() const { return static_cast<int>(packed >> 16 & 0x7f); }
+  LPLB_INLINE int receiver() const { return static_cast<int>(packed >> 23 & 0x7f); }
+  LPLB_INLINE Settles settles() const { return static_cast<Settles>(packed >> 30); }
 };
 
 // A warp's working memory.
@@ -101,25 +111,25 @@ struct PlanMemory {
   uint32_t* at_home;  // [experts] tokens that have not been given away; 0 where the expert gives no more
   Copy* best;         // [max_copies] of the best candidate so far
   Copy* copies;       // [max_copies] of the one at work
-  uint32_t* total;    // [ranks] tokens of components
-  uint32_t* size;     // [ranks] ranks of components
+  uint32_t* tokens;   // [ranks] to work in
+  uint32_t* ranks;    // [ranks] to work in
   uint16_t* held;     // [ranks, redundants] experts that a rank has copies of
   uint8_t* replicas;  // [experts]
 
   LPLB_INLINE static size_t experts(const PlanShape& shape) { return (shape.num_experts() + 15) / 16 * 16; }
   LPLB_INLINE static size_t max_copies(const PlanShape& shape) { return (shape.max_copies() + 7) / 8 * 8; }
-  LPLB_INLINE static size_t ranks(const PlanShape& shape) { return (shape.solve.group_size + 3) / 4 * 4; }
+  LPLB_INLINE static size_t num_ranks(const PlanShape& shape) { return (shape.solve.group_size + 3) / 4 * 4; }
   LPLB_INLINE static size_t bytes(const PlanShape& shape) {
-    return experts(shape) * (sizeof(uint32_t) + sizeof(uint8_t)) + 2 * ranks(shape) * sizeof(uint32_t) +
+    return experts(shape) * (sizeof(uint32_t) + sizeof(uint8_t)) + 2 * num_ranks(shape) * sizeof(uint32_t) +
            max_copies(shape) * (2 * sizeof(Copy) + sizeof(uint16_t));
   }
   LPLB_INLINE PlanMemory(char* memory, const PlanShape& shape)
       : at_home(reinterpret_cast<uint32_t*>(memory)),
         best(reinterpret_cast<Copy*>(at_home + experts(shape))),
         copies(best + max_copies(shape)),
-        total(reinterpret_cast<uint32_t*>(copies + max_copies(shape))),
-        size(total + ranks(shape)),
-        held(reinterpret_cast<uint16_t*>(size + ranks(shape))),
+        tokens(reinterpret_cast<uint32_t*>(copies + max_copies(shape))),
+        ranks(tokens + num_ranks(shape)),
+        held(reinterpret_cast<uint16_t*>(ranks + num_ranks(shape))),
         replicas(reinterpret_cast<uint8_t*>(held + max_copies(shape))) {}
 };
 
@@ -194,18 +204,18 @@ class Planner {
     const Candidate& candidate = shape_.candidates[number];
     const uint32_t mean = loads_.total / static_cast<uint32_t>(shape_.solve.group_size);
     const uint32_t even_enough = plan_limit(mean, shape_.slack) | kRankBits;  // as far as keys tell
-    give(plan_limit(mean, candidate.slack), candidate.rule);
-    const uint32_t given = warp_.most(load_);
+    Word load, parent;
+    give(plan_limit(mean, candidate.slack), candidate.rule, load, parent);
+    const uint32_t given = warp_.most(load);
     // With more copies than a candidate that is even enough, there is nothing to win.
     if (given <= even_enough) warp_.announce(num_copies_);
     if (num_copies_ > warp_.fewest()) return;
-    const uint32_t levelled = level();
     PlanScore score;
     score.candidate = number;
     score.num_copies = num_copies_;
-    score.bound = bound_;
+    const uint32_t levelled = level(mean, parent, &score.bound);
     score.largest = levelled <= given ? levelled : given;
-    settle(levelled <= given);
+    if (levelled <= given) take_levels();
     const bool open = plan_gap(score.largest, score.bound) > kCertified;
     score.first = static_cast<uint64_t>(score.largest > even_enough ? score.largest : even_enough) << 13 |
                   static_cast<uint64_t>(num_copies_) << 1 | (open ? 1 : 0);
@@ -223,36 +233,43 @@ class Planner {
 
   // ---- The plan ----------------------------------------------------------------------------------------------------
 
-  LPLB_DEVICE void give(uint32_t limit, Rule rule) {
-    const uint32_t redundants = static_cast<uint32_t>(shape_.redundants());
+  // Makes a list of copies. `load` and `parent`, of each rank: its tokens then, and the rank that it hangs on, or
+  // itself.
+  LPLB_DEVICE void give(uint32_t limit, Rule rule, Word& load, Word& parent) {
+    const int redundants = shape_.redundants(), max_copies = shape_.max_copies(), max_sends = shape_.max_sends;
+    const uint32_t least = loads_.least;
     const bool capped = shape_.solve.max_replicas < shape_.solve.group_size;
     warp_.copy(memory_.at_home, loads_.expert, shape_.num_experts());
     if (capped) warp_.each_of(shape_.num_experts(), [&](int e) { memory_.replicas[e] = 1; });
-    Word top, second, which, used, sent;
+    Word top, second, which, ceiling, used, sent;  // ceiling: the limit, where a slot is free
     warp_.each_rank([&](int k, int g, bool own) {
-      load_.of[k] = own ? loads_.home[g] : 0;
+      load.of[k] = own ? loads_.home[g] : 0;
       top.of[k] = own ? loads_.largest[g].tokens : 0;
       second.of[k] = own ? loads_.largest[g].second : 0;
       which.of[k] = own ? static_cast<uint32_t>(loads_.largest[g].expert) : 0;
-      used.of[k] = own ? 0 : redundants;
-      sent.of[k] = 0;
-      member_.of[k] = static_cast<uint32_t>(g);
+      ceiling.of[k] = own ? limit : 0;
+      used.of[k] = sent.of[k] = 0;
+      parent.of[k] = static_cast<uint32_t>(g);
     });
     warp_.sync();
-    bool all_full = true;  // those that have received, but for those without a free slot
-    int fewest = shape_.max_copies();
+    bool all_full = true;  // those that have received
+    int fewest = max_copies;
+    any_neither_ = false;
     LPLB_UNROLL_BY(1)
-    for (num_copies_ = 0; num_copies_ < shape_.max_copies() && num_copies_ <= fewest; ++num_copies_) {
-      fewest = warp_.fewest();  // long before it is needed
-      const int giver = rank_of_key(warp_.largest([&](int k, int g) { return rank_key(load_.of[k], g); }));
-      const uint32_t excess = warp_.get(load_, giver) - limit, has = warp_.get(top, giver);
+    for (num_copies_ = 0; num_copies_ < max_copies; ++num_copies_) {
+      if (num_copies_ % 4 == 0) {
+        if (num_copies_ > fewest) return;
+        fewest = warp_.fewest();  // long before it is needed
+      }
+      const int giver = rank_of_key(warp_.largest([&](int k, int g) { return rank_key(load.of[k], g); }));
+      const uint32_t excess = warp_.get(load, giver) - limit, has = warp_.get(top, giver);
       const uint32_t e = warp_.get(which, giver);
-      if (static_cast<int32_t>(excess) <= 0 || has < loads_.least) return;
+      if (static_cast<int32_t>(excess) <= 0 || has < least) return;
 
       Word room;
       warp_.each_rank([&](int k, int, bool) {
-        room.of[k] = used.of[k] < redundants && load_.of[k] < limit ? limit - load_.of[k] : 0;
-        if (room.of[k] < loads_.least) room.of[k] = 0;
+        const int32_t here = static_cast<int32_t>(ceiling.of[k] - load.of[k]);
+        room.of[k] = here >= static_cast<int32_t>(least) ? static_cast<uint32_t>(here) : 0;
       });
       if (!all_full) {
         warp_.each_rank([&](int k, int g, bool) {
@@ -263,64 +280,61 @@ class Planner {
         });
       }
       // The least room that is enough; else the most that the expert can fill; else the most.
-      uint32_t key = 0;
-      LPLB_UNROLL_BY(1)
-      for (int step = rule == kMost                  ? 2
-                      : rule == kFit && excess > has ? 1
-                                                     : 0;
-           key == 0 && step < 3; step += rule == kFill ? 2 : 1) {
-        const uint32_t enough = step == 0 ? (excess < has ? excess : has) : 1;
-        const uint32_t most = step == 1 ? has : ~0u, flip = step == 0 ? ~0u : 0u;
-        key = warp_.largest([&](int k, int g) {
+      const auto best = [&](uint32_t enough, uint32_t most, uint32_t flip) {
+        return warp_.largest([&](int k, int g) {
           const uint32_t here = room.of[k];
           return here >= enough && here <= most ? rank_key(here ^ flip, g) | kSome : 0u;
         });
-      }
+      };
+      uint32_t key = 0;
+      if (rule != kMost && (rule == kFill || excess <= has)) key = best(excess < has ? excess : has, ~0u, ~0u);
+      if (key == 0 && rule == kFit) key = best(1, has, 0);
+      if (key == 0) key = best(1, ~0u, 0);
       if (key == 0) return;
       const int receiver = rank_of_key(key);
       const uint32_t space = warp_.get(room, receiver);
       uint32_t tokens = space < has ? space : has;
-      if (rule != kFill && has < space && excess < has && excess >= loads_.least) tokens = excess;
-      all_full = all_full && tokens == space;
-      const uint32_t remains = has - tokens;
-      bool closed = remains == 0;
+      if (rule != kFill && has < space && excess < has && excess >= least) tokens = excess;
+      const Settles settles = tokens == space ? kReceiver : tokens == excess ? kGiver : kNeither;
+      any_neither_ = any_neither_ || settles == kNeither;
+
+      uint32_t remains = has - tokens;
       if (capped) {
         const int replicas = memory_.replicas[e] + 1;
-        closed = closed || replicas == shape_.solve.max_replicas;
+        if (replicas == shape_.solve.max_replicas) remains = 0;  // gives no more
         warp_.sync();
         if (warp_.first()) memory_.replicas[e] = static_cast<uint8_t>(replicas);
       }
       if (warp_.first()) {
-        Copy copy;
-        copy.given = copy.tokens = tokens;
-        copy.expert = e;
-        copy.giver = static_cast<uint32_t>(giver);
-        copy.receiver = static_cast<uint32_t>(receiver);
-        copy.settles = tokens == space ? kReceiver : tokens == excess ? kGiver : kNeither;
-        memory_.copies[num_copies_] = copy;
-        memory_.at_home[e] = closed ? 0 : remains;
+        memory_.copies[num_copies_] = Copy::make(tokens, e, giver, receiver, settles);
+        memory_.at_home[e] = remains;
       }
-      Largest next = {closed ? 0 : remains, warp_.get(second, giver), static_cast<int>(e)};
-      if (next.tokens <= next.second && next.second != 0) {
+      Largest next = {remains, warp_.get(second, giver), static_cast<int>(e)};
+      if (tokens < excess && next.tokens <= next.second) {  // it gives again, of another expert maybe
         warp_.sync();
         const int first = giver * shape_.experts_per_rank;
         next = warp_.largest_of(shape_.experts_per_rank, [&](int i) { return memory_.at_home[first + i]; });
         next.expert += first;
       }
-      const uint32_t of_giver = warp_.get(member_, giver), of_receiver = warp_.get(member_, receiver);
+      if (settles != kReceiver) {
+        all_full = false;
+        warp_.each_rank([&](int k, int g, bool) {
+          if (g == receiver) memory_.held[g * redundants + used.of[k]] = static_cast<uint16_t>(e);
+          if (g == giver && settles == kGiver) parent.of[k] = static_cast<uint32_t>(receiver);
+        });
+        warp_.sync();
+      }
       warp_.each_rank([&](int k, int g, bool) {
-        if (member_.of[k] == of_receiver) member_.of[k] = of_giver;
         if (g == giver) {
-          load_.of[k] -= tokens;
-          const bool stops = ++sent.of[k] >= static_cast<uint32_t>(shape_.max_sends);
-          top.of[k] = stops ? 0 : next.tokens;
-          second.of[k] = stops ? 0 : next.second;
+          load.of[k] -= tokens;
+          top.of[k] = static_cast<int>(++sent.of[k]) < max_sends ? next.tokens : 0;
+          second.of[k] = next.second;
           which.of[k] = static_cast<uint32_t>(next.expert);
         }
         if (g == receiver) {
-          memory_.held[g * redundants + used.of[k]] = static_cast<uint16_t>(e);
-          load_.of[k] += tokens;
-          ++used.of[k];
+          load.of[k] += tokens;
+          if (static_cast<int>(++used.of[k]) == redundants) ceiling.of[k] = 0;
+          if (settles == kReceiver) parent.of[k] = static_cast<uint32_t>(giver);
         }
       });
     }
@@ -328,60 +342,100 @@ class Planner {
 
   // ---- The split ---------------------------------------------------------------------------------------------------
 
-  // Replays the copies, with the means of components as limits: a copy that settled a rank does so again, as far as its
-  // expert has tokens; any other takes all that its expert has left. Returns the largest rank load.
-  LPLB_DEVICE uint32_t level() {
+  // Makes all ranks of each tree equal. Returns the largest rank load then, or the largest number there is where an
+  // expert has not enough for that; and a bound on the largest rank load of any split.
+  LPLB_DEVICE uint32_t level(uint32_t mean_of_all, const Word& parent, uint32_t* bound) {
+    // Rank loads but for the copies that settle a rank.
     warp_.each_rank([&](int, int g, bool own) {
-      if (own) memory_.total[g] = memory_.size[g] = 0;
+      if (own) memory_.tokens[g] = loads_.home[g];
     });
     warp_.sync();
-    warp_.each_rank([&](int k, int g, bool own) {
-      if (!own) return;
-      warp_.add(&memory_.total[member_.of[k]], loads_.home[g]);
-      warp_.add(&memory_.size[member_.of[k]], 1);
-    });
-    warp_.sync();
-    Word mean, level, over;  // over: the load above the level, may be negative
-    warp_.each_rank([&](int k, int g, bool own) {
-      const uint32_t total = own ? memory_.total[member_.of[k]] : 0, size = own ? memory_.size[member_.of[k]] : 1;
-      mean.of[k] = total / size;
-      level.of[k] = mean.of[k] + (mean.of[k] * size != total ? 1 : 0);
-      over.of[k] = own ? loads_.home[g] - level.of[k] : 0;
-    });
-    bound_ = warp_.most(mean);
-    warp_.each_of(num_copies_, [&](int c) {
-      const int e = memory_.copies[c].expert;
-      memory_.at_home[e] = loads_.expert[e];
-    });
-    warp_.sync();
-    Copy next = memory_.copies[0];
-    LPLB_UNROLL_BY(1)
-    for (int c = 0; c < num_copies_; ++c) {
-      const Copy copy = next;
-      next = memory_.copies[c + 1 < num_copies_ ? c + 1 : c];
-      const int giver = copy.giver, receiver = copy.receiver;
-      const int32_t has = static_cast<int32_t>(memory_.at_home[copy.expert]);
-      const int32_t above = static_cast<int32_t>(warp_.get(over, copy.settles == kReceiver ? receiver : giver));
-      const int32_t wanted = copy.settles == kReceiver ? -above : copy.settles == kGiver ? above : has;
-      const uint32_t tokens = static_cast<uint32_t>(wanted < 0 ? 0 : wanted < has ? wanted : has);
-      warp_.sync();
-      if (warp_.first()) {
-        memory_.at_home[copy.expert] = static_cast<uint32_t>(has) - tokens;
-        memory_.copies[c].tokens = tokens;
-      }
-      warp_.each_rank([&](int k, int g, bool) {
-        if (g == giver) over.of[k] -= tokens;
-        if (g == receiver) over.of[k] += tokens;
+    if (any_neither_) {
+      warp_.each_of(num_copies_, [&](int c) {
+        const Copy copy = memory_.copies[c];
+        if (copy.settles() != kNeither) return;
+        warp_.add(&memory_.tokens[copy.giver()], 0u - copy.tokens);
+        warp_.add(&memory_.tokens[copy.receiver()], copy.tokens);
       });
       warp_.sync();
     }
-    warp_.each_rank([&](int k, int, bool) { level.of[k] += over.of[k]; });
-    return warp_.most(level);
+    // Sums over each rank and those that hang on it, near and far: in each round it passes its sum to the rank above it
+    // at twice the distance, if there is one; else `above` is the rank itself.
+    Word tokens, ranks, above = parent, root = parent;
+    warp_.each_rank([&](int k, int g, bool own) {
+      tokens.of[k] = own ? memory_.tokens[g] : 0;
+      ranks.of[k] = 1;
+    });
+    LPLB_UNROLL_BY(1)
+    while (true) {
+      bool any = false;
+      warp_.each_rank([&](int k, int g, bool) { any = any || above.of[k] != static_cast<uint32_t>(g); });
+      if (!warp_.any(any)) break;
+      warp_.sync();
+      warp_.each_rank([&](int k, int g, bool own) {
+        if (own) memory_.tokens[g] = tokens.of[k], memory_.ranks[g] = ranks.of[k];
+      });
+      warp_.sync();
+      warp_.each_rank([&](int k, int g, bool) {
+        if (above.of[k] == static_cast<uint32_t>(g)) return;
+        warp_.add(&memory_.tokens[above.of[k]], tokens.of[k]);
+        warp_.add(&memory_.ranks[above.of[k]], ranks.of[k]);
+      });
+      warp_.sync();
+      const Word next = warp_.gather(above, above);
+      root = warp_.gather(root, root);
+      warp_.each_rank([&](int k, int g, bool own) {
+        if (own) tokens.of[k] = memory_.tokens[g], ranks.of[k] = memory_.ranks[g];
+        above.of[k] = next.of[k] == above.of[k] ? static_cast<uint32_t>(g) : next.of[k];
+      });
+    }
+    const Word of_tree = warp_.gather(tokens, root), size = warp_.gather(ranks, root);
+    Word mean, level;
+    warp_.each_rank([&](int k, int, bool) {
+      mean.of[k] = of_tree.of[k] / size.of[k];
+      level.of[k] = mean.of[k] + (mean.of[k] * size.of[k] != of_tree.of[k] ? 1 : 0);
+    });
+    const uint32_t largest = warp_.most(level), largest_mean = warp_.most(mean);
+    warp_.sync();
+    warp_.each_rank([&](int k, int g, bool own) {
+      if (!own) return;
+      memory_.tokens[g] = level.of[k] * ranks.of[k] - tokens.of[k];  // what comes to the rank where it hangs
+      memory_.ranks[g] = mean.of[k] == largest_mean;                 // whether it is of a fullest tree
+    });
+    warp_.each_of(num_copies_, [&](int c) {
+      const int e = memory_.copies[c].expert();
+      memory_.at_home[e] = loads_.expert[e];
+    });
+    warp_.sync();
+    bool lacks = false;
+    warp_.each_of(num_copies_, [&](int c) {
+      const uint32_t takes = levelled(memory_.copies[c]);
+      lacks = lacks || static_cast<int32_t>(takes) < 0;
+      warp_.add(&memory_.at_home[memory_.copies[c].expert()], 0u - takes);
+    });
+    warp_.sync();
+    // The bound is of the fullest trees, whose load can go nowhere else: unless copies that settle neither rank join
+    // them to others, and hold, or could take, some of it.
+    bool joined = false;
+    warp_.each_of(num_copies_, [&](int c) {
+      const Copy copy = memory_.copies[c];
+      lacks = lacks || static_cast<int32_t>(memory_.at_home[copy.expert()]) < 0;
+      if (copy.settles() != kNeither) return;
+      const bool from = memory_.ranks[copy.giver()] != 0, to = memory_.ranks[copy.receiver()] != 0;
+      joined = joined || (to && !from) || (from && !to && copy.tokens != loads_.expert[copy.expert()]);
+    });
+    lacks = warp_.any(lacks);
+    *bound = any_neither_ && (lacks || warp_.any(joined)) ? mean_of_all : largest_mean;
+    return lacks ? ~0u : largest;
   }
-  // Takes what the plan gave where the replay is not better.
-  LPLB_DEVICE void settle(bool levelled) {
-    if (levelled) return;
-    warp_.each_of(num_copies_, [&](int c) { memory_.copies[c].tokens = memory_.copies[c].given; });
+  // What a copy takes where the ranks of each tree are equal.
+  LPLB_DEVICE uint32_t levelled(const Copy& copy) const {
+    return copy.settles() == kReceiver ? memory_.tokens[copy.receiver()]
+           : copy.settles() == kGiver  ? 0u - memory_.tokens[copy.giver()]
+                                       : copy.tokens;
+  }
+  LPLB_DEVICE void take_levels() {
+    warp_.each_of(num_copies_, [&](int c) { memory_.copies[c].tokens = levelled(memory_.copies[c]); });
     warp_.sync();
   }
 
@@ -392,8 +446,7 @@ class Planner {
   PlanScore best_;
   // Of the candidate at work.
   int num_copies_ = 0;
-  uint32_t bound_ = 0;
-  Word load_, member_;  // of each rank: tokens, the component's name
+  bool any_neither_ = false;  // of its copies settle neither rank
 };
 
 // One group, by the threads of a Block: reads its loads, and writes down the best candidate.
@@ -467,9 +520,9 @@ class PlanGroup {
     block_.sync();
     block_.each_of(score.num_copies, [&](int c) {
       const Copy copy = copies[c];
-      block_.add(&left[copy.expert], 0u - copy.tokens);
-      block_.add(&loads_->home[copy.giver], 0u - copy.tokens);
-      block_.add(&loads_->home[copy.receiver], copy.tokens);
+      block_.add(&left[copy.expert()], 0u - copy.tokens);
+      block_.add(&loads_->home[copy.giver()], 0u - copy.tokens);
+      block_.add(&loads_->home[copy.receiver()], copy.tokens);
     });
     block_.sync();
     block_.each_of(experts_, [&](int e) {
@@ -483,19 +536,20 @@ class PlanGroup {
     block_.each_of(score.num_copies, [&](int c) {
       const Copy copy = copies[c];
       if (copy.tokens == 0) return;
+      const int expert = copy.expert(), receiver = copy.receiver();
       int number = 0, column = 1;  // among the receiver's copies, and among the expert's replicas
       LPLB_UNROLL_BY(1)
       for (int d = 0; d < score.num_copies; ++d) {
         const Copy other = copies[d];
         if (other.tokens == 0) continue;
-        number += other.receiver == copy.receiver && d < c;
-        column += other.expert == copy.expert && other.receiver < copy.receiver;
+        number += other.receiver() == receiver && d < c;
+        column += other.expert() == expert && other.receiver() < receiver;
       }
-      const int slot = copy.receiver * s.slots_per_rank + shape_.experts_per_rank + number;
-      const int64_t cell = static_cast<int64_t>(copy.expert) * s.max_replicas + column;
-      phy2log_[slot] = first_expert_ + static_cast<int>(copy.expert);
+      const int slot = receiver * s.slots_per_rank + shape_.experts_per_rank + number;
+      const int64_t cell = static_cast<int64_t>(expert) * s.max_replicas + column;
+      phy2log_[slot] = first_expert_ + expert;
       log2phy_[cell] = first_slot_ + slot;
-      fraction_[cell] = share(copy.tokens, copy.expert);
+      fraction_[cell] = share(copy.tokens, expert);
     });
     block_.each_of(s.group_size, [&](int g) { rank_load_[g] = static_cast<float>(loads_->home[g]) * unit; });
     if (!block_.first()) return;

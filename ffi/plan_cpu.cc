@@ -52,7 +52,13 @@ struct SerialWarp : SerialBlock {
   void each_rank(F visit) const {
     for (int g = 0; g < num_ranks; ++g) visit(g, g, true);
   }
+  bool any(bool holds) const { return holds; }
   uint32_t get(const Word& word, int rank) const { return word.of[rank]; }
+  Word gather(const Word& word, const Word& ranks) const {
+    Word gathered;
+    for (int g = 0; g < num_ranks; ++g) gathered.of[g] = word.of[ranks.of[g]];
+    return gathered;
+  }
   template <class F>
   uint32_t largest(F key) const {
     uint32_t largest = 0;

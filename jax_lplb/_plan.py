@@ -229,7 +229,7 @@ class _State(NamedTuple):
     held: jax.Array
     used: jax.Array
     sent: jax.Array
-    member: jax.Array
+    parent: jax.Array
     copies: _Copies
     num_copies: jax.Array
     stuck: jax.Array
@@ -258,7 +258,7 @@ def _plan_group(
 
     def attempt(slack: jax.Array, rule: jax.Array) -> tuple[_Copies, jax.Array, jax.Array, jax.Array, jax.Array]:
         state = _give(scaled, floor, _limit(mean, slack), rule, limits)
-        tokens, levelled, bound = _level(scaled, state)
+        tokens, levelled, bound = _level(scaled, state, mean)
         given = jnp.max(state.load)
         tokens = jnp.where(levelled <= given, tokens, state.copies.tokens)
         largest = jnp.minimum(levelled, given)
@@ -315,7 +315,7 @@ def _give(scaled: jax.Array, least: jax.Array, limit: jax.Array, rule: jax.Array
         held=jnp.zeros_like(scaled, bool, shape=(ranks, ranks * homes)),
         used=none,
         sent=none,
-        member=rank + none,
+        parent=rank + none,
         copies=_Copies(nothing, nothing, nothing.astype(jnp.uint32), nothing),
         num_copies=none[0],
         stuck=none[0] != 0,
@@ -354,7 +354,7 @@ def _give(scaled: jax.Array, least: jax.Array, limit: jax.Array, rule: jax.Array
         copy = _Copies(expert, receiver, tokens, settles)
         given, received = rank == giver, rank == receiver
         gives, gets = jnp.where(given, tokens, 0), jnp.where(received, tokens, 0)
-        joined = (state.member == state.member[giver]) | (state.member == state.member[receiver])
+        hangs = jnp.where(received & (settles == _RECEIVER), giver, state.parent)
         following = _State(
             load=state.load - gives + gets,
             at_home=state.at_home.at[giver, chosen].add(jnp.uint32(0) - tokens),
@@ -362,7 +362,7 @@ def _give(scaled: jax.Array, least: jax.Array, limit: jax.Array, rule: jax.Array
             held=state.held.at[receiver, expert].set(True),
             used=state.used + received,
             sent=state.sent + given,
-            member=jnp.where(joined, state.member[giver], state.member),
+            parent=jnp.where(given & (settles == _GIVER), receiver, hangs),
             copies=jax.tree.map(lambda field, value: field.at[state.num_copies].set(value), state.copies, copy),
             num_copies=state.num_copies + 1,
             stuck=state.stuck,
@@ -377,36 +377,44 @@ def _give(scaled: jax.Array, least: jax.Array, limit: jax.Array, rule: jax.Array
     return lax.while_loop(goes_on, step, jax.tree.map(lambda leaf: _ffi.vary(leaf, axes), start))
 
 
-def _level(scaled: jax.Array, state: _State) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The copies' tokens with the means of components as limits, the largest rank load then, and a bound on it."""
-    homes = scaled.shape[1]
-    home_load = jnp.sum(scaled, axis=1, dtype=jnp.uint32)
-    alike = state.member[:, None] == state.member[None, :]
-    total = jnp.sum(jnp.where(alike, home_load[None, :], 0), axis=1, dtype=jnp.uint32)
-    size = jnp.sum(alike, axis=1, dtype=jnp.uint32)
-    mean = total // size
-    level = mean + (total % size != 0).astype(jnp.uint32)
-
-    def replay(carry: tuple[jax.Array, jax.Array], copy: Any) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-        over, at_home = carry
-        of_list, in_list = copy
-        giver = of_list.expert // homes
-        has = at_home[of_list.expert].astype(jnp.int32)
-        wanted = jnp.where(
-            of_list.settles == _RECEIVER,
-            -over[of_list.receiver],
-            jnp.where(of_list.settles == _GIVER, over[giver], has),
-        )
-        tokens = jnp.where(in_list, jnp.clip(wanted, 0, has), 0)
-        over = over.at[giver].add(-tokens).at[of_list.receiver].add(tokens)
-        tokens = tokens.astype(jnp.uint32)
-        return (over, at_home.at[of_list.expert].add(jnp.uint32(0) - tokens)), tokens
-
-    in_list = jnp.arange(len(state.copies.expert)) < state.num_copies
-    (over, _), tokens = lax.scan(
-        replay, ((home_load - level).astype(jnp.int32), scaled.reshape(-1)), (state.copies, in_list)
+def _level(scaled: jax.Array, state: _State, mean_of_all: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The copies' tokens where all ranks of each tree are equal, the largest rank load then, and a bound on it."""
+    ranks, homes = scaled.shape
+    copies = state.copies
+    giver = copies.expert // homes
+    in_list = jnp.arange(len(copies.expert)) < state.num_copies
+    neither = in_list & (copies.settles == _NEITHER)
+    kept = jnp.where(neither, copies.tokens, 0)
+    sums = jnp.sum(scaled, axis=1, dtype=jnp.uint32)
+    sums = sums.at[giver].add(jnp.uint32(0) - kept).at[copies.receiver].add(kept)
+    # Sums over each rank and those that hang on it, by doubling the distance; `above` is the rank itself where none is.
+    rank = jnp.arange(ranks, dtype=jnp.int32)
+    sizes, above, root = jnp.ones_like(sums), state.parent, state.parent
+    for _ in range((ranks - 1).bit_length()):
+        target = jnp.where(above == rank, ranks, above)  # beyond the end: dropped
+        sums, sizes = sums.at[target].add(sums, mode="drop"), sizes.at[target].add(sizes, mode="drop")
+        following = above[above]
+        above = jnp.where(following == above, rank, following)
+        root = root[root]
+    of_tree, size = sums[root], sizes[root]
+    mean = of_tree // size
+    level = mean + (of_tree % size != 0).astype(jnp.uint32)
+    largest_mean = jnp.max(mean)
+    fullest = mean == largest_mean
+    comes = level * sizes - sums
+    takes = jnp.where(
+        copies.settles == _RECEIVER,
+        comes[copies.receiver],
+        jnp.where(copies.settles == _GIVER, jnp.uint32(0) - comes[giver], copies.tokens),
     )
-    return tokens, jnp.max(level + over.astype(jnp.uint32)), jnp.max(mean)
+    takes = jnp.where(in_list, takes, 0)
+    left = scaled.reshape(-1).at[copies.expert].add(jnp.uint32(0) - takes)
+    lacks = jnp.any(takes.astype(jnp.int32) < 0) | jnp.any(left.astype(jnp.int32) < 0)
+    leaves, enters = fullest[giver], fullest[copies.receiver]
+    some_left = copies.tokens != scaled.reshape(-1)[copies.expert]
+    joined = jnp.any(neither & ((enters & ~leaves) | (leaves & ~enters & some_left)))
+    bound = jnp.where(jnp.any(neither) & (lacks | joined), mean_of_all, largest_mean)
+    return takes, jnp.where(lacks, jnp.uint32(2**32 - 1), jnp.max(level)), bound
 
 
 def _limit(mean: jax.Array, slack: jax.Array) -> jax.Array:
