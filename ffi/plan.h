@@ -1,10 +1,10 @@
 // Which experts to copy where, chosen from one batch's load; and the split that comes with it, certified.
 //
 // Experts have contiguous homes; each rank has free slots beside them. A candidate plan aims at a limit on the rank
-// loads: again and again the busiest rank, while it is above the limit, gives of its largest expert to a rank with a
-// free slot below the limit. What it gives mostly fills that rank up to the limit exactly, which wastes no slot: where
-// that is more than the giver has in excess, the giver has room for others' copies in its own slots. Which rank
-// receives, and how much, is a candidate's rule:
+// loads: each rank above it, the busiest first, gives of its largest expert to a rank with a free slot below the limit,
+// again and again, until it is within the limit, too. What it gives mostly fills the other rank up to the limit
+// exactly, which wastes no slot: where that is more than the giver has in excess, the giver has room for others' copies
+// in its own slots. Which rank receives, and how much, is a candidate's rule:
 //
 //   kFill         the receiver with the least room that is enough for the excess, or with the most room where none is;
 //                 filled up, even if the whole expert goes
@@ -204,7 +204,7 @@ class Planner {
     const Candidate& candidate = shape_.candidates[number];
     const uint32_t mean = loads_.total / static_cast<uint32_t>(shape_.solve.group_size);
     const uint32_t even_enough = plan_limit(mean, shape_.slack) | kRankBits;  // as far as keys tell
-    Word load, parent;
+    Word load = {}, parent = {};
     give(plan_limit(mean, candidate.slack), candidate.rule, load, parent);
     const uint32_t given = warp_.most(load);
     // With more copies than a candidate that is even enough, there is nothing to win.
@@ -241,103 +241,113 @@ class Planner {
     const bool capped = shape_.solve.max_replicas < shape_.solve.group_size;
     warp_.copy(memory_.at_home, loads_.expert, shape_.num_experts());
     if (capped) warp_.each_of(shape_.num_experts(), [&](int e) { memory_.replicas[e] = 1; });
-    Word top, second, which, ceiling, used, sent;  // ceiling: the limit, where a slot is free
+    Word waits, room,
+        used;  // load of ranks that have yet to give; tokens that a rank may receive; slots that it has used
     warp_.each_rank([&](int k, int g, bool own) {
       load.of[k] = own ? loads_.home[g] : 0;
-      top.of[k] = own ? loads_.largest[g].tokens : 0;
-      second.of[k] = own ? loads_.largest[g].second : 0;
-      which.of[k] = own ? static_cast<uint32_t>(loads_.largest[g].expert) : 0;
-      ceiling.of[k] = own ? limit : 0;
-      used.of[k] = sent.of[k] = 0;
+      waits.of[k] = load.of[k] > limit ? load.of[k] : 0;
+      room.of[k] = own && load.of[k] < limit && limit - load.of[k] >= least ? limit - load.of[k] : 0;
+      used.of[k] = 0;
       parent.of[k] = static_cast<uint32_t>(g);
     });
+    const auto busiest = [&] {
+      return warp_.largest([&](int k, int g) { return waits.of[k] != 0 ? rank_key(waits.of[k], g) | kSome : 0u; });
+    };
     warp_.sync();
-    bool all_full = true;  // those that have received
-    int fewest = max_copies;
+    num_copies_ = 0;
     any_neither_ = false;
+    bool all_full = true;  // those that have received
+    uint32_t giver_key = busiest();
     LPLB_UNROLL_BY(1)
-    for (num_copies_ = 0; num_copies_ < max_copies; ++num_copies_) {
-      if (num_copies_ % 4 == 0) {
-        if (num_copies_ > fewest) return;
-        fewest = warp_.fewest();  // long before it is needed
-      }
-      const int giver = rank_of_key(warp_.largest([&](int k, int g) { return rank_key(load.of[k], g); }));
-      const uint32_t excess = warp_.get(load, giver) - limit, has = warp_.get(top, giver);
-      const uint32_t e = warp_.get(which, giver);
-      if (static_cast<int32_t>(excess) <= 0 || has < least) return;
-
-      Word room;
-      warp_.each_rank([&](int k, int, bool) {
-        const int32_t here = static_cast<int32_t>(ceiling.of[k] - load.of[k]);
-        room.of[k] = here >= static_cast<int32_t>(least) ? static_cast<uint32_t>(here) : 0;
-      });
-      if (!all_full) {
-        warp_.each_rank([&](int k, int g, bool) {
-          LPLB_UNROLL_BY(1)
-          for (uint32_t s = 0; room.of[k] != 0 && s < used.of[k]; ++s) {
-            if (memory_.held[g * redundants + s] == e) room.of[k] = 0;
-          }
-        });
-      }
-      // The least room that is enough; else the most that the expert can fill; else the most.
-      const auto best = [&](uint32_t enough, uint32_t most, uint32_t flip) {
-        return warp_.largest([&](int k, int g) {
-          const uint32_t here = room.of[k];
-          return here >= enough && here <= most ? rank_key(here ^ flip, g) | kSome : 0u;
-        });
-      };
-      uint32_t key = 0;
-      if (rule != kMost && (rule == kFill || excess <= has)) key = best(excess < has ? excess : has, ~0u, ~0u);
-      if (key == 0 && rule == kFit) key = best(1, has, 0);
-      if (key == 0) key = best(1, ~0u, 0);
-      if (key == 0) return;
-      const int receiver = rank_of_key(key);
-      const uint32_t space = warp_.get(room, receiver);
-      uint32_t tokens = space < has ? space : has;
-      if (rule != kFill && has < space && excess < has && excess >= least) tokens = excess;
-      const Settles settles = tokens == space ? kReceiver : tokens == excess ? kGiver : kNeither;
-      any_neither_ = any_neither_ || settles == kNeither;
-
-      uint32_t remains = has - tokens;
-      if (capped) {
-        const int replicas = memory_.replicas[e] + 1;
-        if (replicas == shape_.solve.max_replicas) remains = 0;  // gives no more
-        warp_.sync();
-        if (warp_.first()) memory_.replicas[e] = static_cast<uint8_t>(replicas);
-      }
-      if (warp_.first()) {
-        memory_.copies[num_copies_] = Copy::make(tokens, e, giver, receiver, settles);
-        memory_.at_home[e] = remains;
-      }
-      Largest next = {remains, warp_.get(second, giver), static_cast<int>(e)};
-      if (tokens < excess && next.tokens <= next.second) {  // it gives again, of another expert maybe
-        warp_.sync();
-        const int first = giver * shape_.experts_per_rank;
-        next = warp_.largest_of(shape_.experts_per_rank, [&](int i) { return memory_.at_home[first + i]; });
-        next.expert += first;
-      }
-      if (settles != kReceiver) {
-        all_full = false;
-        warp_.each_rank([&](int k, int g, bool) {
-          if (g == receiver) memory_.held[g * redundants + used.of[k]] = static_cast<uint16_t>(e);
-          if (g == giver && settles == kGiver) parent.of[k] = static_cast<uint32_t>(receiver);
-        });
-        warp_.sync();
-      }
-      warp_.each_rank([&](int k, int g, bool) {
-        if (g == giver) {
-          load.of[k] -= tokens;
-          top.of[k] = static_cast<int>(++sent.of[k]) < max_sends ? next.tokens : 0;
-          second.of[k] = next.second;
-          which.of[k] = static_cast<uint32_t>(next.expert);
+    while (giver_key != 0) {
+      const int giver = rank_of_key(giver_key);
+      const int fewest = warp_.fewest();
+      warp_.each_rank([&](int k, int g, bool) { waits.of[k] = g == giver ? 0 : waits.of[k]; });
+      giver_key = busiest();  // the next one
+      Largest from = loads_.largest[giver];
+      int32_t excess = static_cast<int32_t>(loads_.home[giver] - limit);
+      int sends = 0;
+      bool stuck = num_copies_ > fewest;
+      LPLB_UNROLL_BY(1)
+      while (excess > 0 && !stuck) {
+        const uint32_t has = from.tokens, wanted = static_cast<uint32_t>(excess);
+        const uint32_t e = static_cast<uint32_t>(from.expert);
+        Word open = room;
+        if (!all_full) {
+          warp_.each_rank([&](int k, int g, bool) {
+            LPLB_UNROLL_BY(1)
+            for (uint32_t s = 0; open.of[k] != 0 && s < used.of[k]; ++s) {
+              if (memory_.held[g * redundants + s] == e) open.of[k] = 0;
+            }
+          });
         }
-        if (g == receiver) {
+        // The least room that is enough; else the most that the expert can fill; else the most.
+        const auto best = [&](uint32_t enough, uint32_t most, uint32_t flip) {
+          return warp_.largest([&](int k, int g) {
+            const uint32_t here = open.of[k];
+            return here >= enough && here <= most ? rank_key(here ^ flip, g) | kSome : 0u;
+          });
+        };
+        uint32_t key = 0;
+        if (rule != kMost && (rule == kFill || wanted <= has)) key = best(wanted < has ? wanted : has, ~0u, ~0u);
+        if (key == 0 && rule == kFit) key = best(1, has, 0);
+        if (key == 0) key = best(1, ~0u, 0);
+        if (key == 0 || has < least || sends == max_sends || num_copies_ == max_copies) {
+          stuck = true;
+          break;
+        }
+        const int receiver = rank_of_key(key);
+        const uint32_t space = warp_.get(open, receiver);
+        uint32_t tokens = space < has ? space : has;
+        if (rule != kFill && has < space && wanted < has && wanted >= least) tokens = wanted;
+        const Settles settles = tokens == space ? kReceiver : tokens == wanted ? kGiver : kNeither;
+
+        from.tokens -= tokens;
+        if (capped) {
+          const int replicas = memory_.replicas[e] + 1;
+          if (replicas == shape_.solve.max_replicas) from.tokens = 0;  // gives no more
+          warp_.sync();
+          if (warp_.first()) memory_.replicas[e] = static_cast<uint8_t>(replicas);
+        }
+        if (warp_.first()) {
+          memory_.copies[num_copies_] = Copy::make(tokens, e, giver, receiver, settles);
+          memory_.at_home[e] = from.tokens;
+        }
+        if (settles != kReceiver) {
+          all_full = false;
+          any_neither_ = any_neither_ || settles == kNeither;
+          warp_.each_rank([&](int k, int g, bool) {
+            if (g == receiver) memory_.held[g * redundants + used.of[k]] = static_cast<uint16_t>(e);
+            if (g == giver && settles == kGiver) parent.of[k] = static_cast<uint32_t>(receiver);
+          });
+          warp_.sync();
+        }
+        warp_.each_rank([&](int k, int g, bool) {
+          if (g != receiver) return;
           load.of[k] += tokens;
-          if (static_cast<int>(++used.of[k]) == redundants) ceiling.of[k] = 0;
+          room.of[k] -= tokens;
+          if (static_cast<int>(++used.of[k]) == redundants || room.of[k] < least) room.of[k] = 0;
           if (settles == kReceiver) parent.of[k] = static_cast<uint32_t>(giver);
+        });
+        excess -= static_cast<int32_t>(tokens);
+        ++sends;
+        ++num_copies_;
+        if (excess > 0 && from.tokens <= from.second) {  // of another expert maybe
+          warp_.sync();
+          const int first = giver * shape_.experts_per_rank;
+          from = warp_.largest_of(shape_.experts_per_rank, [&](int i) { return memory_.at_home[first + i]; });
+          from.expert += first;
         }
+      }
+      // Having given more than its excess, it may receive.
+      warp_.each_rank([&](int k, int g, bool) {
+        if (g != giver) return;
+        load.of[k] = limit + static_cast<uint32_t>(excess);
+        room.of[k] = excess < 0 && static_cast<uint32_t>(-excess) >= least ? static_cast<uint32_t>(-excess) : 0;
       });
+      if (stuck) break;
     }
+    warp_.sync();
   }
 
   // ---- The split ---------------------------------------------------------------------------------------------------

@@ -221,14 +221,17 @@ _RANK_BITS, _SOME = 127, np.uint32(1 << 31)  # of keys, see ffi/plan.h
 
 
 class _State(NamedTuple):
-    """A candidate at work: [ranks] but for at_home [ranks, homes], replicas alike, and held [ranks, ranks * homes]."""
+    """A candidate at work: [ranks] or [], but for at_home and replicas [ranks, homes], and held [ranks, experts]."""
 
     load: jax.Array
+    waits: jax.Array  # load of ranks that have yet to give
+    giver: jax.Array
+    excess: jax.Array
+    sends: jax.Array
     at_home: jax.Array
     replicas: jax.Array
     held: jax.Array
     used: jax.Array
-    sent: jax.Array
     parent: jax.Array
     copies: _Copies
     num_copies: jax.Array
@@ -310,11 +313,14 @@ def _give(scaled: jax.Array, least: jax.Array, limit: jax.Array, rule: jax.Array
     axes = _ffi.varying(scaled, least, limit, rule)
     start = _State(
         load=home_load,
+        waits=jnp.where(home_load > limit, home_load, 0),
+        giver=none[0],
+        excess=none[0],
+        sends=none[0],
         at_home=scaled,
         replicas=jnp.ones_like(scaled, jnp.int32),
         held=jnp.zeros_like(scaled, bool, shape=(ranks, ranks * homes)),
         used=none,
-        sent=none,
         parent=rank + none,
         copies=_Copies(nothing, nothing, nothing.astype(jnp.uint32), nothing),
         num_copies=none[0],
@@ -329,8 +335,15 @@ def _give(scaled: jax.Array, least: jax.Array, limit: jax.Array, rule: jax.Array
         return _RANK_BITS - (key & _RANK_BITS).astype(jnp.int32)
 
     def step(state: _State) -> _State:
-        giver = rank_of(jnp.max(keys_of(state.load)))
-        excess = state.load[giver] - limit
+        """One copy; of the next giver where the one before has given enough."""
+        done = state.excess <= 0
+        giver = jnp.where(
+            done, rank_of(jnp.max(jnp.where(state.waits != 0, keys_of(state.waits) | _SOME, 0))), state.giver
+        )
+        excess = (state.load[giver] - limit).astype(jnp.int32)
+        wanted = excess.astype(jnp.uint32)
+        sends = jnp.where(done, 0, state.sends)
+        waits = jnp.where(rank == giver, 0, state.waits)
         there = jnp.where(state.replicas[giver] < limits.max_replicas, state.at_home[giver], 0)
         chosen = jnp.argmax(there).astype(jnp.int32)
         expert, has = giver * homes + chosen, there[chosen]
@@ -341,38 +354,40 @@ def _give(scaled: jax.Array, least: jax.Array, limit: jax.Array, rule: jax.Array
             return jnp.max(jnp.where(allowed & (room != 0), keys_of(values) | _SOME, 0))
 
         # The least room that is enough; else the most that the expert can fill; else the most.
-        least_room = best(
-            (room >= jnp.minimum(excess, has)) & (rule != _MOST) & ((rule == _FILL) | (excess <= has)), ~room
-        )
+        enough = (room >= jnp.minimum(wanted, has)) & (rule != _MOST) & ((rule == _FILL) | (wanted <= has))
+        least_room = best(enough, ~room)
         most_filled = best((room <= has) & (rule == _FIT), room)
         key = jnp.where(least_room != 0, least_room, jnp.where(most_filled != 0, most_filled, best(room != 0, room)))
         receiver = rank_of(key)
         space = jnp.where(key != 0, room[receiver], 0)
-        only_excess = (rule != _FILL) & (has < space) & (excess < has) & (excess >= least)
-        tokens = jnp.where(only_excess, excess, jnp.minimum(space, has))
-        settles = jnp.where(tokens == space, _RECEIVER, jnp.where(tokens == excess, _GIVER, _NEITHER))
+        only_excess = (rule != _FILL) & (has < space) & (wanted < has) & (wanted >= least)
+        tokens = jnp.where(only_excess, wanted, jnp.minimum(space, has))
+        settles = jnp.where(tokens == space, _RECEIVER, jnp.where(tokens == wanted, _GIVER, _NEITHER))
         copy = _Copies(expert, receiver, tokens, settles)
         given, received = rank == giver, rank == receiver
         gives, gets = jnp.where(given, tokens, 0), jnp.where(received, tokens, 0)
         hangs = jnp.where(received & (settles == _RECEIVER), giver, state.parent)
         following = _State(
             load=state.load - gives + gets,
+            waits=waits,
+            giver=giver,
+            excess=excess - tokens.astype(jnp.int32),
+            sends=sends + 1,
             at_home=state.at_home.at[giver, chosen].add(jnp.uint32(0) - tokens),
             replicas=state.replicas.at[giver, chosen].add(1),
             held=state.held.at[receiver, expert].set(True),
-            used=state.used + received,
-            sent=state.sent + given,
+            used=state.used + received.astype(jnp.int32),
             parent=jnp.where(given & (settles == _GIVER), receiver, hangs),
             copies=jax.tree.map(lambda field, value: field.at[state.num_copies].set(value), state.copies, copy),
             num_copies=state.num_copies + 1,
             stuck=state.stuck,
         )
-        stuck = (state.sent[giver] >= limits.max_sends) | (has < least) | (space == 0)
+        stuck = (sends >= limits.max_sends) | (has < least) | (space == 0)
         return jax.tree.map(lambda a, b: jnp.where(stuck, a, b), state._replace(stuck=stuck | state.stuck), following)
 
     def goes_on(state: _State) -> jax.Array:
-        busiest = state.load[rank_of(jnp.max(keys_of(state.load)))]
-        return ~state.stuck & (busiest > limit) & (state.num_copies < capacity)
+        some = (state.excess > 0) | jnp.any(state.waits != 0)
+        return ~state.stuck & some & (state.num_copies < capacity)
 
     return lax.while_loop(goes_on, step, jax.tree.map(lambda leaf: _ffi.vary(leaf, axes), start))
 
