@@ -14,7 +14,7 @@ constexpr int kMaxCluster = 8;  // what every device with clusters has
 
 // A block's shared memory, but for that of experts and copies.
 struct BlockShared {
-  PlanLoads loads;
+  uint32_t total;
   uint32_t home[kMaxGroupRanks];
   Largest largest[kMaxGroupRanks];
   int fewest_copies;  // of the candidates that are even enough, in all blocks
@@ -39,6 +39,19 @@ __device__ int block_number() {
 __device__ void sync_blocks() {
 #if __CUDA_ARCH__ >= 900
   cooperative_groups::this_cluster().sync();
+#else
+  __syncthreads();
+#endif
+}
+// Between these two all blocks begin: from then on their shared memory is there.
+__device__ void begin_blocks() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" : : : "memory");
+#endif
+}
+__device__ void await_blocks() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" : : : "memory");
 #else
   __syncthreads();
 #endif
@@ -106,13 +119,16 @@ struct CudaWarp {
   }
   template <class F>
   __device__ __forceinline__ Largest largest_of(int count, F value) const {
-    Largest mine = {0, 0, 0};
+    Largest mine = {0, 0};
 #pragma unroll 1
     for (int i = lane; i < count; i += kWarp) mine.take(value(i), i);
     const uint32_t tokens = __reduce_max_sync(kFullWarp, mine.tokens);
-    const int index = __reduce_min_sync(kFullWarp, mine.tokens == tokens ? mine.expert : INT32_MAX);
-    const bool has = mine.tokens == tokens && mine.expert == index;
-    return {tokens, __reduce_max_sync(kFullWarp, has ? mine.second : mine.tokens), index};
+    return {tokens, __reduce_min_sync(kFullWarp, mine.tokens == tokens ? mine.expert : INT32_MAX)};
+  }
+  // In a register: read anew from the parameters it would cost more.
+  __device__ __forceinline__ int keep(int value) const {
+    asm volatile("" : "+r"(value));
+    return value;
   }
   __device__ __forceinline__ void add(uint32_t* target, uint32_t value) const { atomicAdd(target, value); }
   // Aligned to 16 bytes, and with room up to a multiple of that.
@@ -145,15 +161,19 @@ struct CudaBlock {
     value = __reduce_add_sync(kFullWarp, value);
     if (threadIdx.x % kWarp == 0) atomicAdd(target, value);
   }
-  // By all blocks together.
-  __device__ __forceinline__ void fill(int32_t* values, int count, int32_t value) const {
+  // Two arrays, by all blocks together.
+  __device__ void fill(int count, int32_t* values, int32_t value, int32_t* others, int32_t other) const {
     const int first = block_number() * blockDim.x + threadIdx.x, threads = num_blocks() * blockDim.x;
-    if (count % 4 != 0 || reinterpret_cast<uintptr_t>(values) % sizeof(int4) != 0) {
-      for (int i = first; i < count; i += threads) values[i] = value;
-      return;
+    const bool aligned =
+        (reinterpret_cast<uintptr_t>(values) | reinterpret_cast<uintptr_t>(others)) % sizeof(int4) == 0;
+    const int fours = aligned ? count / 4 : 0;
+#pragma unroll 1
+    for (int i = first; i < fours; i += threads) {
+      reinterpret_cast<int4*>(values)[i] = make_int4(value, value, value, value);
+      reinterpret_cast<int4*>(others)[i] = make_int4(other, other, other, other);
     }
-    int4* const fours = reinterpret_cast<int4*>(values);
-    for (int i = first; i < count / 4; i += threads) fours[i] = make_int4(value, value, value, value);
+#pragma unroll 1
+    for (int i = 4 * fours + first; i < count; i += threads) values[i] = value, others[i] = other;
   }
   // Some neighbouring threads for each rank.
   template <class F>
@@ -167,7 +187,7 @@ struct CudaBlock {
       const int g = first + threadIdx.x / lanes;
       const int begin = g * per_rank, end = g < num_ranks ? begin + per_rank : begin;
       uint32_t sum = 0;
-      Largest mine = {0, 0, begin};
+      Largest mine = {0, begin};
 #pragma unroll 1
       for (int e = begin + lane; e < end; e += lanes) {
         sum += load(e);
@@ -177,12 +197,8 @@ struct CudaBlock {
       for (int step = lanes / 2; step > 0; step /= 2) {
         sum += __shfl_xor_sync(kFullWarp, sum, step);
         const Largest other = {__shfl_xor_sync(kFullWarp, mine.tokens, step),
-                               __shfl_xor_sync(kFullWarp, mine.second, step),
                                __shfl_xor_sync(kFullWarp, mine.expert, step)};
-        const bool more = other.tokens > mine.tokens || (other.tokens == mine.tokens && other.expert < mine.expert);
-        const uint32_t second = more ? max(mine.tokens, other.second) : max(other.tokens, mine.second);
-        if (more) mine = other;
-        mine.second = second;
+        if (other.tokens > mine.tokens || (other.tokens == mine.tokens && other.expert < mine.expert)) mine = other;
       }
       if (lane == 0 && g < num_ranks) {
         home[g] = sum;
@@ -194,21 +210,15 @@ struct CudaBlock {
   __device__ __forceinline__ float power_of_two(int exponent) const { return __int_as_float((127 + exponent) << 23); }
 };
 
-// The smallest of the scores; the same for all lanes.
+// The first of the best, known to all lanes.
 __device__ PlanScore best_of(const PlanScore* scores, int count) {
-  const int lane = threadIdx.x % kMaxCandidates;
-  PlanScore best = lane < count ? scores[lane] : PlanScore();
-#pragma unroll
-  for (int step = kMaxCandidates / 2; step > 0; step /= 2) {
-    PlanScore other;
-    other.first = __shfl_xor_sync(kFullWarp, best.first, step);
-    other.largest = __shfl_xor_sync(kFullWarp, best.largest, step);
-    other.candidate = __shfl_xor_sync(kFullWarp, best.candidate, step);
-    other.bound = __shfl_xor_sync(kFullWarp, best.bound, step);
-    other.num_copies = __shfl_xor_sync(kFullWarp, best.num_copies, step);
-    if (other.better_than(best)) best = other;
+  const int lane = threadIdx.x % kWarp;
+  const PlanScore mine = lane < count ? scores[lane] : PlanScore();
+  unsigned left = lane < count;
+  for (const uint32_t criterion : {mine.rated, mine.copies, mine.largest, static_cast<uint32_t>(mine.candidate)}) {
+    left = left && criterion == __reduce_min_sync(kFullWarp, left ? criterion : ~0u);
   }
-  return best;
+  return scores[__ffs(__ballot_sync(kFullWarp, left)) - 1];
 }
 
 // The blocks of a cluster plan for one group: each warp tries its candidates, and the block that has the best writes.
@@ -223,19 +233,16 @@ __global__ void __launch_bounds__(kMaxCandidates* kWarp, 1)
   const int warps = blockDim.x / kWarp, warp = block_number() * warps + threadIdx.x / kWarp;
   const int lane = threadIdx.x % kWarp, num_warps = num_blocks() * warps;
   const size_t experts = PlanMemory::experts(shape);
-  if (threadIdx.x == 0) {
-    shared.loads.expert = reinterpret_cast<uint32_t*>(memory);
-    shared.loads.home = shared.home;
-    shared.loads.largest = shared.largest;
-    shared.fewest_copies = kMaxGroupSlots;
-  }
-  __syncthreads();
-  uint32_t* const left = reinterpret_cast<uint32_t*>(memory) + experts;
+  if (threadIdx.x == 0) shared.fewest_copies = kMaxGroupSlots;
+  begin_blocks();
+  uint32_t* const of_expert = reinterpret_cast<uint32_t*>(memory);
+  uint32_t* const left = of_expert + experts;
   char* const of_warp = reinterpret_cast<char*>(left + experts) + threadIdx.x / kWarp * PlanMemory::bytes(shape);
-  PlanGroup<CudaBlock> group(CudaBlock(), shape, in, out, blockIdx.y, blockIdx.z, &shared.loads);
+  const PlanLoads loads = {of_expert, shared.home, shared.largest, &shared.total, 1};
+  PlanGroup<CudaBlock> group(CudaBlock(), shape, in, out, blockIdx.y, blockIdx.z, loads);
   group.read();
-  sync_blocks();  // all have begun: their shared memory is there
-  Planner<CudaWarp<kWords>> planner(CudaWarp<kWords>(shape.solve.group_size, &shared), shape, shared.loads,
+  await_blocks();
+  Planner<CudaWarp<kWords>> planner(CudaWarp<kWords>(shape.solve.group_size, &shared), shape, group.loads(),
                                     PlanMemory(of_warp, shape));
   if (!group.stays_at_home()) {
     for (int c = warp; c < shape.num_candidates; c += num_warps) planner.attempt(c);

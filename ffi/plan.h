@@ -133,17 +133,15 @@ struct PlanMemory {
         replicas(reinterpret_cast<uint8_t*>(held + max_copies(shape))) {}
 };
 
-// A rank's largest expert that may give, the first of those, and the largest of its others.
+// The first of a rank's experts that have most to give.
 struct Largest {
-  uint32_t tokens, second;
+  uint32_t tokens;
   int expert;
 
-  // Of experts after those so far.
+  // Of experts in their order.
   LPLB_INLINE void take(uint32_t other, int which) {
-    const bool more = other > tokens;
-    second = more ? tokens : other > second ? other : second;
-    expert = more ? which : expert;
-    tokens = more ? other : tokens;
+    expert = other > tokens ? which : expert;
+    tokens = other > tokens ? other : tokens;
   }
 };
 
@@ -152,8 +150,8 @@ struct PlanLoads {
   uint32_t* expert;  // [experts] of the group
   uint32_t* home;    // [ranks] with all experts at home
   Largest* largest;  // [ranks]
-  uint32_t total;
-  uint32_t least;  // that the plan gives to a copy; at least 1
+  uint32_t* total;   // [1]
+  uint32_t least;    // that the plan gives to a copy; at least 1
 };
 
 // The largest of several ranks' values but for the last bits, which make room for the rank: the first of the largest.
@@ -165,18 +163,19 @@ LPLB_INLINE uint32_t rank_key(uint32_t value, int rank) {
 }
 LPLB_INLINE int rank_of_key(uint32_t key) { return static_cast<int>(kRankBits - (key & kRankBits)); }
 
-// How good a candidate is: the smaller the better.
+// How good a candidate is: the smaller the better, the first number first.
 struct PlanScore {
-  uint64_t first =
-      ~uint64_t{0};        // largest rank load, but no less than the target; copies; whether it has no certificate
+  uint32_t rated = ~0u;    // the largest rank load, but no less than the target
+  uint32_t copies = ~0u;   // twice their number, and one more where there is no certificate
   uint32_t largest = ~0u;  // rank load
+  uint32_t bound = 0;      // what the busiest rank has at the least, with these copies
   int candidate = 0;
-  uint32_t bound = 0;  // what the busiest rank has at the least, with these copies
-  int num_copies = 0;  // in the list, of which some may have no tokens
 
+  LPLB_INLINE int num_copies() const { return copies == ~0u ? 0 : static_cast<int>(copies / 2); }
   LPLB_INLINE bool better_than(const PlanScore& other) const {
-    if (first != other.first) return first < other.first;
-    return largest != other.largest ? largest < other.largest : candidate < other.candidate;
+    if (rated != other.rated) return rated < other.rated;
+    if (copies != other.copies) return copies < other.copies;
+    return largest < other.largest;  // of equal ones the first
   }
 };
 
@@ -202,7 +201,7 @@ class Planner {
   // Tries one candidate, and keeps it where it is better than those before.
   LPLB_DEVICE void attempt(int number) {
     const Candidate& candidate = shape_.candidates[number];
-    const uint32_t mean = loads_.total / static_cast<uint32_t>(shape_.solve.group_size);
+    const uint32_t mean = *loads_.total / static_cast<uint32_t>(shape_.solve.group_size);
     const uint32_t even_enough = plan_limit(mean, shape_.slack) | kRankBits;  // as far as keys tell
     Word load = {}, parent = {};
     give(plan_limit(mean, candidate.slack), candidate.rule, load, parent);
@@ -212,13 +211,12 @@ class Planner {
     if (num_copies_ > warp_.fewest()) return;
     PlanScore score;
     score.candidate = number;
-    score.num_copies = num_copies_;
     const uint32_t levelled = level(mean, parent, &score.bound);
     score.largest = levelled <= given ? levelled : given;
     if (levelled <= given) take_levels();
+    score.rated = score.largest > even_enough ? score.largest : even_enough;
     const bool open = plan_gap(score.largest, score.bound) > kCertified;
-    score.first = static_cast<uint64_t>(score.largest > even_enough ? score.largest : even_enough) << 13 |
-                  static_cast<uint64_t>(num_copies_) << 1 | (open ? 1 : 0);
+    score.copies = 2 * static_cast<uint32_t>(num_copies_) + (open ? 1 : 0);
     if (!score.better_than(best_)) return;
     best_ = score;
     Copy* const swapped = memory_.best;
@@ -229,16 +227,16 @@ class Planner {
   LPLB_DEVICE const Copy* copies_of_best() const { return memory_.best; }
 
  private:
-  static_assert(kMaxGroupSlots < 1 << 12, "copies take twelve bits of a score");
-
   // ---- The plan ----------------------------------------------------------------------------------------------------
 
   // Makes a list of copies. `load` and `parent`, of each rank: its tokens then, and the rank that it hangs on, or
   // itself.
   LPLB_DEVICE void give(uint32_t limit, Rule rule, Word& load, Word& parent) {
-    const int redundants = shape_.redundants(), max_copies = shape_.max_copies(), max_sends = shape_.max_sends;
+    const int redundants = warp_.keep(shape_.redundants()), per_rank = warp_.keep(shape_.experts_per_rank);
     const uint32_t least = loads_.least;
-    const bool capped = shape_.solve.max_replicas < shape_.solve.group_size;
+    const int max_replicas = shape_.solve.max_replicas, max_sends = shape_.max_sends;
+    const bool capped = warp_.keep(max_replicas < shape_.solve.group_size || max_sends < shape_.max_copies()) != 0;
+    rule = static_cast<Rule>(warp_.keep(rule));
     warp_.copy(memory_.at_home, loads_.expert, shape_.num_experts());
     if (capped) warp_.each_of(shape_.num_experts(), [&](int e) { memory_.replicas[e] = 1; });
     Word waits, room,
@@ -292,10 +290,8 @@ class Planner {
         if (rule != kMost && (rule == kFill || wanted <= has)) key = best(wanted < has ? wanted : has, ~0u, ~0u);
         if (key == 0 && rule == kFit) key = best(1, has, 0);
         if (key == 0) key = best(1, ~0u, 0);
-        if (key == 0 || has < least || sends == max_sends || num_copies_ == max_copies) {
-          stuck = true;
-          break;
-        }
+        stuck = key == 0 || has < least;
+        if (stuck) break;
         const int receiver = rank_of_key(key);
         const uint32_t space = warp_.get(open, receiver);
         uint32_t tokens = space < has ? space : has;
@@ -305,14 +301,14 @@ class Planner {
         from.tokens -= tokens;
         if (capped) {
           const int replicas = memory_.replicas[e] + 1;
-          if (replicas == shape_.solve.max_replicas) from.tokens = 0;  // gives no more
+          if (replicas == max_replicas) from.tokens = 0;  // gives no more
+          stuck = sends + 1 == max_sends && static_cast<int32_t>(wanted - tokens) > 0;
           warp_.sync();
-          if (warp_.first()) memory_.replicas[e] = static_cast<uint8_t>(replicas);
+          memory_.replicas[e] = static_cast<uint8_t>(replicas);
         }
-        if (warp_.first()) {
-          memory_.copies[num_copies_] = Copy::make(tokens, e, giver, receiver, settles);
-          memory_.at_home[e] = from.tokens;
-        }
+        // All lanes write the same.
+        memory_.copies[num_copies_] = Copy::make(tokens, e, giver, receiver, settles);
+        memory_.at_home[e] = from.tokens;
         if (settles != kReceiver) {
           all_full = false;
           any_neither_ = any_neither_ || settles == kNeither;
@@ -332,10 +328,10 @@ class Planner {
         excess -= static_cast<int32_t>(tokens);
         ++sends;
         ++num_copies_;
-        if (excess > 0 && from.tokens <= from.second) {  // of another expert maybe
+        if (excess > 0) {  // of another expert maybe
           warp_.sync();
-          const int first = giver * shape_.experts_per_rank;
-          from = warp_.largest_of(shape_.experts_per_rank, [&](int i) { return memory_.at_home[first + i]; });
+          const int first = giver * per_rank;
+          from = warp_.largest_of(per_rank, [&](int i) { return memory_.at_home[first + i]; });
           from.expert += first;
         }
       }
@@ -400,17 +396,14 @@ class Planner {
       });
     }
     const Word of_tree = warp_.gather(tokens, root), size = warp_.gather(ranks, root);
-    Word mean, level;
-    warp_.each_rank([&](int k, int, bool) {
-      mean.of[k] = of_tree.of[k] / size.of[k];
-      level.of[k] = mean.of[k] + (mean.of[k] * size.of[k] != of_tree.of[k] ? 1 : 0);
-    });
-    const uint32_t largest = warp_.most(level), largest_mean = warp_.most(mean);
+    Word level;
+    warp_.each_rank([&](int k, int, bool) { level.of[k] = (of_tree.of[k] + size.of[k] - 1) / size.of[k]; });
+    const uint32_t largest = warp_.most(level), below = largest > 0 ? largest - 1 : 0;
     warp_.sync();
     warp_.each_rank([&](int k, int g, bool own) {
       if (!own) return;
       memory_.tokens[g] = level.of[k] * ranks.of[k] - tokens.of[k];  // what comes to the rank where it hangs
-      memory_.ranks[g] = mean.of[k] == largest_mean;                 // whether it is of a fullest tree
+      memory_.ranks[g] = level.of[k] == largest;                     // whether it is of a fullest tree
     });
     warp_.each_of(num_copies_, [&](int c) {
       const int e = memory_.copies[c].expert();
@@ -435,7 +428,7 @@ class Planner {
       joined = joined || (to && !from) || (from && !to && copy.tokens != loads_.expert[copy.expert()]);
     });
     lacks = warp_.any(lacks);
-    *bound = any_neither_ && (lacks || warp_.any(joined)) ? mean_of_all : largest_mean;
+    *bound = any_neither_ && (lacks || warp_.any(joined)) ? mean_of_all : below;
     return lacks ? ~0u : largest;
   }
   // What a copy takes where the ranks of each tree are equal.
@@ -464,7 +457,7 @@ template <class Block>
 class PlanGroup {
  public:
   LPLB_DEVICE PlanGroup(const Block& block, const PlanShape& shape, const PlanOperands& in, const PlanResults& out,
-                        int batch, int group, PlanLoads* loads)
+                        int batch, int group, const PlanLoads& loads)
       : block_(block), shape_(shape), loads_(loads) {
     const SolveShape& s = shape.solve;
     experts_ = shape.num_experts();
@@ -485,39 +478,38 @@ class PlanGroup {
     status_ = out.split.status + which;
   }
 
-  // Fills `loads`, and the tables as they are without copies.
+  // Fills the loads, and the tables as they are without copies.
   LPLB_DEVICE void read() {
-    const int replicas = shape_.solve.max_replicas, per_rank = shape_.experts_per_rank;
-    if (block_.first()) loads_->total = 0;
+    if (block_.first()) *loads_.total = 0;
     block_.sync();
     uint32_t mine = 0;
     block_.each_of(experts_, [&](int e) {
-      loads_->expert[e] = static_cast<uint32_t>(load_[e] > 0 ? load_[e] : 0);
-      mine += loads_->expert[e];
+      loads_.expert[e] = static_cast<uint32_t>(load_[e] > 0 ? load_[e] : 0);
+      mine += loads_.expert[e];
     });
-    block_.add_all(&loads_->total, mine);
-    block_.fill(log2phy_, experts_ * replicas, -1);
-    block_.fill(reinterpret_cast<int32_t*>(fraction_), experts_ * replicas, 0);
-    block_.fill(phy2log_, slots_, -1);
+    const int32_t least = *least_;
+    block_.add_all(loads_.total, mine);
+    const int cells = experts_ * shape_.solve.max_replicas;
+    block_.fill(cells, log2phy_, -1, reinterpret_cast<int32_t*>(fraction_), 0);
+    block_.fill(slots_, phy2log_, -1, phy2log_, -1);
     block_.sync();
-    const uint32_t total = loads_->total;
+    const uint32_t total = *loads_.total;
     const int bits = block_.leading_zeros(total) - 2;
     shift_ = total != 0 && bits > 0 ? bits : 0;
-    const int32_t least = *least_;
-    block_.each_of(experts_, [&](int e) { loads_->expert[e] <<= shift_; });
+    block_.each_of(experts_, [&](int e) { loads_.expert[e] <<= shift_; });
+    loads_.least = least < 1 ? 1 : least < INT32_MAX >> shift_ ? least << shift_ : INT32_MAX;
     block_.sync();
+    if (block_.first()) *loads_.total = total << shift_;
     block_.each_rank(
-        shape_.solve.group_size, per_rank, [&](int e) { return loads_->expert[e]; }, loads_->home, loads_->largest);
-    if (block_.first()) {
-      loads_->total = total << shift_;
-      loads_->least = least < 1 ? 1 : least < INT32_MAX >> shift_ ? least << shift_ : INT32_MAX;
-    }
+        shape_.solve.group_size, shape_.experts_per_rank, [&](int e) { return loads_.expert[e]; }, loads_.home,
+        loads_.largest);
     block_.sync();
   }
+  LPLB_DEVICE const PlanLoads& loads() const { return loads_; }
   // Whether the largest rank load at home is within `threshold` of the mean.
   LPLB_DEVICE bool stays_at_home() const {
     const float threshold = shape_.solve.threshold, ranks = static_cast<float>(shape_.solve.group_size);
-    return threshold > 0.0f && static_cast<float>(most()) * ranks <= threshold * static_cast<float>(loads_->total);
+    return threshold > 0.0f && static_cast<float>(most()) * ranks <= threshold * static_cast<float>(*loads_.total);
   }
 
   // Writes the tables and the split. Uses up the loads; `left` [experts] is memory to work in.
@@ -526,13 +518,13 @@ class PlanGroup {
     const float unit = block_.power_of_two(-shift_);
     const bool at_home = stays_at_home();
     const uint32_t most_at_home = at_home ? most() : 0;
-    block_.each_of(experts_, [&](int e) { left[e] = loads_->expert[e]; });
+    block_.each_of(experts_, [&](int e) { left[e] = loads_.expert[e]; });
     block_.sync();
-    block_.each_of(score.num_copies, [&](int c) {
+    block_.each_of(score.num_copies(), [&](int c) {
       const Copy copy = copies[c];
       block_.add(&left[copy.expert()], 0u - copy.tokens);
-      block_.add(&loads_->home[copy.giver()], 0u - copy.tokens);
-      block_.add(&loads_->home[copy.receiver()], copy.tokens);
+      block_.add(&loads_.home[copy.giver()], 0u - copy.tokens);
+      block_.add(&loads_.home[copy.receiver()], copy.tokens);
     });
     block_.sync();
     block_.each_of(experts_, [&](int e) {
@@ -543,13 +535,13 @@ class PlanGroup {
       log2phy_[row] = first_slot_ + slot;
       fraction_[row] = share(left[e], e);
     });
-    block_.each_of(score.num_copies, [&](int c) {
+    block_.each_of(score.num_copies(), [&](int c) {
       const Copy copy = copies[c];
       if (copy.tokens == 0) return;
       const int expert = copy.expert(), receiver = copy.receiver();
       int number = 0, column = 1;  // among the receiver's copies, and among the expert's replicas
       LPLB_UNROLL_BY(1)
-      for (int d = 0; d < score.num_copies; ++d) {
+      for (int d = 0; d < score.num_copies(); ++d) {
         const Copy other = copies[d];
         if (other.tokens == 0) continue;
         number += other.receiver() == receiver && d < c;
@@ -561,12 +553,12 @@ class PlanGroup {
       log2phy_[cell] = first_slot_ + slot;
       fraction_[cell] = share(copy.tokens, expert);
     });
-    block_.each_of(s.group_size, [&](int g) { rank_load_[g] = static_cast<float>(loads_->home[g]) * unit; });
+    block_.each_of(s.group_size, [&](int g) { rank_load_[g] = static_cast<float>(loads_.home[g]) * unit; });
     if (!block_.first()) return;
     *iterations_ = 0;
-    if (score.num_copies == 0) {
+    if (score.num_copies() == 0) {
       const float home = static_cast<float>(most_at_home) * static_cast<float>(s.group_size);
-      const float more = home - static_cast<float>(loads_->total);
+      const float more = home - static_cast<float>(*loads_.total);
       *gap_ = at_home && more > 0.0f ? more / home : 0.0f;
       *status_ = kSkipped;
     } else {
@@ -579,18 +571,18 @@ class PlanGroup {
   LPLB_DEVICE uint32_t most() const {
     uint32_t most = 0;
     LPLB_UNROLL_BY(1)
-    for (int g = 0; g < shape_.solve.group_size; ++g) most = most > loads_->home[g] ? most : loads_->home[g];
+    for (int g = 0; g < shape_.solve.group_size; ++g) most = most > loads_.home[g] ? most : loads_.home[g];
     return most;
   }
   // Of an expert's tokens; 0 where it has none.
   LPLB_DEVICE float share(uint32_t tokens, int e) const {
-    const uint32_t whole = loads_->expert[e];
+    const uint32_t whole = loads_.expert[e];
     return tokens == 0 ? 0.0f : tokens == whole ? 1.0f : static_cast<float>(tokens) / static_cast<float>(whole);
   }
 
   Block block_;
   const PlanShape& shape_;
-  PlanLoads* loads_;
+  PlanLoads loads_;
   int experts_, slots_, first_expert_, first_slot_;  // of the group
   int shift_ = 0;
   const int32_t *load_, *least_;

@@ -16,12 +16,15 @@ struct SerialBlock {
   }
   void add(uint32_t* target, uint32_t value) const { *target += value; }
   void add_all(uint32_t* target, uint32_t value) const { *target += value; }
-  void fill(int32_t* values, int count, int32_t value) const { std::fill_n(values, count, value); }
+  void fill(int count, int32_t* values, int32_t value, int32_t* others, int32_t other) const {
+    std::fill_n(values, count, value);
+    std::fill_n(others, count, other);
+  }
   template <class F>
   void each_rank(int num_ranks, int per_rank, F load, uint32_t* home, Largest* largest) const {
     for (int g = 0; g < num_ranks; ++g) {
       home[g] = 0;
-      largest[g] = {0, 0, g * per_rank};
+      largest[g] = {0, g * per_rank};
       for (int e = g * per_rank; e < (g + 1) * per_rank; ++e) {
         home[g] += load(e);
         largest[g].take(load(e), e);
@@ -52,6 +55,7 @@ struct SerialWarp : SerialBlock {
   void each_rank(F visit) const {
     for (int g = 0; g < num_ranks; ++g) visit(g, g, true);
   }
+  int keep(int value) const { return value; }
   bool any(bool holds) const { return holds; }
   uint32_t get(const Word& word, int rank) const { return word.of[rank]; }
   Word gather(const Word& word, const Word& ranks) const {
@@ -70,7 +74,7 @@ struct SerialWarp : SerialBlock {
   }
   template <class F>
   Largest largest_of(int count, F value) const {
-    Largest largest = {0, 0, 0};
+    Largest largest = {0, 0};
     for (int i = 0; i < count; ++i) largest.take(value(i), i);
     return largest;
   }
@@ -85,10 +89,12 @@ void plan_cpu(const PlanShape& shape, const PlanOperands& in, const PlanResults&
   const std::unique_ptr<Largest[]> largest(new Largest[shape.solve.group_size]);
   for (int batch = 0; batch < shape.solve.num_batches; ++batch) {
     for (int group = 0; group < shape.solve.num_groups; ++group) {
-      PlanLoads loads = {of_experts.get(), of_ranks.get(), largest.get(), 0, 1};
-      PlanGroup<SerialBlock> of_group(SerialBlock(), shape, in, out, batch, group, &loads);
+      uint32_t total = 0;
+      const PlanLoads loads = {of_experts.get(), of_ranks.get(), largest.get(), &total, 1};
+      PlanGroup<SerialBlock> of_group(SerialBlock(), shape, in, out, batch, group, loads);
       of_group.read();
-      Planner<SerialWarp> planner(SerialWarp(shape.solve.group_size), shape, loads, PlanMemory(memory.get(), shape));
+      Planner<SerialWarp> planner(SerialWarp(shape.solve.group_size), shape, of_group.loads(),
+                                  PlanMemory(memory.get(), shape));
       if (!of_group.stays_at_home()) {
         for (int c = 0; c < shape.num_candidates; ++c) planner.attempt(c);
       }

@@ -412,10 +412,9 @@ def _level(scaled: jax.Array, state: _State, mean_of_all: jax.Array) -> tuple[ja
         above = jnp.where(following == above, rank, following)
         root = root[root]
     of_tree, size = sums[root], sizes[root]
-    mean = of_tree // size
-    level = mean + (of_tree % size != 0).astype(jnp.uint32)
-    largest_mean = jnp.max(mean)
-    fullest = mean == largest_mean
+    level = (of_tree + size - 1) // size
+    largest = jnp.max(level)
+    fullest = level == largest
     comes = level * sizes - sums
     takes = jnp.where(
         copies.settles == _RECEIVER,
@@ -428,8 +427,8 @@ def _level(scaled: jax.Array, state: _State, mean_of_all: jax.Array) -> tuple[ja
     leaves, enters = fullest[giver], fullest[copies.receiver]
     some_left = copies.tokens != scaled.reshape(-1)[copies.expert]
     joined = jnp.any(neither & ((enters & ~leaves) | (leaves & ~enters & some_left)))
-    bound = jnp.where(jnp.any(neither) & (lacks | joined), mean_of_all, largest_mean)
-    return takes, jnp.where(lacks, jnp.uint32(2**32 - 1), jnp.max(level)), bound
+    bound = jnp.where(jnp.any(neither) & (lacks | joined), mean_of_all, jnp.where(largest > 0, largest - 1, 0))
+    return takes, jnp.where(lacks, jnp.uint32(2**32 - 1), largest), bound
 
 
 def _limit(mean: jax.Array, slack: jax.Array) -> jax.Array:
