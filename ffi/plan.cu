@@ -216,7 +216,8 @@ __device__ PlanScore best_of(const PlanScore* scores, int count) {
   const PlanScore mine = lane < count ? scores[lane] : PlanScore();
   unsigned left = lane < count;
   for (const uint32_t criterion : {mine.rated, mine.copies, mine.largest, static_cast<uint32_t>(mine.candidate)}) {
-    left = left && criterion == __reduce_min_sync(kFullWarp, left ? criterion : ~0u);
+    const uint32_t best = __reduce_min_sync(kFullWarp, left ? criterion : ~0u);  // by all lanes
+    left = left && criterion == best;
   }
   return scores[__ffs(__ballot_sync(kFullWarp, left)) - 1];
 }
