@@ -1,16 +1,17 @@
 """What placements are worth on recorded routing: `python benchmarks/placements.py --traces FOLDER`.
 
 Each batch of two traces is judged by placements that were made of the 8 batches before it: largest / mean rank load
-with no copies (experts in logical order), with EPLB's copies and even splits, with LPLB's copies along a topology and
-with EPLB's copies (`Placement.from_eplb`), both split by `solve`. All but the first have equally many slots. Runs on a
-CPU. The folder holds deepseek_v2_lite_topk_ids.npz and gpt_oss_20b_decode_counts.npz. Ends with exit code 1 where a
-split is worse than it may be. Also times `rebalance_experts`.
+with no copies (experts in logical order), with EPLB's copies and even splits, and with those of `PLACEMENTS`, split by
+`solve`. All but the first have equally many slots. Runs on a CPU. The folder holds deepseek_v2_lite_topk_ids.npz and
+gpt_oss_20b_decode_counts.npz. Ends with exit code 1 where a split is worse than it may be. Also times
+`rebalance_experts`.
 """
 
 import argparse
 import pathlib
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import common
@@ -26,6 +27,29 @@ TOPOLOGIES = {
     (8, 2): lplb.topology.cube(),
     (16, 1): lplb.topology.ring(16),
     (16, 2): lplb.topology.hypercube(),
+    (32, 1): lplb.topology.ring(32),
+    (32, 2): lplb.topology.torus(8, 4),
+}
+
+
+def along_topology(past: np.ndarray, ranks: int, redundants: int, **options: Any) -> lplb.Placement:
+    return lplb.Placement.from_topology(
+        TOPOLOGIES[ranks, redundants],
+        num_experts=past.shape[-1],
+        num_ranks=ranks,
+        redundants_per_rank=redundants,
+        load=past,
+        **options,
+    )
+
+
+# Of past loads [layers, experts], ranks and redundant experts on each: a stacked placement. ValueError: there is none.
+PLACEMENTS: dict[str, Callable[[np.ndarray, int, int], lplb.Placement]] = {
+    "topology": along_topology,  # LPLB's way
+    "topology_repeats": lambda past, ranks, redundants: along_topology(past, ranks, redundants, repeats=True),
+    "eplb": lambda past, ranks, redundants: lplb.Placement.from_eplb(
+        past, num_ranks=ranks, redundants_per_rank=redundants
+    ),
 }
 
 
@@ -55,25 +79,22 @@ def judge(trace: str, sequences: np.ndarray, ranks: int, redundants: int) -> dic
     steps, experts = sequences.shape[1:]
     past = np.stack([sequences[:, step - PAST : step].mean(axis=1) for step in range(PAST, steps)], axis=1)
     past, now = past.reshape(-1, experts), sequences[:, PAST:].reshape(-1, experts)
-    along = lplb.Placement.from_topology(
-        TOPOLOGIES[ranks, redundants],
-        num_experts=experts,
-        num_ranks=ranks,
-        redundants_per_rank=redundants,
-        load=past,
-    )
-    many = lplb.Placement.from_eplb(past, num_ranks=ranks, redundants_per_rank=redundants)
     raw, _, _ = eplb.rebalance_experts(past, experts + ranks * redundants, 1, 1, ranks)
 
     of_raw = lplb.evaluate(raw, now, num_ranks=ranks)
     result = {"none": of_raw.contiguous, "eplb_even": of_raw.even}
-    for name, places in (("topology_lp", along), ("eplb_lp", many)):
+    solved = []
+    for name, place in PLACEMENTS.items():
+        try:
+            places = place(past, ranks, redundants)
+        except ValueError:  # more copies of a rank than it has experts
+            continue
         one = lplb.evaluate(places, now, tol=TOL)
-        result[name] = one.optimum / (1 - one.gap)  # at most this: the split that was certified by the gap
-        result[f"{name}_assigned"] = one.assigned
-        if np.any(result[name] > one.even * (1 + TOL)):
+        solved.append(one.optimum / (1 - one.gap))  # at most this: the split that was certified by the gap
+        result[f"{name}_lp"], result[f"{name}_lp_assigned"] = solved[-1], one.assigned
+        if np.any(solved[-1] > one.even * (1 + TOL)):
             sys.exit(f"{trace} {ranks}x{redundants} {name}: worse than the even split of the same placement")
-    result["best"] = np.minimum(result["topology_lp"], result["eplb_lp"])
+    result["best"] = np.min(solved, axis=0)
     of_even = result["best"] / result["eplb_even"]
     if np.any(of_even > 1 + TOL):
         sys.exit(f"{trace} {ranks}x{redundants}: worse than EPLB's even split")

@@ -160,7 +160,7 @@ class Placement:
         `home_order`. (`jax_lplb.flax.MoE` makes its parameters in the right order.)
 
         With `repeats` a rank may send a hot expert along several columns, so that it has a copy on each of the ranks
-        that these lead to: the rank's slots are filled one after the other, c before d, by the home expert with the
+        that these lead to: the copies' slots n, n + 1, ... are filled in this order, by the home expert with the
         most load a replica of those that have no copy on the slot's rank yet; ties go to the fewest replicas, then to
         the lower expert. `log2phy` has room for as many replicas, and `select` then chooses so, too.
 
@@ -548,10 +548,12 @@ class Placement:
         # Here chosen [ranks, home, redundants]: which of its experts a rank sends to which of its copies' slots.
         experts = xp.max(xp.where(chosen, owned[:, :, None], 0), axis=1)
         slot = (receiver * slots + home + number).astype(np.int32)
-        earlier = slot[:, None, :] < slot[:, :, None]
-        place = xp.sum(chosen[:, :, None, :] & earlier[:, None], axis=3, dtype=np.int32)  # among the expert's copies
         column = np.arange(self.max_replicas - 1, dtype=np.int32)
-        in_column = chosen[:, :, None, :] & (place[:, :, None, :] == column[None, None, :, None])
+        in_column = chosen[:, :, None, :]
+        if len(column) > 1:  # in ascending order
+            earlier = slot[:, None, :] < slot[:, :, None]
+            place = xp.sum(in_column & earlier[:, None], axis=3, dtype=np.int32)
+            in_column = in_column & (place[:, :, None, :] == column[None, None, :, None])
         copies = xp.max(xp.where(in_column, slot[:, None, None, :], np.int32(-1)), axis=3)
         home_slot = log2phy[:, 0]
         row = home_slot // slots * home + home_slot % slots

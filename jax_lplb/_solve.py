@@ -59,8 +59,9 @@ def solve(
         gradient. What is negative or NaN counts as 0.
       placement: where the replicas are.
       solver: "ipm", the interior-point method; "edge_balance", the faster one for placements along a topology, which
-        needs `placement.topology`, at most 32 ranks a group, and a topology whose edges take at most 16 colours (about
-        as many as a rank has neighbours); or "auto": edge balance where it can run, else the interior-point method.
+        needs `placement.topology`, experts of at most two replicas, at most 32 ranks a group, and a topology whose
+        edges take at most 16 colours (about as many as a rank has neighbours); or "auto": edge balance where it can
+        run, else the interior-point method.
         Edge balance moves load between ranks that the topology joins; a copy elsewhere, which only replaced contents
         can hold, stays idle.
       tol: relative gap to the optimum at which to stop. Below about 1e-6 float32 may not get there; the status says.

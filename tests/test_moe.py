@@ -30,6 +30,7 @@ def placements() -> dict[str, lplb.Placement]:
         "none": along(topology.ring(8), redundants_per_rank=0),
         "cube": along(topology.cube(), redundants_per_rank=2),
         "rings by load": along(topology.ring(4), redundants_per_rank=2, load=load),
+        "repeats": along(topology.cube(), redundants_per_rank=4, load=load, repeats=True),
         "eplb": lplb.Placement.from_eplb(load, num_ranks=RANKS, redundants_per_rank=2),
     }
 
@@ -206,7 +207,7 @@ def test_kernels_leave_sigterm_to_the_program():
 @pytest.mark.parametrize("dispatch", ["all_to_all", "ring"])
 @pytest.mark.parametrize(
     ("name", "buffer_factor"),
-    [("none", 8.0), ("cube", 8.0), pytest.param("rings by load", 0.2, marks=pytest.mark.smoke), ("eplb", 0.2)],
+    [("none", 8.0), ("repeats", 8.0), pytest.param("rings by load", 0.2, marks=pytest.mark.smoke), ("eplb", 0.2)],
 )
 def test_equals_dense(rng, name, dispatch, buffer_factor):
     """With room for all, and far too little: several rounds."""
@@ -218,6 +219,8 @@ def test_equals_dense(rng, name, dispatch, buffer_factor):
     assert rounds == 1 if buffer_factor == 8 else rounds >= 5
     assert int(metrics.load.sum()) == x.shape[0] * TOP_K
     assert metrics.optimum <= metrics.balanced + 1e-6
+    if name == "repeats":
+        assert place.max_replicas == 3
     if name == "none":
         assert metrics.balanced == metrics.home
         assert metrics.moved == 0
@@ -355,9 +358,9 @@ def test_sigmoid_router_with_bias_and_prepared_slots(rng):
     x, weight = inputs(rng)
     x = jnp.abs(x)  # or all experts would be about as popular
     before = check_against_dense(layer, x, weight, prepared=True, router="sigmoid", bias=layer.bias[...])
-    for _ in range(60):
-        layer.update_bias(run(layer, x)[1].load, rate=0.01)
-    after = check_against_dense(layer, x, weight, router="sigmoid", bias=layer.bias[...])
+    for _ in range(30):
+        layer.update_bias(run(layer, x)[1].load, rate=0.02)
+    after = check_against_dense(layer, x, weight, prepared=True, router="sigmoid", bias=layer.bias[...])
     assert np.ptp(np.asarray(layer.bias[...])) > 0.1
     assert int(after.load.max()) < 0.8 * int(before.load.max())
 
@@ -444,7 +447,7 @@ def test_bfloat16_is_as_close_as_without_balancing(rng):
 
 
 def test_training_takes_the_same_course(rng):
-    """200 steps of SGD from one seed, balanced and not: losses, and gradients of what both have."""
+    """100 steps of SGD from one seed, balanced and not: losses, and gradients of what both have."""
     mesh = mesh_of((4, "ep"))
     load = rng.lognormal(0, 1.5, EXPERTS)
     place = partial(lplb.Placement.from_topology, topology.ring(4), num_experts=EXPERTS, num_ranks=4)
@@ -463,13 +466,13 @@ def test_training_takes_the_same_course(rng):
         return value, grads
 
     losses = {name: [] for name in layers}
-    for number in range(201):
+    for number in range(101):
         x, _ = inputs(rng)
         grads = {}
         for name, layer in layers.items():
             value, grads[name] = step(layer, x)
             losses[name].append(float(value))
-        if number % 100 == 0:
+        if number % 50 == 0:
             ring, none = (
                 logical({key: leaf[...] for key, leaf in grads[name].items()}, layers[name].placement.get_value())
                 for name in ("ring", "none")
@@ -622,8 +625,7 @@ def test_experts_of_the_best_groups(rng):
     assert sorted(np.asarray(one)) == [0, 0, 0, TOP_K]
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("router", ["softmax", "sigmoid"])
+@pytest.mark.parametrize(("router", "dtype"), [("softmax", jnp.bfloat16), ("sigmoid", jnp.float32)])
 def test_scores_that_underflow(rng, router, dtype):
     """Logits of -100 and less: results, aux_loss and gradients are finite, and a NaN stays in its token."""
     layer = make(placements()["cube"], mesh_of((RANKS, "ep")), router=router)
@@ -639,8 +641,8 @@ def test_scores_that_underflow(rng, router, dtype):
     assert np.isfinite(value)
     assert all(np.isfinite(np.asarray(leaf, np.float32)).all() for leaf in jax.tree.leaves(grads))
     assert np.any(result)
-    wrong = x.at[5, 0].set(jnp.nan)
-    np.testing.assert_array_equal(np.delete(run(layer, wrong)[0], 5, axis=0), np.delete(result, 5, axis=0))
+    (_, (of_wrong, _)), _ = both(layer, x.at[5, 0].set(jnp.nan))
+    np.testing.assert_array_equal(np.delete(of_wrong, 5, axis=0), np.delete(result, 5, axis=0))
 
 
 # ---- Batches, meshes and stacks --------------------------------------------------------------------------------------
@@ -681,7 +683,7 @@ def test_aux_loss_of_uneven_batches_on_a_data_axis(rng, token_axes):
     """Each token counts as much, in whichever row of the mesh it is; rows may be all padding."""
     place = lplb.Placement.from_topology(topology.ring(4), num_experts=EXPERTS, num_ranks=4, redundants_per_rank=2)
     layer = make(place, mesh_of((2, "data"), (4, "ep")), token_axes=token_axes)
-    for tokens in (3, 5, 12):
+    for tokens in (3, 12):
         x, _ = inputs(rng, tokens)
         scores = np.asarray(jax.nn.softmax(x @ layer.router[...]), np.float64)
         share = np.bincount(np.argsort(-scores, axis=1)[:, :TOP_K].ravel(), minlength=EXPERTS) / (tokens * TOP_K)
@@ -893,7 +895,7 @@ def test_64_bit_types_enabled(rng, dispatch):
     """What the layer counts stays int32."""
     layer = make(placements()["cube"], mesh_of((RANKS, "ep")), dispatch=dispatch, buffer_factor=0.6)
     x, weight = inputs(rng, 64)
-    (expected, _), _ = value_and_grads(layer, x, weight)
+    expected = dense(logical(params_of(layer), layer.placement.get_value()), x)
     with jax.enable_x64(True):
         (result, metrics), _ = value_and_grads(layer, x, weight)
     assert_close(result, expected)
@@ -924,13 +926,13 @@ def test_other_dispatches_refuse_derivatives_that_they_lack(rng, dispatch):
 # ---- Metrics ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["cube", "rings by load", "eplb"])
+@pytest.mark.parametrize("name", ["repeats", "rings by load", "eplb"])
 def test_imbalances(rng, name):
     """Without a placement, without copies, and the bound, which no split in whole tokens goes below."""
     place = placements()[name]
     layer = make(place, mesh_of((RANKS, "ep")))
-    for tokens in (8, 64, 512):
-        for _ in range(20):
+    for tokens in (8, 512):
+        for _ in range(10):
             x, _ = inputs(rng, tokens)
             metrics = run(layer, x)[1]
             load, mean = np.asarray(metrics.load, np.int64), tokens * TOP_K / RANKS
