@@ -361,6 +361,18 @@ def test_batches_of_tokens(case):
     assert np.sum(out.placement.phy2log >= 0) > len(stack) * EXPERTS
 
 
+@pytest.mark.parametrize("tokens", [0, 64])
+def test_batches_of_nothing(tokens):
+    """No tokens, or all padding."""
+    ids = np.full((tokens, TOP_K), -1, np.int32)
+    out = lplb.balance(jnp.asarray(ids), PLACE, implementation="ffi")
+    np.testing.assert_array_equal(out.physical_ids, ids)
+    assert contents(out.placement) == PLACE
+    for values in (out.load, out.rank_load, out.gap, out.lower_bound):
+        assert not np.any(values)
+    assert out.status == lplb.Status.SKIPPED
+
+
 @pytest.mark.parametrize(("implementation", "dtype"), [("ffi", np.int32), ("ffi", np.float32), ("xla", np.float32)])
 def test_a_load_given_in_place_of_the_batchs(implementation, dtype):
     """Copies are chosen by it, and ids are split over them; where shards are given different ones, by each its own."""
