@@ -1,8 +1,10 @@
 """README's snippets and the small examples: they run as they stand, and what they print is true."""
 
+import os
 import pathlib
 import re
 import runpy
+import sys
 
 import helpers
 import jax
@@ -86,9 +88,27 @@ def test_snippets_of_readme(capsys, caplog):
 def test_quickstart(capsys):
     names = runpy.run_path(str(ROOT / "examples" / "quickstart.py"))
     before, after, bound = capsys.readouterr().out.splitlines()
-    load, placement = np.asarray(names["load"]), names["placement"]
-    assert numbers(before) == [pytest.approx(imbalance(load, np.arange(256) // 32), abs=1e-3)]
-    check_optimum(*numbers(bound), *numbers(after), load, placement, 3)
+    out = jax.tree.map(np.asarray, names["out"])
+    assert numbers(before) == [pytest.approx(imbalance(out.load, np.arange(256) // 32), abs=1e-3)]
+    check_optimum(*numbers(bound), *numbers(after), out.load, out.placement, 3)
+    assert f" {np.sum(out.placement.phy2log >= 0) - 256} copies" in bound
+
+
+def test_demo(capsys, monkeypatch, tmp_path):
+    """Which checks on the host what each batch's ids and copies are; as many rows as batches, and a picture."""
+    picture = tmp_path / "demo.png"
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--batches", "3", "--tokens", "128", "--out", str(picture)])
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    names = runpy.run_path(str(ROOT / "examples" / "demo.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    rows = [re.findall(r"\d\S*", line) for line in printed.splitlines() if re.match(r" +\d+  ", line)]
+    assert [int(row[0]) for row in rows] == [0, 1, 2]
+    for *_, home, optimum, after, copies, moved, _, _ in rows:
+        assert 1 <= float(optimum) <= float(after) <= min(float(home), names["TARGET"] + 0.01)
+        assert 0 < int(copies) < 16
+        assert 0 < float(moved.rstrip("%")) < 50
+    assert f"{3 * 8 * 128 * 8:,} expert choices, none lost" in printed
+    assert picture.stat().st_size > 10_000
 
 
 def test_layer_compiles_its_step_once_and_learns(capsys, caplog):
