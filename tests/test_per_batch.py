@@ -92,6 +92,16 @@ def check_contents(place: lplb.Placement) -> None:
 # ---- The plan --------------------------------------------------------------------------------------------------------
 
 
+def test_a_plan_by_hand():
+    """Rank 3 is filled first; rank 2 too, with more than rank 0 has in excess, which then has room for expert 2."""
+    place = lplb.Placement.per_batch(num_experts=8, num_ranks=4, redundants_per_rank=1)
+    load = np.array([90, 10, 30, 20, 5, 5, 0, 0], np.int32)
+    chosen = place.choose(load)
+    np.testing.assert_array_equal(chosen.phy2log.reshape(4, 3), [[0, 1, 2], [2, 3, -1], [4, 5, 0], [6, 7, 0]])
+    np.testing.assert_array_equal(contents(chosen).log2phy[[0, 2]], [[0, 8, 11, -1], [3, 2, -1, -1]])
+    np.testing.assert_allclose(lplb.solve(load, chosen).rank_load, 40, rtol=2e-4)
+
+
 @by_case
 def test_pure_jax_plans_the_same_bits(case):
     for name, value, other in zip(_plan.Planned._fields, planned(case, "ffi"), planned(case, "xla"), strict=True):
