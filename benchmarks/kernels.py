@@ -37,12 +37,12 @@ def write_problem(
         placement.num_groups,
         *chunking(ids.shape[1], placement.num_experts),
         len(partners),
-        0 if placement.planning is None else len(_plan.candidates(placement.planning.target)[0]),
+        0 if placement.planning is None else len(_plan.candidates(placement.planning.slack)[0]),
     ]
     plan = []
     if placement.planning is not None:
-        slacks, rules = _plan.candidates(placement.planning.target)
-        plan = [([placement.planning.target - 1], np.float32), (slacks, np.float32), (rules, np.int32)]
+        slacks, rules = _plan.candidates(placement.planning.slack)
+        plan = [([placement.planning.slack], np.float32), (slacks, np.float32), (rules, np.int32)]
     with path.open("wb") as file:
         for part, dtype in (
             (header, np.int32),

@@ -1,7 +1,7 @@
 """Balances real text over the experts of a Mixture-of-Experts layer, on 8 virtual CPU devices.
 
-Python's own documentation is routed top-8 to 256 experts on 8 ranks, and jax_lplb.balance redirects tokens to
-redundant copies of the experts, batch after batch. Nothing is downloaded.
+Python's own documentation is routed top-8 to 256 experts on 8 ranks. For each batch jax_lplb.balance chooses which
+experts get a copy on another rank, by the batch itself, and sends tokens to the copies. Nothing is downloaded.
 """
 
 import argparse
@@ -35,18 +35,17 @@ from matplotlib.colors import CenteredNorm
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-RANKS, EXPERTS, TOP_K, COPIES = 8, 256, 8, 2
-PAST = 8  # batches by whose loads the experts are placed, before those that are balanced
+RANKS, EXPERTS, TOP_K, REDUNDANTS, TARGET = 8, 256, 8, 2, 1.01
 LETTERS, GRAMS, BUCKETS, WIDTH = 16, 3, 4096, 64
 
 
 class Report(NamedTuple):
     """One batch: rank loads relative to their mean, and how the call went."""
 
-    contiguous: float
     home: np.ndarray
     after: np.ndarray
     optimum: float
+    copies: int
     moved: float
     gap: float
     milliseconds: float
@@ -54,8 +53,8 @@ class Report(NamedTuple):
     @property
     def numbers(self) -> tuple[float, ...]:
         """Those of a row, in its order."""
-        numbers = self.contiguous, self.home.max(), self.optimum, self.after.max()
-        return *numbers, self.moved, self.gap, self.milliseconds
+        imbalances = self.home.max(), self.optimum, self.after.max()
+        return *imbalances, self.copies, self.moved, self.gap, self.milliseconds
 
 
 def read_tokens(rng: np.random.Generator) -> np.ndarray:
@@ -89,9 +88,9 @@ def route(letters: jax.Array, grams: jax.Array, router: jax.Array) -> jax.Array:
     return jax.lax.top_k(token @ router, TOP_K)[1]
 
 
-def check(out: lplb.Balanced, expert_ids: np.ndarray, phy2log: np.ndarray) -> np.ndarray:
+def check(out: lplb.Balanced, expert_ids: np.ndarray) -> np.ndarray:
     """Compares what `balance` says with the physical ids it gave, on the host, and returns each token's new rank."""
-    physical_ids = np.asarray(out.physical_ids)
+    physical_ids, phy2log = np.asarray(out.physical_ids), np.asarray(out.placement.phy2log)
     if physical_ids.shape != expert_ids.shape or physical_ids.min() < 0 or physical_ids.max() >= len(phy2log):
         raise RuntimeError("a token was lost")
     if (phy2log[physical_ids] != expert_ids).any():
@@ -103,57 +102,45 @@ def check(out: lplb.Balanced, expert_ids: np.ndarray, phy2log: np.ndarray) -> np
 
 
 def balance_batches(batches: np.ndarray, rng: np.random.Generator) -> Iterator[Report]:
-    """Routes batches [batches, ranks, tokens, LETTERS] and balances those after the first PAST."""
-    past = np.zeros(EXPERTS, np.int64)
+    """Routes and balances batches [batches, ranks, tokens, LETTERS]; the first compiles, and is not reported."""
     mesh = jax.make_mesh((RANKS,), ("ep",))
     grams = rng.standard_normal((GRAMS, BUCKETS, WIDTH), np.float32)
     router = rng.standard_normal((WIDTH, EXPERTS), np.float32)
+    placement = lplb.Placement.per_batch(
+        num_experts=EXPERTS, num_ranks=RANKS, redundants_per_rank=REDUNDANTS, target=TARGET
+    )
 
     sharded, same = jax.P("ep"), jax.P()
     route_ranks = jax.jit(jax.shard_map(route, mesh=mesh, in_specs=(sharded, same, same), out_specs=sharded))
     balance = jax.jit(
         jax.shard_map(
-            lambda expert_ids, placement: lplb.balance(expert_ids, placement, axis_name="ep"),
+            lambda expert_ids: lplb.balance(expert_ids, placement, axis_name="ep"),
             mesh=mesh,
-            in_specs=(sharded, same),
-            out_specs=lplb.Balanced(sharded, load=same, rank_load=same, gap=same, status=same, lower_bound=same),
+            in_specs=sharded,
+            out_specs=lplb.Balanced(sharded, *[same] * 6),  # only the ids differ between ranks
         )
     )
 
-    def place(load: np.ndarray | None) -> lplb.Placement:
-        placement = lplb.Placement.from_topology(
-            lplb.topology.cube(), num_experts=EXPERTS, num_ranks=RANKS, redundants_per_rank=COPIES, load=load
-        )
-        return jax.device_put(placement, jax.NamedSharding(mesh, same))
-
-    placement = place(None)
     for number, letters in enumerate(batches):
-        if number == PAST:
-            # Experts are packed onto ranks by their load on earlier text, as a good static placement would. So the
-            # ranks are about even on that text, which leaves to `balance` what only it can do. Weights, which this
-            # demo has none of, would follow, once: weights = lplb.from_logical(weights, placement)
-            placement = place(past)
-            home_rank, phy2log = np.asarray(placement.home_rank), np.asarray(placement.phy2log)
         routed = route_ranks(jax.device_put(letters, jax.NamedSharding(mesh, sharded)), grams, router)
         routed.block_until_ready()
         start = time.perf_counter()
-        out = jax.block_until_ready(balance(routed, placement))
+        out = jax.block_until_ready(balance(routed))
         seconds = time.perf_counter() - start
-        if number < PAST:  # which compiles everything, too
-            past += np.asarray(out.load)
+        if number == 0:
             continue
         expert_ids = np.asarray(routed)
-        home, owner = home_rank[expert_ids], check(out, expert_ids, phy2log)
+        home, owner = expert_ids // (EXPERTS // RANKS), check(out, expert_ids)
         mean = expert_ids.size / RANKS
 
         def relative(rank: np.ndarray, mean: float = mean) -> np.ndarray:
             return np.bincount(rank.ravel(), minlength=RANKS) / mean
 
         yield Report(
-            contiguous=relative(expert_ids // (EXPERTS // RANKS)).max(),
             home=relative(home),
             after=relative(owner),
             optimum=float(out.lower_bound.max()) / mean,
+            copies=int((out.placement.phy2log >= 0).sum()) - EXPERTS,
             moved=float(np.mean(home != owner)),
             gap=float(out.gap[0]),
             milliseconds=1e3 * seconds,
@@ -161,10 +148,10 @@ def balance_batches(batches: np.ndarray, rng: np.random.Generator) -> Iterator[R
 
 
 def print_row(console: Console, label: object, numbers: Iterable[float], loads: str = "") -> None:
-    contiguous, home, optimum, after, moved, gap, milliseconds = numbers
+    home, optimum, after, copies, moved, gap, milliseconds = numbers
     console.print(
-        f"{label:>6}  {loads:18}  {contiguous:10.3f}  [yellow]{home:7.3f}[/]  {optimum:7.3f}"
-        f"  [bold cyan]{after:8.3f}[/]  {moved:6.1%}  {gap:7.1e}  {milliseconds:6.2f}"
+        f"{label:>6}  {loads:18}  [yellow]{home:7.3f}[/]  {optimum:7.3f}  [bold cyan]{after:8.3f}[/]"
+        f"  {copies:6.0f}  {moved:6.1%}  {gap:7.1e}  {milliseconds:6.2f}"
     )
 
 
@@ -195,7 +182,6 @@ def plot(reports: list[Report], path: Path) -> None:
     figure.colorbar(image, ax=[axes["home"], axes["after"]], label="rank load / mean", aspect=14)
 
     line = axes["line"]
-    line.plot([report.contiguous for report in reports], color="#777777", ls="-.", label="contiguous")
     line.plot([report.home.max() for report in reports], "o-", color="#e08214", ms=5, label="at home")
     line.plot([report.optimum for report in reports], color="#b2abd2", lw=7, label="optimum (lower bound)")
     line.plot([report.after.max() for report in reports], "o-", color="#542788", ms=5, label="after balancing")
@@ -225,10 +211,10 @@ def main() -> None:
             parser.error(f"--{name} must be at least {least}, got {getattr(args, name)}")
     rng = np.random.default_rng(args.seed)
     tokens = read_tokens(rng)
-    needed = (PAST + args.batches) * RANKS * args.tokens
+    needed = (1 + args.batches) * RANKS * args.tokens
     if needed > len(tokens):
         parser.error(
-            f"the text has {len(tokens):,} tokens, but {PAST} + {args.batches} batches of {RANKS} x {args.tokens} "
+            f"the text has {len(tokens):,} tokens, but 1 + {args.batches} batches of {RANKS} x {args.tokens} "
             f"tokens need {needed:,}; take fewer --batches or --tokens"
         )
     try:
@@ -241,10 +227,12 @@ def main() -> None:
     console.print(
         f"[bold]jax_lplb[/]: {RANKS} ranks on virtual CPU devices, {RANKS} x {args.tokens} tokens a batch of "
         f"Python {platform.python_version()}'s documentation,\n"
-        f"top-{TOP_K} of {EXPERTS} experts, packed onto the ranks by their load on the {PAST} batches before. "
-        f"Each rank also\nkeeps copies of {COPIES} experts of other ranks, to which tokens are redirected.\n\n"
-        "[bold]        rank loads          imbalance (max / mean)\n"
-        " batch  at home   balanced  contiguous  at home  optimum  balanced   moved      gap      ms[/]"
+        f"top-{TOP_K} of {EXPERTS} experts, {EXPERTS // RANKS} to a rank. Each rank has {REDUNDANTS} more slots, for "
+        "copies of other ranks' experts,\nchosen for each batch by its own load: no more than bring the busiest rank "
+        f"within {TARGET} times the mean.\n\n"
+        "[bold]        rank loads          imbalance (max / mean)      copies\n"
+        f" batch  at home   balanced  at home  optimum  balanced  {f'of {RANKS * REDUNDANTS}':>6}   moved      gap"
+        "      ms[/]"
     )
     reports: list[Report] = []
     for report in balance_batches(tokens[:needed].reshape(-1, RANKS, args.tokens, LETTERS), rng):
@@ -255,7 +243,7 @@ def main() -> None:
     plot(reports, args.out)
     choices = len(reports) * RANKS * args.tokens * TOP_K
     console.print(
-        f"\nChecked on the host: {choices:,} expert choices, none lost, each sent to a replica of its expert;\n"
+        f"\nChecked on the host: {choices:,} expert choices, none lost, each sent to a slot of its expert;\n"
         "rank loads recounted from the physical ids equal those that balance returned."
     )
     console.print(f"Wrote {args.out}", markup=False)

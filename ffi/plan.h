@@ -40,7 +40,7 @@ constexpr int kMaxCandidates = 16;
 constexpr float kCertified = 1e-4f;  // gap at which a candidate counts as certified, whatever the tolerance asked for
 enum Rule : uint8_t { kFill = 0, kFit = 1, kMost = 2 };
 
-// Mirrors a row of jax_lplb._plan.CANDIDATES.
+// Those that are tried are listed in jax_lplb._plan.candidates.
 struct Candidate {
   float slack;  // the limit is (1 + slack) times the mean rank load
   Rule rule;

@@ -14,10 +14,10 @@ from numpy.typing import ArrayLike
 from jax_lplb import _ffi, _plan
 from jax_lplb._assign import quota_rank_load
 from jax_lplb._checks import check_count
-from jax_lplb._placement import Placement, check_contents, slots_of_experts
+from jax_lplb._load import in_units
+from jax_lplb._placement import Placement, beyond_custom_calls, check_contents, slots_of_experts
 from jax_lplb._solve import (
     Solver,
-    beyond_custom_calls,
     certified_bound,
     check_options,
     check_placement,
@@ -169,14 +169,14 @@ def _evenly(loads: np.ndarray, phy2log: np.ndarray, num_ranks: int) -> np.ndarra
 def _balance_all(
     loads: jax.Array, placements: Placement, solver: Solver, tol: float, implementation: _ffi.Implementation
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Of each load, by its own placement: a bound on the largest rank load, that in whole tokens, the gap, the slots."""
+    """Of each load, by its own placement: a bound on the largest rank load, that in whole tokens, the gap; phy2log."""
 
     def balance(load: jax.Array, placement: Placement) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         options = check_options(placement, solver, tol, None)
         if placement.planning is None:
             fraction, rank_load, gap, _, _ = solve_fractions(load, placement, options, implementation)
         else:
-            least = jnp.int32(min(placement.planning.min_tokens, 2**31 - 1))
+            least = in_units(placement.planning.min_tokens, None)
             planned = _plan.plan(load, least, placement, options.tol, options.threshold, implementation)
             fraction, rank_load, gap = planned.fraction, planned.rank_load, planned.gap
             placement = dataclasses.replace(placement, phy2log=planned.phy2log, log2phy=planned.log2phy)

@@ -46,7 +46,8 @@ def in_units(tokens: int, unit: Unit | None) -> jax.Array:
     """A number of tokens beside `to_integers`' loads, int32 []."""
     if unit is None:
         return jnp.int32(min(tokens, 2**31 - 1))
-    scaled = tokens * _power_of_two(-unit.exponent) * 2.0**unit.coarse_bits * _power_of_two(unit.more_bits)
+    whole = float(min(tokens, 2**127))  # as float32 holds
+    scaled = whole * _power_of_two(-unit.exponent) * 2.0**unit.coarse_bits * _power_of_two(unit.more_bits)
     return jnp.minimum(scaled, 2.0**30).astype(jnp.int32)  # all loads together are not more
 
 

@@ -25,6 +25,16 @@ class Planning:
     min_tokens: int
     max_sends: int | None
 
+    @property
+    def slack(self) -> float:
+        """What the target allows beyond the mean, over the mean; at most what no load of a rank exceeds."""
+        return min(self.target - 1, 2.0**31)
+
+    @property
+    def most_sends(self) -> int:
+        """The same limit as an int32."""
+        return 2**31 - 1 if self.max_sends is None else min(self.max_sends, 2**31 - 1)
+
 
 @partial(
     jax.tree_util.register_dataclass,
@@ -40,9 +50,9 @@ class Placement:
     traced, and so change within a jitted step without recompiling; shapes, ranks, groups, topology and planning are
     static. Leaves may have leading axes (one entry for each layer) to be mapped or scanned over.
 
-    Equal, and of one hash, where contents, ranks, groups and topology are, whether leaves are NumPy's or JAX's; so it
-    may be a key, or a static argument of `jax.jit` (which recompiles for other contents). Of leaves that are traced
-    neither can be told: TypeError.
+    Equal, and of one hash, where contents, ranks, groups, topology and planning are, whether leaves are NumPy's or
+    JAX's; so it may be a key, or a static argument of `jax.jit` (which recompiles for other contents). Of leaves that
+    are traced neither can be told: TypeError.
 
     Attributes:
       phy2log: int32 [num_physical], the logical expert that each slot holds, -1 for none. It alone does not make a
@@ -373,8 +383,9 @@ class Placement:
         `balance` returns the placement that it filled as `Balanced.placement`; `choose` fills one by itself. `solve`
         and `assign` take a placement as it is.
 
-        A plan takes as few copies as bring the busiest rank within the target, or else makes it carry as little as it
-        can; see ffi/plan.h. Much as UltraEP and MoonEP do: copies by the batch itself.
+        Of the plans that it tries, it takes the one with the fewest copies that brings the busiest rank within the
+        target, or else the one whose busiest rank carries the least; see ffi/plan.h. Much as UltraEP and MoonEP do:
+        copies by the batch itself.
 
         Args:
           num_experts: logical experts, a multiple of `num_ranks`.
@@ -385,8 +396,8 @@ class Placement:
           max_replicas: most replicas that an expert may have, its home included; at least 2. By default as many as a
             group has ranks.
           target: no more copies are made once the busiest rank of a group has at most this times the mean. At least 1.
-          min_tokens: a plan gives each copy at least that many tokens, in whose time its weights are brought. (What the
-            solver makes of the plan may give it fewer.)
+          min_tokens: a copy is made only where it can take at least that many tokens, in whose time its weights are
+            brought. (It may get fewer in the end, as ranks are then evened out further.)
           max_sends: most copies of one rank's experts, whose weights all leave through its link. None: no limit.
 
         Raises:
@@ -426,7 +437,7 @@ class Placement:
         phy2log = by_rank.reshape(-1)
         log2phy = np.full((num_experts, max_replicas), -1, np.int32)
         log2phy[:, 0] = np.flatnonzero(phy2log >= 0)
-        planning = Planning(float(target), int(min_tokens), max_sends) if max_replicas > 1 else None
+        planning = Planning(float(target), int(min_tokens), max_sends) if redundants_per_rank else None
         return cls(phy2log, log2phy, num_ranks, num_groups, topology=None, planning=planning)
 
     def choose(self, load: jax.Array, *, implementation: _ffi.Implementation = None) -> "Placement":
@@ -443,7 +454,8 @@ class Placement:
 
         Raises:
           TypeError: `load` has another dtype.
-          ValueError: it has the wrong shape, or the placement is not one of `per_batch`.
+          ValueError: it has the wrong shape, or the placement is not one of `per_batch`, or beyond the custom call's
+            limits.
         """
         if self.planning is None:
             raise ValueError(
@@ -456,6 +468,7 @@ class Placement:
             )
         if load.ndim == 0 or load.shape[-1] != self.num_experts:
             raise ValueError(f"load must have shape [..., num_experts] = [..., {self.num_experts}], got {load.shape}")
+        check_limits(self, implementation)
         leading = np.broadcast_shapes(load.shape[:-1], self.phy2log.shape[:-1])
 
         def run(load: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -734,6 +747,27 @@ def slots_of_experts(phy2log: Any, num_experts: int, max_replicas: int) -> Any:
     target = jnp.where(known, sorted_experts * max_replicas + replica, num_experts * max_replicas)
     flat = jnp.full(num_experts * max_replicas, -1, jnp.int32).at[target].set(by_expert, mode="drop")
     return flat.reshape(num_experts, max_replicas)
+
+
+def check_limits(placement: Placement, implementation: _ffi.Implementation) -> None:
+    """Checks the implementation, and that it can hold the placement."""
+    if implementation not in (None, "ffi", "xla"):
+        raise ValueError(f"implementation must be None, 'ffi' or 'xla', got {implementation!r}")
+    beyond = beyond_custom_calls(placement)
+    if beyond and implementation != "xla":
+        raise ValueError(f"{beyond}; pass implementation='xla'")
+
+
+def beyond_custom_calls(placement: Placement) -> str:
+    """What of a placement the custom calls cannot hold, as a sentence; empty where there is nothing."""
+    for what, value, limit in (
+        ("ranks a group", placement.group_size, _ffi.MAX_GROUP_RANKS),
+        ("physical experts a group", placement.num_physical // placement.num_groups, _ffi.MAX_GROUP_SLOTS),
+        ("experts", placement.num_experts, _ffi.MAX_EXPERTS),
+    ):
+        if value > limit:
+            return f"placement has {value} {what}, and the custom calls hold at most {limit} in shared memory"
+    return ""
 
 
 def check_contents(

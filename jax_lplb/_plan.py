@@ -27,9 +27,8 @@ _CERTIFIED = 1e-4  # gap at which a candidate counts as certified, whatever the 
 _BEYOND = (0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.11, 0.2)
 
 
-def candidates(target: float) -> tuple[np.ndarray, np.ndarray]:
-    """Slacks, float32 [candidates], and rules, int32 [candidates], for a target of the largest rank load / the mean."""
-    slack = target - 1
+def candidates(slack: float) -> tuple[np.ndarray, np.ndarray]:
+    """Slacks, float32 [candidates], and rules, int32 [candidates], for a target that is so much above the mean."""
     tried = [(rule, share * slack) for rule, share in _WITHIN] + [(_FILL, slack + beyond) for beyond in _BEYOND]
     rules, slacks = zip(*tried, strict=True)
     return np.array(slacks, np.float32), np.array(rules, np.int32)
@@ -69,13 +68,13 @@ def ffi_attributes(placement: "Placement", tol: float, threshold: float, *, solv
     """What the custom calls know of the plan; `solve`: whether what it does not certify is solved."""
     planning = placement.planning
     assert planning is not None
-    slacks, rules = candidates(planning.target)
+    slacks, rules = candidates(planning.slack)
     return {
         "tol": np.float32(tol),
         "threshold": np.float32(threshold),
         "max_iterations": np.int64(_interior_point.MAX_ITERATIONS if solve else 0),
-        "slack": np.float32(planning.target - 1),
-        "max_sends": np.int64(2**31 - 1 if planning.max_sends is None else planning.max_sends),
+        "slack": np.float32(planning.slack),
+        "max_sends": np.int64(planning.most_sends),
         "slacks": slacks,
         "rules": rules,
     }
@@ -120,14 +119,9 @@ def plan_groups(
     assert planning is not None
     groups, ranks, slots = placement.num_groups, placement.group_size, placement.slots_per_rank
     homes = placement.num_experts // placement.num_ranks
-    limits = _Limits(
-        planning.target - 1,
-        ranks * (slots - homes) if planning.max_sends is None else planning.max_sends,
-        placement.max_replicas,
-        slots - homes,
-    )
+    limits = _Limits(planning.slack, planning.most_sends, placement.max_replicas, slots - homes)
     by_group = jnp.maximum(load, 0).reshape(groups, ranks, homes)
-    slacks, rules = candidates(planning.target)
+    slacks, rules = candidates(planning.slack)
     by_slot, taken, left, rank_load, missing, largest, shift = jax.vmap(
         lambda loads: _plan_group(loads, least, limits, slacks, rules, threshold)
     )(by_group)
@@ -138,9 +132,8 @@ def plan_groups(
     copies = jnp.where(by_slot >= 0, by_slot + first_expert, -1)
     phy2log = jnp.concatenate([home, copies], axis=2).reshape(-1)
     shape = (placement.num_experts, placement.max_replicas)
-    rank = jnp.arange(placement.num_ranks, dtype=jnp.int32)
-    home_slot = (rank[:, None] * slots + jnp.arange(homes, dtype=jnp.int32)).reshape(-1)
-    copy_slot = (rank[:, None] * slots + jnp.arange(homes, slots, dtype=jnp.int32)).reshape(-1)
+    slot = np.arange(placement.num_physical, dtype=np.int32).reshape(placement.num_ranks, slots)
+    home_slot, copy_slot = slot[:, :homes].reshape(-1), slot[:, homes:].reshape(-1)
     copied = copies.reshape(-1)
     # An expert's copies are on ranks of their own, and so in the order of their slots.
     earlier = (copied[:, None] == copied[None, :]) & (copy_slot[:, None] > copy_slot[None, :])
@@ -397,7 +390,7 @@ def _level(scaled: jax.Array, state: _State, mean_of_all: jax.Array) -> tuple[ja
     ranks, homes = scaled.shape
     copies = state.copies
     giver = copies.expert // homes
-    in_list = jnp.arange(len(copies.expert)) < state.num_copies
+    in_list = jnp.arange(len(copies.expert), dtype=jnp.int32) < state.num_copies
     neither = in_list & (copies.settles == _NEITHER)
     kept = jnp.where(neither, copies.tokens, 0)
     sums = jnp.sum(scaled, axis=1, dtype=jnp.uint32)

@@ -17,7 +17,7 @@ from jax import lax
 from jax_lplb import _edge_balance, _ffi, _interior_point
 from jax_lplb._load import in_tokens, to_integers
 from jax_lplb._mesh import with_auto_axes
-from jax_lplb._placement import Placement
+from jax_lplb._placement import Placement, check_limits
 from jax_lplb._status import Status
 
 Solver = Literal["auto", "ipm", "edge_balance"]
@@ -216,23 +216,7 @@ def check_placement(placement: Placement, implementation: _ffi.Implementation) -
             "placement must be of one layer, phy2log [num_physical] and log2phy [num_experts, max_replicas], got "
             f"{np.shape(placement.phy2log)} and {np.shape(placement.log2phy)}: use jax.vmap or jax.lax.scan over layers"
         )
-    if implementation not in (None, "ffi", "xla"):
-        raise ValueError(f"implementation must be None, 'ffi' or 'xla', got {implementation!r}")
-    beyond = beyond_custom_calls(placement)
-    if beyond and implementation != "xla":
-        raise ValueError(f"{beyond}; pass implementation='xla'")
-
-
-def beyond_custom_calls(placement: Placement) -> str:
-    """What of a placement the custom calls cannot hold, as a sentence; empty where there is nothing."""
-    for what, value, limit in (
-        ("ranks a group", placement.group_size, _ffi.MAX_GROUP_RANKS),
-        ("physical experts a group", placement.num_physical // placement.num_groups, _ffi.MAX_GROUP_SLOTS),
-        ("experts", placement.num_experts, _ffi.MAX_EXPERTS),
-    ):
-        if value > limit:
-            return f"placement has {value} {what}, and the custom calls hold at most {limit} in shared memory"
-    return ""
+    check_limits(placement, implementation)
 
 
 def check_options(placement: Placement, solver: Solver, tol: float, threshold: float | None) -> Options:

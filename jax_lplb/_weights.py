@@ -37,7 +37,7 @@ def replicate(home_weights: Any, placement: Placement, axis_name: AxisName, dtyp
         gradients are added up in that of the leaf.
 
     Returns:
-      The tree, with leaves [slots_per_rank, ...]: the rank's slots.
+      The tree, with leaves [slots_per_rank, ...]: the rank's slots. Zeros in slots that hold nothing.
 
     Raises:
       TypeError: `placement` is not a Placement.
@@ -109,7 +109,7 @@ def send_early(
     slots, topology, rank = placement.slots_per_rank, placement.topology, lax.axis_index(axis_name)
     of_slots = jnp.asarray(placement.phy2log).reshape(ranks, slots)
     if topology is None:
-        rows = jnp.clip(of_slots[rank], 0, placement.num_experts - 1)
+        rows = jnp.minimum(of_slots[rank], placement.num_experts - 1)
         return (Travel(rows, axis_name, None, (), (), dtypes, whole), [], []), value
     _, receiver = owners_and_receivers(topology, ranks, slots - home)
     experts = of_slots[receiver, home + np.arange(slots - home)]
@@ -427,7 +427,10 @@ def _take(leaf: jax.Array, source: jax.Array, axis_name: AxisName | None) -> jax
 
 
 def _rows_of_all(leaf: jax.Array, source: jax.Array, axis_name: AxisName) -> jax.Array:
-    """The rows `source` of all ranks' rows: all ranks show one of theirs at a time, and each takes what it needs."""
+    """The rows `source` of all ranks' rows: all ranks show one of theirs at a time, and each takes what it needs.
+
+    Zeros, which have no gradient, where the source is negative: slots that hold nothing.
+    """
 
     def run(leaf: jax.Array, source: jax.Array) -> jax.Array:
         rows = leaf.shape[0]
@@ -436,7 +439,7 @@ def _rows_of_all(leaf: jax.Array, source: jax.Array, axis_name: AxisName) -> jax
         @jax.checkpoint  # else the backward pass would keep a mask of the result's size for each row
         def show(row: jax.Array, result: jax.Array) -> jax.Array:
             shown = lax.all_gather(lax.dynamic_index_in_dim(leaf, row, keepdims=False), axis_name)
-            taken = (source % rows == row).reshape(-1, *[1] * (leaf.ndim - 1))
+            taken = ((source >= 0) & (source % rows == row)).reshape(-1, *[1] * (leaf.ndim - 1))
             return jnp.where(taken, shown[source // rows], result)
 
         return lax.fori_loop(0, rows, show, _ffi.vary(result, _ffi.varying(leaf, source)))

@@ -71,6 +71,7 @@ def optimum(load: np.ndarray, place: lplb.Placement) -> np.ndarray:
     result = []
     for group in range(place.num_groups):
         own = np.unique(phy2log[group * size * slots : (group + 1) * size * slots])
+        own = own[own >= 0]  # a slot may hold nothing
         total = load[own].sum()
         if total == 0:
             result.append(0.0)

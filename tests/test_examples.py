@@ -1,8 +1,10 @@
 """README's snippets and the small examples: they run as they stand, and what they print is true."""
 
+import os
 import pathlib
 import re
 import runpy
+import sys
 
 import helpers
 import jax
@@ -52,13 +54,15 @@ def test_snippets_of_readme(capsys, caplog):
     exec(code, names)
     printed = capsys.readouterr().out
     assert printed == shown
-    load, placement = np.asarray(names["load"]), names["placement"]
-    contiguous, home, balanced, optimum = (number for line in printed.splitlines() for number in numbers(line))
-    assert contiguous == pytest.approx(imbalance(load, np.arange(256) // 32), abs=1e-3)
-    assert home == pytest.approx(imbalance(load, placement.home_rank), abs=1e-3)
-    assert balanced < home < contiguous
-    check_optimum(optimum, balanced, load, placement, 3)
-    np.testing.assert_array_equal(placement.phy2log[names["physical_ids"]], names["expert_ids"])
+    out = jax.tree.map(np.asarray, names["out"])
+    *_, last = printed.splitlines()
+    home, balanced, optimum = numbers(last)
+    assert home == pytest.approx(imbalance(out.load, np.arange(256) // 32), abs=1e-3)
+    assert balanced < 1.02 < home
+    check_optimum(optimum, balanced, out.load, out.placement, 3)
+    assert last.endswith(f" {np.sum(out.placement.phy2log >= 0) - 256} copies")
+    np.testing.assert_array_equal(out.placement.phy2log[out.physical_ids], names["expert_ids"])
+    np.testing.assert_array_equal(np.bincount(names["owner"].ravel(), minlength=8), out.rank_load)
 
     with jax.log_compiles():
         exec(layer_code, names)
@@ -67,28 +71,43 @@ def test_snippets_of_readme(capsys, caplog):
     assert printed == layer_shown
     moe, load = names["layer"], np.asarray(names["metrics"].load)
     *_, last = printed.splitlines()
-    contiguous, home, balanced, optimum = numbers(last)
-    assert contiguous == pytest.approx(imbalance(load, np.arange(256) // 32), abs=0.01)
-    assert home == pytest.approx(imbalance(load, placement.home_rank), abs=0.01)
-    assert balanced < contiguous
-    check_optimum(optimum, balanced, load, jax.tree.map(np.asarray, moe.placement.get_value()), 2)
+    home, balanced, optimum = numbers(last)
+    assert home == pytest.approx(imbalance(load, np.arange(256) // 32), abs=0.01)
+    assert balanced < home
+    check_optimum(optimum, balanced, load, jax.tree.map(np.asarray, names["placement"].choose(load)), 2)
 
     # What its comment says of weights.
     (line,) = re.findall(r"layer\.set_experts\(.*\)", layer_code)
-    before = {name: np.asarray(getattr(moe, name)[...]) for name in ("w_in", "w_out")}
-    names |= {name: rows[np.argsort(placement.home_order)] for name, rows in before.items()}
-    assert not np.array_equal(names["w_in"], before["w_in"])
-    exec(line, names)
-    for name, rows in before.items():
-        np.testing.assert_array_equal(getattr(moe, name)[...], rows)
+    rows = {name: -np.asarray(getattr(moe, name)[...]) for name in ("w_in", "w_out")}
+    exec(line, names | rows)
+    for name, of_experts in rows.items():
+        np.testing.assert_array_equal(getattr(moe, name)[...], of_experts)
 
 
 def test_quickstart(capsys):
     names = runpy.run_path(str(ROOT / "examples" / "quickstart.py"))
     before, after, bound = capsys.readouterr().out.splitlines()
-    load, placement = np.asarray(names["load"]), names["placement"]
-    assert numbers(before) == [pytest.approx(imbalance(load, np.arange(256) // 32), abs=1e-3)]
-    check_optimum(*numbers(bound), *numbers(after), load, placement, 3)
+    out = jax.tree.map(np.asarray, names["out"])
+    assert numbers(before) == [pytest.approx(imbalance(out.load, np.arange(256) // 32), abs=1e-3)]
+    check_optimum(*numbers(bound), *numbers(after), out.load, out.placement, 3)
+    assert f" {np.sum(out.placement.phy2log >= 0) - 256} copies" in bound
+
+
+def test_demo(capsys, monkeypatch, tmp_path):
+    """Which checks on the host what each batch's ids and copies are; as many rows as batches, and a picture."""
+    picture = tmp_path / "demo.png"
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--batches", "3", "--tokens", "128", "--out", str(picture)])
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    names = runpy.run_path(str(ROOT / "examples" / "demo.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    rows = [re.findall(r"\d\S*", line) for line in printed.splitlines() if re.match(r" +\d+  ", line)]
+    assert [int(row[0]) for row in rows] == [0, 1, 2]
+    for *_, home, optimum, after, copies, moved, _, _ in rows:
+        assert 1 <= float(optimum) <= float(after) <= min(float(home), names["TARGET"] + 0.01)
+        assert 0 < int(copies) < 16
+        assert 0 < float(moved.rstrip("%")) < 50
+    assert f"{3 * 8 * 128 * 8:,} expert choices, none lost" in printed
+    assert picture.stat().st_size > 10_000
 
 
 def test_layer_compiles_its_step_once_and_learns(capsys, caplog):

@@ -45,6 +45,16 @@ def test_two_custom_calls_and_no_callbacks(platform, solver):
     assert ("partners = dense<>" in text) == (solver == "ipm")  # the interior-point method needs none
 
 
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+@pytest.mark.smoke
+def test_copies_chosen_by_the_batch_take_no_more_calls(platform):
+    place = lplb.Placement.per_batch(num_experts=64, num_ranks=8, redundants_per_rank=2)
+    text = lowered(partial(lplb.balance, placement=place, implementation="ffi"), IDS, platform=platform)
+    assert custom_calls(text) == ["lplb_count", "lplb_plan_assign"]
+    assert count_calls(text) == 2
+    assert "callback" not in text
+
+
 @pytest.mark.parametrize("sync", COLLECTIVES)
 @pytest.mark.parametrize("platform", ["cpu", "cuda"])
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint], ids=["plain", "remat"])

@@ -1,6 +1,7 @@
 """The Flax layer against a dense one on a single device: results and gradients, whatever happens on the way."""
 
 import contextlib
+import dataclasses
 import subprocess
 import sys
 from functools import partial
@@ -270,6 +271,41 @@ def test_tokamax_equals_ragged_dot_on_gpus(rng, d_expert, buffer_factor):
         got[name] = [result, *jax.tree.leaves(grads)]
     for actual, expected in zip(got["tokamax"], got["ragged_dot"], strict=True):
         assert_close(actual, expected, 1e-2)
+
+
+@pytest.mark.parametrize(("dispatch", "buffer_factor"), [("all_to_all", 8.0), ("ring", 0.4)])
+def test_copies_chosen_for_each_batch(rng, dispatch, buffer_factor):
+    """Other experts' in each batch, and none in some slots: results and gradients stay those of the dense layer."""
+    place = lplb.Placement.per_batch(num_experts=EXPERTS, num_ranks=RANKS, redundants_per_rank=2)
+    layer = make(place, mesh_of((RANKS, "ep")), dispatch=dispatch, buffer_factor=buffer_factor)
+    chosen = []
+    for _ in range(2):
+        x, weight = inputs(rng)
+        metrics = check_against_dense(layer, x + 2 * rng.normal(size=(1, D_MODEL)).astype(np.float32), weight)
+        assert metrics.home == metrics.contiguous
+        assert 1 <= metrics.optimum <= metrics.balanced + 1e-6 < metrics.home
+        assert metrics.moved > 0
+        chosen.append(jax.tree.map(np.asarray, place.choose(metrics.load)))
+        assert 0 < np.sum(chosen[-1].phy2log < 0) < 2 * RANKS
+        best = optimum(metrics.load, chosen[-1]).item() * RANKS / np.sum(np.asarray(metrics.load))
+        assert float(metrics.optimum) == pytest.approx(max(best, 1), rel=3e-4)
+    assert chosen[0] != chosen[1]
+    assert layer.placement.get_value() == place  # nothing is kept
+
+
+def test_copies_chosen_for_each_batch_cannot_be_prepared(rng):
+    """As prepare says: they travel within the call, or are kept from a batch before."""
+    place = lplb.Placement.per_batch(num_experts=EXPERTS, num_ranks=RANKS, redundants_per_rank=2)
+    layer = make(place, mesh_of((RANKS, "ep")))
+    with pytest.raises(
+        ValueError, match="call the layer without slots, or give it a placement whose copies are chosen"
+    ):
+        layer.prepare()
+    x, weight = inputs(rng)
+    chosen = place.choose(run(layer, x)[1].load)
+    layer.placement.set_value(dataclasses.replace(chosen, planning=None))
+    metrics = check_against_dense(layer, x, weight, prepared=True)
+    assert metrics.balanced < metrics.home
 
 
 @pytest.mark.parametrize("dispatch", ["all_to_all", "ring"])

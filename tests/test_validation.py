@@ -5,7 +5,7 @@ import importlib
 import pathlib
 import re
 import textwrap
-from functools import cache
+from functools import cache, partial
 
 import helpers
 import jax
@@ -339,6 +339,119 @@ def test_beyond_the_limits_in_pure_jax(platform, rng, case):
     assert np.all(solution.gap <= 1e-4)
 
 
+PER_BATCH = {"num_experts": 32, "num_ranks": 8, "redundants_per_rank": 2}
+PLANNED = lplb.Placement.per_batch(**PER_BATCH)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"num_experts": 32.0}, TypeError, r"num_experts must be an integer, got 32\.0"),
+        ({"num_experts": 0}, ValueError, "num_experts must be at least 1, got 0"),
+        ({"num_experts": 33}, ValueError, "num_experts must be divisible by num_ranks = 8, got 33"),
+        ({"num_ranks": "8"}, TypeError, "num_ranks must be an integer, got '8'"),
+        ({"num_ranks": 0}, ValueError, "num_ranks must be at least 1, got 0"),
+        ({"redundants_per_rank": -1}, ValueError, "redundants_per_rank must be at least 0, got -1"),
+        (
+            {"redundants_per_rank": 29},
+            ValueError,
+            "redundants_per_rank = 29 gives a rank 33 slots, more than the 32 experts of its group",
+        ),
+        ({"num_groups": 8}, ValueError, "redundants_per_rank = 2 gives a rank 6 slots, more than the 4 experts"),
+        ({"num_groups": 0}, ValueError, "num_groups must be at least 1, got 0"),
+        ({"num_groups": 3}, ValueError, "num_groups must divide num_ranks = 8, got 3"),
+        ({"max_replicas": 2.0}, TypeError, r"max_replicas must be an integer, got 2\.0"),
+        ({"max_replicas": 1}, ValueError, "max_replicas must be at least 2, got 1"),
+        ({"max_replicas": 9}, ValueError, "max_replicas must be at most the 8 ranks of a group, got 9"),
+        (
+            {"max_replicas": 3, "num_groups": 4},
+            ValueError,
+            "max_replicas must be at most the 2 ranks of a group, got 3",
+        ),
+        ({"target": "1"}, TypeError, "target must be a number, got '1'"),
+        ({"target": True}, TypeError, "target must be a number, got True"),
+        ({"target": None}, TypeError, "target must be a number, got None"),
+        ({"target": 0.99}, ValueError, r"target must be at least 1, the busiest rank over the mean; got 0\.99"),
+        ({"target": float("nan")}, ValueError, "target must be .*finite, got nan"),
+        ({"target": float("inf")}, ValueError, "target must be .*finite, got inf"),
+        ({"min_tokens": 1.5}, TypeError, r"min_tokens must be an integer, got 1\.5"),
+        ({"min_tokens": -1}, ValueError, "min_tokens must be at least 0, got -1"),
+        ({"max_sends": 1.5}, TypeError, r"max_sends must be an integer, got 1\.5"),
+        ({"max_sends": 0}, ValueError, "max_sends must be at least 1, got 0"),
+    ],
+)
+def test_per_batch_refuses(changed, error, message):
+    with pytest.raises(error, match=message):
+        lplb.Placement.per_batch(**PER_BATCH | changed)
+
+
+@pytest.mark.parametrize("traced", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize(
+    ("place", "changed", "error", "message"),
+    [
+        (PLANNED, {"load": [2] * 32}, TypeError, "load must be an int32 or float32 array, got list"),
+        (PLANNED, {"load": LOAD.astype(np.float16)}, TypeError, "load must be .*array, got float16"),
+        (PLANNED, {"load": LOAD[:31]}, ValueError, r"load must have shape .* \[\.\.\., 32\], got \(31,\)"),
+        (PLANNED, {"load": LOAD[0, ...]}, ValueError, r"load must have shape .* \[\.\.\., 32\], got \(\)"),
+        (PLANNED, {"implementation": "cuda"}, ValueError, "implementation must be None, 'ffi' or 'xla', got 'cuda'"),
+        (PLACE, {}, ValueError, r"choose needs a placement with free slots .*Placement\.per_batch.* select chooses"),
+        (lplb.Placement.per_batch(**PER_BATCH | {"redundants_per_rank": 0}), {}, ValueError, "with free slots"),
+    ],
+)
+def test_choose_refuses(place, changed, error, message, traced):
+    arguments = {"load": LOAD} | changed
+    choose = partial(place.choose, **arguments)
+    if traced and isinstance(arguments["load"], np.ndarray):
+        choose = partial(jax.eval_shape, lambda load: place.choose(**arguments | {"load": load}), arguments["load"])
+    with pytest.raises(error, match=message):
+        choose()
+
+
+def test_the_limits_of_choose_are_those_of_balance():
+    place = lplb.Placement.per_batch(num_experts=130, num_ranks=130, redundants_per_rank=1)
+    load = np.arange(130, dtype=np.int32)
+    for default in (None, "ffi"):
+        with pytest.raises(ValueError, match=r"placement has 130 ranks a group, .* pass implementation='xla'"):
+            place.choose(load, implementation=default)
+    chosen = place.choose(load, implementation="xla")
+    assert helpers.optimum(load, jax.tree.map(np.asarray, chosen)) < 1.1 * load.mean() < load.max() / 1.1
+
+
+def test_plans_with_64_bit_types(implementation):
+    """As without them: of a load's own, of loads given, and by choose."""
+    place, ids = lplb.Placement.per_batch(**PER_BATCH | {"target": 1.0}), IDS % 13
+
+    @jax.jit
+    def run(ids, load):
+        out = lplb.balance(ids, place, load=load, implementation=implementation)
+        return out, place.choose(load, implementation=implementation)
+
+    load = np.bincount(ids.ravel(), minlength=32).astype(np.float32)
+    expected = run(ids, load)
+    with jax.enable_x64(True):
+        check_same(run(ids, load), expected)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+@pytest.mark.parametrize(
+    ("huge", "like"),
+    [
+        ({"max_sends": 2**40}, {}),
+        ({"min_tokens": 2**40}, {"redundants_per_rank": 0}),
+        ({"min_tokens": 2**200}, {"redundants_per_rank": 0}),
+        ({"target": 1e300}, {"redundants_per_rank": 0}),
+    ],
+)
+def test_numbers_beyond_those_of_the_device(implementation, huge, like, dtype):
+    """Say the same as the largest ones that matter: any number of copies, or none."""
+    load = np.arange(32, dtype=dtype)
+    held = lplb.Placement.per_batch(**PER_BATCH | huge).choose(load, implementation=implementation).phy2log
+    expected = lplb.Placement.per_batch(**PER_BATCH | like)
+    if expected.planning is not None:
+        expected = expected.choose(load, implementation="ffi")
+    np.testing.assert_array_equal(held[held >= 0], np.asarray(expected.phy2log)[np.asarray(expected.phy2log) >= 0])
+
+
 def test_layers_are_mapped_or_scanned_over_as_the_error_says(rng):
     """All that refuse a stacked placement; each layer as alone."""
     ids = rng.integers(0, 32, (2, 16, 4)).astype(np.int32)
@@ -396,6 +509,7 @@ def test_other_cures_that_errors_name_work(mesh):
     with pytest.raises(TypeError, match=r"Inside jit, Placement\.select of a placement along a topology"):
         jax.jit(lambda load: lplb.Placement.from_eplb(load, num_ranks=8, redundants_per_rank=2))(LOAD)
     assert jax.jit(PLACE.select)(LOAD).phy2log.shape == PLACE.phy2log.shape
+    assert jax.jit(PLANNED.choose)(LOAD).phy2log.shape == PLANNED.phy2log.shape
     with pytest.raises(ValueError, match="num_experts and max_replicas must be given where phy2log is traced"):
         jax.jit(lambda v: lplb.Placement.from_phy2log(v, 8))(PLACE.phy2log)
     with pytest.raises(ValueError, match=r"call this inside jax\.shard_map over a mesh with that axis"):
