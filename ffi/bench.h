@@ -121,7 +121,7 @@ struct Problem {
       plan.slack = read<float>(file, 1)[0];
       const std::vector<float> slacks = read<float>(file, plan.num_candidates);
       const std::vector<int32_t> rules = read<int32_t>(file, plan.num_candidates);
-      for (int i = 0; i < plan.num_candidates; ++i) plan.candidates[i] = {slacks[i], static_cast<Rule>(rules[i])};
+      for (int i = 0; i < plan.num_candidates; ++i) plan.candidates[i] = Candidate::make(slacks[i], rules[i]);
       if (const char* wrong = check(plan); wrong != nullptr) fail(wrong);
     }
     log2phy = read<int32_t>(file, static_cast<size_t>(num_experts) * max_replicas);

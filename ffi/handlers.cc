@@ -211,7 +211,7 @@ Plan read_plan(Shapes& shapes, const Ids& load, const Ids& least, ffi::Result<Id
   plan.shape.slack = slack;
   plan.shape.num_candidates = static_cast<int>(slacks.size());
   for (size_t i = 0; i < slacks.size(); ++i) {
-    plan.shape.candidates[i] = {slacks.begin()[i], static_cast<Rule>(rules.begin()[i])};
+    plan.shape.candidates[i] = Candidate::make(slacks.begin()[i], rules.begin()[i]);
   }
   const char* wrong = check(plan.shape);
   shapes.require(wrong == nullptr, [&] { return wrong; });

@@ -1,10 +1,10 @@
 // Which experts to copy where, chosen from one batch's load; and the split that comes with it, certified.
 //
 // Experts have contiguous homes; each rank has free slots beside them. A candidate plan aims at a limit on the rank
-// loads: each rank above it, the busiest first, gives of its largest expert to a rank with a free slot below the limit,
-// again and again, until it is within the limit, too. What it gives mostly fills the other rank up to the limit
-// exactly, which wastes no slot: where that is more than the giver has in excess, the giver has room for others' copies
-// in its own slots. Which rank receives, and how much, is a candidate's rule:
+// loads: each rank above it, the busiest first or last, gives of its largest expert to a rank with a free slot below
+// the limit, again and again, until it is within the limit, too. What it gives mostly fills the other rank up to the
+// limit exactly, which wastes no slot: where that is more than the giver has in excess, the giver has room for others'
+// copies in its own slots. Which rank receives, and how much, is a candidate's rule:
 //
 //   kFill         the receiver with the least room that is enough for the excess, or with the most room where none is;
 //                 filled up, even if the whole expert goes
@@ -44,6 +44,10 @@ enum Rule : uint8_t { kFill = 0, kFit = 1, kMost = 2 };
 struct Candidate {
   float slack;  // the limit is (1 + slack) times the mean rank load
   Rule rule;
+  bool busiest_last;  // of the ranks that give
+
+  // As the custom calls' attributes have them.
+  static Candidate make(float slack, int rule) { return {slack, static_cast<Rule>(rule % 4), rule >= 4}; }
 };
 
 struct PlanShape {
@@ -204,7 +208,7 @@ class Planner {
     const uint32_t mean = *loads_.total / static_cast<uint32_t>(shape_.solve.group_size);
     const uint32_t even_enough = plan_limit(mean, shape_.slack) | kRankBits;  // as far as keys tell
     Word load = {}, parent = {};
-    give(plan_limit(mean, candidate.slack), candidate.rule, load, parent);
+    give(plan_limit(mean, candidate.slack), candidate, load, parent);
     const uint32_t given = warp_.most(load);
     // With more copies than a candidate that is even enough, there is nothing to win.
     if (given <= even_enough) warp_.announce(num_copies_);
@@ -231,12 +235,13 @@ class Planner {
 
   // Makes a list of copies. `load` and `parent`, of each rank: its tokens then, and the rank that it hangs on, or
   // itself.
-  LPLB_DEVICE void give(uint32_t limit, Rule rule, Word& load, Word& parent) {
+  LPLB_DEVICE void give(uint32_t limit, const Candidate& candidate, Word& load, Word& parent) {
     const int redundants = warp_.keep(shape_.redundants()), per_rank = warp_.keep(shape_.experts_per_rank);
     const uint32_t least = loads_.least;
     const int max_replicas = shape_.solve.max_replicas, max_sends = shape_.max_sends;
     const bool capped = warp_.keep(max_replicas < shape_.solve.group_size || max_sends < shape_.max_copies()) != 0;
-    rule = static_cast<Rule>(warp_.keep(rule));
+    const Rule rule = static_cast<Rule>(warp_.keep(candidate.rule));
+    const uint32_t flip_order = static_cast<uint32_t>(warp_.keep(candidate.busiest_last ? -1 : 0));
     warp_.copy(memory_.at_home, loads_.expert, shape_.num_experts());
     if (capped) warp_.each_of(shape_.num_experts(), [&](int e) { memory_.replicas[e] = 1; });
     Word waits, room,
@@ -248,20 +253,21 @@ class Planner {
       used.of[k] = 0;
       parent.of[k] = static_cast<uint32_t>(g);
     });
-    const auto busiest = [&] {
-      return warp_.largest([&](int k, int g) { return waits.of[k] != 0 ? rank_key(waits.of[k], g) | kSome : 0u; });
+    const auto next_giver = [&] {
+      return warp_.largest(
+          [&](int k, int g) { return waits.of[k] != 0 ? rank_key(waits.of[k] ^ flip_order, g) | kSome : 0u; });
     };
     warp_.sync();
     num_copies_ = 0;
     any_neither_ = false;
     bool all_full = true;  // those that have received
-    uint32_t giver_key = busiest();
+    uint32_t giver_key = next_giver();
     LPLB_UNROLL_BY(1)
     while (giver_key != 0) {
       const int giver = rank_of_key(giver_key);
       const int fewest = warp_.fewest();
       warp_.each_rank([&](int k, int g, bool) { waits.of[k] = g == giver ? 0 : waits.of[k]; });
-      giver_key = busiest();  // the next one
+      giver_key = next_giver();
       Largest from = loads_.largest[giver];
       int32_t excess = static_cast<int32_t>(loads_.home[giver] - limit);
       int sends = 0;

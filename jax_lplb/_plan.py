@@ -18,18 +18,24 @@ from jax_lplb._status import Status
 if TYPE_CHECKING:
     from jax_lplb._placement import Placement
 
-# Rules for who receives how much, by their number in ffi/plan.h.
-_FILL, _FIT, _MOST = 0, 1, 2
-# What is tried side by side: limits on the rank loads, as shares of what the target allows and then beyond it; the best
-# of those tried over traces and log-normal loads for 8 to 64 ranks, with one or two slots each.
-_WITHIN = ((_MOST, 1), (_MOST, 0.75), (_MOST, 0.5), (_MOST, 0.25), (_FIT, 1), (_FIT, 0.5), (_FILL, 1), (_FILL, 0.5))
+# Rules for who receives how much, by their number in ffi/plan.h; plus 4 where the busiest rank gives last.
+_FILL, _FIT, _MOST, _LAST = 0, 1, 2, 4
+# What is tried side by side: limits on the rank loads, as shares of what the target allows, and then beyond it. These
+# were the best of those tried over traces and log-normal loads for 8 to 64 ranks, with one or two slots each.
+_WITHIN = (
+    *((_MOST, 1), (_MOST, 0.5), (_MOST + _LAST, 1), (_MOST + _LAST, 0.5)),
+    *((_FIT, 1), (_FIT + _LAST, 1), (_FILL, 1), (_FILL + _LAST, 1)),
+)
+_BEYOND = (
+    *((_FILL, 0.005), (_FILL + _LAST, 0.005), (_FILL, 0.01), (_FILL + _LAST, 0.015)),
+    *((_FILL, 0.03), (_FILL + _LAST, 0.04), (_FILL, 0.07), (_FILL, 0.15)),
+)
 _CERTIFIED = 1e-4  # gap at which a candidate counts as certified, whatever the tolerance asked for
-_BEYOND = (0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.11, 0.2)
 
 
 def candidates(slack: float) -> tuple[np.ndarray, np.ndarray]:
     """Slacks, float32 [candidates], and rules, int32 [candidates], for a target that is so much above the mean."""
-    tried = [(rule, share * slack) for rule, share in _WITHIN] + [(_FILL, slack + beyond) for beyond in _BEYOND]
+    tried = [(rule, share * slack) for rule, share in _WITHIN] + [(rule, slack + beyond) for rule, beyond in _BEYOND]
     rules, slacks = zip(*tried, strict=True)
     return np.array(slacks, np.float32), np.array(rules, np.int32)
 
@@ -210,7 +216,7 @@ class _Copies(NamedTuple):
 
 
 _RECEIVER, _GIVER, _NEITHER = 0, 1, 2
-_RANK_BITS, _SOME = 127, np.uint32(1 << 31)  # of keys, see ffi/plan.h
+_SOME = np.uint32(1 << 31)  # of keys, see ffi/plan.h
 
 
 class _State(NamedTuple):
@@ -250,7 +256,7 @@ def _plan_group(
     floor = jnp.where(least < 1, 1, jnp.where(floor < most >> up, floor << up, most)).astype(jnp.uint32)
     home_load = jnp.sum(scaled, axis=1, dtype=jnp.uint32)
     mean = (total << up) // jnp.uint32(ranks)
-    even_enough = _limit(mean, jnp.float32(limits.slack)) | _RANK_BITS  # as far as keys tell
+    even_enough = _limit(mean, jnp.float32(limits.slack)) | _rank_bits(ranks)  # as far as keys tell
 
     def attempt(slack: jax.Array, rule: jax.Array) -> tuple[_Copies, jax.Array, jax.Array, jax.Array, jax.Array]:
         state = _give(scaled, floor, _limit(mean, slack), rule, limits)
@@ -320,19 +326,23 @@ def _give(scaled: jax.Array, least: jax.Array, limit: jax.Array, rule: jax.Array
         stuck=none[0] != 0,
     )
 
+    bits = _rank_bits(ranks)
+
     # Of the keys of ranks, the largest tells which rank has it, the first of the largest but for the last bits.
     def keys_of(values: jax.Array) -> jax.Array:
-        return (values & jnp.uint32(~_RANK_BITS & 0xFFFFFFFF)) | (_RANK_BITS - rank).astype(jnp.uint32)
+        return (values & jnp.uint32(~bits & 0xFFFFFFFF)) | (bits - rank).astype(jnp.uint32)
 
     def rank_of(key: jax.Array) -> jax.Array:
-        return _RANK_BITS - (key & _RANK_BITS).astype(jnp.int32)
+        return bits - (key & bits).astype(jnp.int32)
+
+    receives = rule % _LAST
 
     def step(state: _State) -> _State:
         """One copy; of the next giver where the one before has given enough."""
         done = state.excess <= 0
-        giver = jnp.where(
-            done, rank_of(jnp.max(jnp.where(state.waits != 0, keys_of(state.waits) | _SOME, 0))), state.giver
-        )
+        order = jnp.where(rule >= _LAST, ~state.waits, state.waits)
+        following_giver = rank_of(jnp.max(jnp.where(state.waits != 0, keys_of(order) | _SOME, 0)))
+        giver = jnp.where(done, following_giver, state.giver)
         excess = (state.load[giver] - limit).astype(jnp.int32)
         wanted = excess.astype(jnp.uint32)
         sends = jnp.where(done, 0, state.sends)
@@ -347,13 +357,13 @@ def _give(scaled: jax.Array, least: jax.Array, limit: jax.Array, rule: jax.Array
             return jnp.max(jnp.where(allowed & (room != 0), keys_of(values) | _SOME, 0))
 
         # The least room that is enough; else the most that the expert can fill; else the most.
-        enough = (room >= jnp.minimum(wanted, has)) & (rule != _MOST) & ((rule == _FILL) | (wanted <= has))
+        enough = (room >= jnp.minimum(wanted, has)) & (receives != _MOST) & ((receives == _FILL) | (wanted <= has))
         least_room = best(enough, ~room)
-        most_filled = best((room <= has) & (rule == _FIT), room)
+        most_filled = best((room <= has) & (receives == _FIT), room)
         key = jnp.where(least_room != 0, least_room, jnp.where(most_filled != 0, most_filled, best(room != 0, room)))
         receiver = rank_of(key)
         space = jnp.where(key != 0, room[receiver], 0)
-        only_excess = (rule != _FILL) & (has < space) & (wanted < has) & (wanted >= least)
+        only_excess = (receives != _FILL) & (has < space) & (wanted < has) & (wanted >= least)
         tokens = jnp.where(only_excess, wanted, jnp.minimum(space, has))
         settles = jnp.where(tokens == space, _RECEIVER, jnp.where(tokens == wanted, _GIVER, _NEITHER))
         copy = _Copies(expert, receiver, tokens, settles)
@@ -422,6 +432,11 @@ def _level(scaled: jax.Array, state: _State, mean_of_all: jax.Array) -> tuple[ja
     joined = jnp.any(neither & ((enters & ~leaves) | (leaves & ~enters & some_left)))
     bound = jnp.where(jnp.any(neither) & (lacks | joined), mean_of_all, jnp.where(largest > 0, largest - 1, 0))
     return takes, jnp.where(lacks, jnp.uint32(2**32 - 1), largest), bound
+
+
+def _rank_bits(ranks: int) -> int:
+    """Those of a key that tell its rank; as many as the custom calls have, or more where these are more ranks."""
+    return max(127, (1 << (ranks - 1).bit_length()) - 1)
 
 
 def _limit(mean: jax.Array, slack: jax.Array) -> jax.Array:
