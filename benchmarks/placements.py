@@ -50,6 +50,9 @@ PLACEMENTS: dict[str, Callable[[np.ndarray, int, int], lplb.Placement]] = {
     "eplb": lambda past, ranks, redundants: lplb.Placement.from_eplb(
         past, num_ranks=ranks, redundants_per_rank=redundants
     ),
+    "per_batch": lambda past, ranks, redundants: lplb.Placement.per_batch(
+        num_experts=past.shape[-1], num_ranks=ranks, redundants_per_rank=redundants
+    ),  # which knows nothing of the past, but the batch
 }
 
 
@@ -94,6 +97,7 @@ def judge(trace: str, sequences: np.ndarray, ranks: int, redundants: int) -> dic
         result[f"{name}_lp"], result[f"{name}_lp_assigned"] = solved[-1], one.assigned
         if np.any(solved[-1] > one.even * (1 + TOL)):
             sys.exit(f"{trace} {ranks}x{redundants} {name}: worse than the even split of the same placement")
+        copies = int(np.median(one.copies))
     result["best"] = np.min(solved, axis=0)
     of_even = result["best"] / result["eplb_even"]
     if np.any(of_even > 1 + TOL):
@@ -101,7 +105,7 @@ def judge(trace: str, sequences: np.ndarray, ranks: int, redundants: int) -> dic
     row: dict[str, Any] = {"bench": "placement", "case": f"{trace} {ranks}x{redundants}", "loads": len(now)}
     for name, values in result.items():
         row[name] = f"{np.median(values):.3f} / {np.percentile(values, 95):.3f}"
-    return row | {"worst_of_even": round(float(of_even.max()), 6)}
+    return row | {"copies_per_batch": copies, "worst_of_even": round(float(of_even.max()), 6)}
 
 
 def rebalancing(layers: int = 58, experts: int = 256, ranks: int = 64, slots: int = 320) -> list[dict[str, Any]]:

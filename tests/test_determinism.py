@@ -80,7 +80,7 @@ def test_ranks(options, implementation, platform, rng):
         out_specs=lplb.Balanced(P("ep"), *[P()] * 6),
     )
     out = jax.jit(run)(*inputs)
-    for values in out[1:]:
+    for values in jax.tree.leaves(out[1:]):
         copies = [np.asarray(shard.data) for shard in values.addressable_shards]
         assert len(copies) == len(devices)
         for copy in copies:
@@ -159,7 +159,7 @@ def test_remat_under_shard_map(sync, rng):
     assert_computed_twice(compiled)
     again, first = on_host(compiled(probes, ids))
     np.testing.assert_array_equal(np.concatenate(again.physical_ids, axis=1), first.physical_ids)
-    for values, expected in zip(again[1:], first[1:], strict=True):
+    for values, expected in zip(jax.tree.leaves(again[1:]), jax.tree.leaves(first[1:]), strict=True):
         np.testing.assert_array_equal(values, np.broadcast_to(expected, values.shape))
 
 

@@ -108,6 +108,53 @@ def test_pure_jax_plans_the_same_bits(case):
         np.testing.assert_array_equal(value, other, err_msg=name)
 
 
+@pytest.mark.gpu
+@by_case
+def test_gpus_plan_the_same_bits(case):
+    with jax.default_device(jax.devices("gpu")[0]):
+        on_gpu = planned.__wrapped__(case, "ffi")
+    jax.tree.map(np.testing.assert_array_equal, on_gpu, planned(case, "ffi"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"num_experts": 256, "num_ranks": 8, "redundants_per_rank": 1},
+        {"num_experts": 512, "num_ranks": 32, "redundants_per_rank": 3, "max_replicas": 4, "num_groups": 2},
+        {"num_experts": 256, "num_ranks": 64, "redundants_per_rank": 2},
+        {"num_experts": 384, "num_ranks": 96, "redundants_per_rank": 1, "max_sends": 3},
+        {"num_experts": 1536, "num_ranks": 128, "redundants_per_rank": 4, "min_tokens": 100},
+    ],
+    ids=lambda sizes: str(sizes["num_ranks"]),
+)
+def test_gpus_balance_as_cpus_do(sizes, rng):
+    place = lplb.Placement.per_batch(**sizes)
+    ranks, experts = place.num_ranks, place.num_experts
+    sigma = rng.uniform(0.3, 1.5, (16, 1))
+    noisy = rng.normal(0, sigma, (16, experts))[:, None] + rng.gumbel(size=(16, 32 * ranks, experts))
+    ids = np.argpartition(-noisy, 8, axis=2)[..., :8].astype(np.int32)
+    results = []
+    for platform in ("gpu", "cpu"):
+        with jax.default_device(jax.devices(platform)[0]):
+            run = jax.jit(jax.vmap(partial(lplb.balance, placement=place, implementation="ffi")))
+            results.append(jax.tree.map(np.asarray, run(ids)))
+    on_gpu, on_cpu = results
+    np.testing.assert_array_equal(on_gpu.placement.phy2log, on_cpu.placement.phy2log)
+    np.testing.assert_array_equal(on_gpu.placement.log2phy, on_cpu.placement.log2phy)
+    for of_batch, physical, phy2log in zip(ids, on_gpu.physical_ids, on_gpu.placement.phy2log, strict=True):
+        np.testing.assert_array_equal(phy2log[physical], of_batch)
+    assert np.all(on_gpu.gap <= helpers.TOL)
+    # Where the plan's own split stands all bits are equal; the interior-point method finds others, as good.
+    with jax.default_device(jax.devices("cpu")[0]):
+        least = jnp.int32(place.planning.min_tokens)
+        plan = jax.vmap(lambda load: _plan.plan(load, least, place, helpers.TOL, 0, "ffi", solve=False))
+        status = np.asarray(plan(on_cpu.load).status)
+    same = np.all(status != lplb.Status.MAX_ITERATIONS, axis=1)
+    assert same.any()
+    np.testing.assert_array_equal(on_gpu.physical_ids[same], on_cpu.physical_ids[same])
+
+
 @by_case
 def test_contents_of_a_plan(case):
     out = planned(case, "ffi")
