@@ -171,12 +171,15 @@ import jax, numpy as np
 import jax_lplb as lplb
 rng = np.random.default_rng(0)
 digest = hashlib.sha256()
-for topology, ranks in ((lplb.topology.cube(), 8), (lplb.topology.torus(8, 4), 32)):
-    place = lplb.Placement.from_topology(topology, num_experts=256, num_ranks=ranks, redundants_per_rank=2)
+places = [
+    lplb.Placement.from_topology(topology, num_experts=256, num_ranks=ranks, redundants_per_rank=2)
+    for topology, ranks in ((lplb.topology.cube(), 8), (lplb.topology.torus(8, 4), 32))
+]
+for place in (*places, lplb.Placement.per_batch(num_experts=256, num_ranks=16, redundants_per_rank=2)):
     weight = rng.lognormal(0, 1.5, 256)
     ids = rng.choice(256, (6, 1500, 4), p=weight / weight.sum()).astype(np.int32)
     out = jax.jit(jax.vmap(lambda ids: lplb.balance(ids, place, implementation="ffi")))(ids)
-    for leaf in out:
+    for leaf in jax.tree.leaves(out):
         digest.update(np.asarray(leaf).tobytes())
 print(jax.device_count(), digest.hexdigest())
 """
