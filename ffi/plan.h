@@ -78,7 +78,7 @@ struct PlanResults {
 // nullptr where the shape can be planned, else what is wrong with it.
 inline const char* check(const PlanShape& s) {
   if (const char* wrong = check(s.solve); wrong != nullptr) return wrong;
-  if (s.experts_per_rank < 1 || s.redundants() < 0) return "plan: a rank has at least one home and its slots";
+  if (s.experts_per_rank < 1 || s.redundants() < 1) return "plan: a rank has at least one home and one free slot";
   if (s.solve.num_groups * s.num_experts() != s.solve.num_experts) return "plan: experts are the ranks' homes";
   if (s.num_candidates < 1 || s.num_candidates > kMaxCandidates) return "plan: 1 to 16 candidates";
   return nullptr;
@@ -244,8 +244,8 @@ class Planner {
     const uint32_t flip_order = static_cast<uint32_t>(warp_.keep(candidate.busiest_last ? -1 : 0));
     warp_.copy(memory_.at_home, loads_.expert, shape_.num_experts());
     if (capped) warp_.each_of(shape_.num_experts(), [&](int e) { memory_.replicas[e] = 1; });
-    Word waits, room,
-        used;  // load of ranks that have yet to give; tokens that a rank may receive; slots that it has used
+    // Load of ranks that have yet to give; tokens that a rank may receive; slots that it has used.
+    Word waits, room, used;
     warp_.each_rank([&](int k, int g, bool own) {
       load.of[k] = own ? loads_.home[g] : 0;
       waits.of[k] = load.of[k] > limit ? load.of[k] : 0;

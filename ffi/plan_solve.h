@@ -16,8 +16,7 @@ inline SolveShape after_plan(const PlanShape& shape) {
 
 inline void plan_solve_cpu(const PlanShape& shape, const PlanOperands& in, const PlanResults& out) {
   plan_cpu(shape, in, out);
-  if (shape.max_copies() > 0 && shape.solve.max_iterations > 0)
-    solve_cpu(after_plan(shape), {in.load, out.log2phy}, out.split);
+  if (shape.solve.max_iterations > 0) solve_cpu(after_plan(shape), {in.load, out.log2phy}, out.split);
 }
 
 inline void plan_assign_cpu(const PlanShape& plan_shape, const PlanOperands& plan_in, const PlanResults& planned,
@@ -30,7 +29,7 @@ inline void plan_assign_cpu(const PlanShape& plan_shape, const PlanOperands& pla
 inline cudaError_t plan_solve_cuda(cudaStream_t stream, const PlanShape& shape, const PlanOperands& in,
                                    const PlanResults& out) {
   const cudaError_t error = plan_cuda(stream, shape, in, out);
-  if (error != cudaSuccess || shape.max_copies() == 0 || shape.solve.max_iterations == 0) return error;
+  if (error != cudaSuccess || shape.solve.max_iterations == 0) return error;
   return solve_after_plan_cuda(stream, after_plan(shape), {in.load, out.log2phy}, out.split);
 }
 

@@ -1,7 +1,7 @@
 """`balance`: count, add up over the axis, choose copies where they are chosen for each batch, solve, assign."""
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -128,10 +128,14 @@ def balance(
     of_ids: Any = spec_of(expert_ids)
     out_specs = Balanced(of_ids, *[replicated] * (len(Balanced._fields) - 1))
 
-    def run(expert_ids: jax.Array, load: jax.Array | None, placement: Placement) -> Balanced:
-        return _balance(expert_ids, load, placement, axis_name, num_shards, sync, options, num_sms, implementation)
+    chosen, nothing = placement.planning is not None, cast(Placement, None)
 
-    return with_auto_axes(run, out_specs, expert_ids, load, placement)
+    def run(expert_ids: jax.Array, load: jax.Array | None, placement: Placement) -> Balanced:
+        out = _balance(expert_ids, load, placement, axis_name, num_shards, sync, options, num_sms, implementation)
+        return out if chosen else out._replace(placement=nothing)
+
+    out = with_auto_axes(run, out_specs, expert_ids, load, placement)
+    return out if chosen else out._replace(placement=placement)  # as it was given, on the host maybe
 
 
 def _balance(

@@ -39,6 +39,7 @@ def cases() -> dict:
         topology.cube(), num_experts=EXPERTS, num_ranks=RANKS, redundants_per_rank=2, repeats=True
     )
     eplb = lplb.Placement.from_eplb(rng.lognormal(0, 1, EXPERTS), num_ranks=RANKS, redundants_per_rank=2)
+    planned = lplb.Placement.per_batch(num_experts=EXPERTS, num_ranks=RANKS, redundants_per_rank=2)
     ids = skewed_ids(rng, 160, 4, EXPERTS)
     load = np.bincount(ids.ravel(), minlength=EXPERTS).astype(np.int32)
     weights = rng.normal(size=(EXPERTS, 4)).astype(np.float32)
@@ -48,6 +49,8 @@ def cases() -> dict:
         "solve": (lambda load: lplb.solve(load, place), load),
         "assign": (lambda ids, load, split: lplb.assign(ids, split, place, load=load), ids, load, split),
         "balance": (lambda ids: lplb.balance(ids, place), ids),
+        "balance per batch": (lambda ids: lplb.balance(ids, planned), ids),
+        "choose": (lambda load: planned.choose(load), load),
         "balance by load": (lambda ids, load: lplb.balance(ids, eplb, load=load), ids, load),
         "select": (lambda load: place.select(load), load),
         "select with repeats": (lambda load: wide.select(load), load),
@@ -80,7 +83,12 @@ def test_equals_unsharded(cases, mesh, in_context):
         for result in results:
             for got, want in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
                 np.testing.assert_array_equal(got, want, err_msg=name)
-        if mesh.axis_types[0] == AxisType.Explicit and name in ("assign", "balance", "permute_experts"):
+        if mesh.axis_types[0] == AxisType.Explicit and name in (
+            "assign",
+            "balance",
+            "balance per batch",
+            "permute_experts",
+        ):
             first = jax.tree.leaves(results[0])[0]  # of the tokens, or the rows: as they came
             assert first.sharding.is_equivalent_to(sharding, first.ndim)
 
