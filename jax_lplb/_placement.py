@@ -499,9 +499,10 @@ class Placement:
           ValueError: it has the wrong shape, or the placement has no topology, or no room for repeats.
         """
         if self.topology is None:
+            cure = "make a new Placement.from_eplb" if self.planning is None else "use Placement.choose"
             raise ValueError(
                 "select needs a placement along a topology (Placement.from_topology), in which copies have slots of "
-                "their own; make a new Placement.from_eplb instead"
+                f"their own; {cure} instead"
             )
         if not isinstance(load, (jax.Array, np.ndarray)) or not (
             jnp.issubdtype(load.dtype, jnp.integer) or jnp.issubdtype(load.dtype, jnp.floating)

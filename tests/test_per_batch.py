@@ -575,3 +575,8 @@ def test_weights_of_chosen_copies():
     expected = np.zeros(rows.shape)
     np.add.at(expected, place.phy2log[held[:, 0]], probe[held[:, 0]])
     np.testing.assert_allclose(pull(jnp.asarray(probe, jnp.float32))[0], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_select_names_the_cure():
+    with pytest.raises(ValueError, match=r"select needs a placement along a topology .* use Placement\.choose instead"):
+        PLACE.select(np.ones(EXPERTS, np.int32))
