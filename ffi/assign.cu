@@ -1,6 +1,7 @@
 #include <type_traits>
 
 #include "assign.h"
+#include "launch.cuh"
 
 namespace lplb {
 namespace {
@@ -364,23 +365,6 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
   wait_for_launch<kAhead>();  // a block without ids, too: what comes after this kernel relies on the end
 }
 
-// As programmatic dependent launch, or after the end of the launch before.
-template <class... Parameters, class... Arguments>
-cudaError_t launch(cudaStream_t stream, dim3 grid, int threads, size_t shared_bytes, bool ahead,
-                   void (*kernel)(Parameters...), const Arguments&... arguments) {
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = threads;
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = ahead ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
-}
-
 using Kernel = void (*)(AssignShape, AssignOperands, AssignResults, uint32_t);
 // By whether a thread takes several ids at once, shares are prepared, and the launch is ahead.
 constexpr Kernel kKernels[2][2][2] = {{{assign_kernel<1, false, false>, assign_kernel<1, false, true>},
@@ -448,13 +432,6 @@ cudaError_t assign_after_solve_cuda(cudaStream_t stream, const AssignShape& shap
   if (const cudaError_t error = runs_hopper_code(&hopper); error != cudaSuccess) return error;
   return is_narrow(shape) ? launch_assign(stream, shape, in, out, false, hopper)
                           : launch_both(stream, shape, in, out, hopper, hopper);
-}
-
-cudaError_t assign_prepared_cuda(cudaStream_t stream, const AssignShape& shape, const AssignOperands& in,
-                                 const AssignResults& out) {
-  bool hopper;
-  if (const cudaError_t error = runs_hopper_code(&hopper); error != cudaSuccess) return error;
-  return launch_assign(stream, shape, in, out, true, hopper);
 }
 
 }  // namespace lplb

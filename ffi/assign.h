@@ -43,14 +43,10 @@ cudaError_t prepare_assign_cuda();
 cudaError_t assign_cuda(cudaStream_t stream, const AssignShape& shape, const AssignOperands& in,
                         const AssignResults& out);
 // Where the launch before this one on the stream is that of the solve which writes `split`, a plan before it may have
-// written log2phy, and all else is older: on
-// devices that can, tokens are numbered while it runs (programmatic dependent launch).
+// written log2phy, and all else is older: on devices that can, tokens are numbered while it runs (programmatic
+// dependent launch).
 cudaError_t assign_after_solve_cuda(cudaStream_t stream, const AssignShape& shape, const AssignOperands& in,
                                     const AssignResults& out);
-// Where the launch before this one on the stream writes the prepared shares to `workspace`, of prepared_words for each
-// batch element, and all else is older. Reads neither split nor log2phy nor load.
-cudaError_t assign_prepared_cuda(cudaStream_t stream, const AssignShape& shape, const AssignOperands& in,
-                                 const AssignResults& out);
 #endif
 
 // ---- Shares: what each replica takes --------------------------------------------------------------------------------

@@ -1,5 +1,8 @@
-// What a text for both platforms needs to name: device functions, and loops to unroll.
+// What a text for both platforms needs to name: device functions, loops to unroll, and powers of two.
 #pragma once
+
+#include <cmath>
+#include <cstdint>
 
 #ifdef __CUDACC__
 #define LPLB_DEVICE __device__ __forceinline__
@@ -17,3 +20,27 @@
 #define LPLB_UNROLL
 #define LPLB_UNROLL_BY(n)
 #endif
+
+namespace lplb {
+
+// Bits by which loads of this sum are scaled: to below 2^30, where it is not above.
+LPLB_DEVICE int scaling_bits(uint32_t total) {
+#ifdef __CUDA_ARCH__
+  const int zeros = __clz(static_cast<int>(total));
+#else
+  int zeros = 0;
+  while (zeros < 32 && (total << zeros & 0x80000000u) == 0) ++zeros;
+#endif
+  return total != 0 && zeros > 2 ? zeros - 2 : 0;
+}
+
+// 2^exponent, from -126 on.
+LPLB_DEVICE float power_of_two(int exponent) {
+#ifdef __CUDA_ARCH__
+  return __int_as_float((127 + exponent) << 23);
+#else
+  return std::ldexp(1.0f, exponent);
+#endif
+}
+
+}  // namespace lplb

@@ -97,8 +97,6 @@ struct CudaWarp {
   __device__ uint32_t at_least(uint32_t word, uint32_t bound) const {
     return __ballot_sync(kFullWarp, static_cast<int32_t>(word) >= static_cast<int32_t>(bound));
   }
-  __device__ float power_of_two(int exponent) const { return __int_as_float((127 + exponent) << 23); }
-  __device__ int leading_zeros(uint32_t value) const { return __clz(static_cast<int>(value)); }
   __device__ int count(uint32_t set) const { return __popc(set); }
   __device__ uint32_t leaving(int colour, uint32_t set, uint32_t share) const {
     return (set >> other[colour] & 1) != 0 ? 0 : share;

@@ -73,7 +73,7 @@ LPLB_DEVICE float set_width(float tol, int sweep) {
 // Block: kThreads; thread(); zero(), add(), largest() on shared memory; add_by_rank(); read_pair(), write_pair(),
 // divide().
 // Warp: Word; kColours, at least num_colours(); each_rank(), each_edge(); partner(), sign(), shift_right(), clamp();
-// largest(), sum(), at_least(), count(), leaving(); leading_zeros(), power_of_two(), divide().
+// largest(), sum(), at_least(), count(), leaving(), divide().
 class EdgeBalance {
  public:
   LPLB_DEVICE EdgeBalance(const SolveShape& shape, const SolveOperands& in, const SolveResults& out, int batch,
@@ -157,8 +157,7 @@ class EdgeBalance {
     Outcome<Word> outcome = {load, 0.0f, 1.0f, 0, 0, replicated ? kConverged : kSkipped};
     const uint32_t total = warp.sum(kAllRanks, load);
     if (replicated && total > 0) {
-      const int zeros = warp.leading_zeros(total);
-      outcome.shift = zeros > 2 ? zeros - 2 : 0;  // to below 2**30, where it is not above
+      outcome.shift = scaling_bits(total);
       outcome.load = load << outcome.shift;
       LPLB_UNROLL
       for (int c = 0; c < colours; ++c) at_home[c] = at_home[c] << outcome.shift;
@@ -187,7 +186,7 @@ class EdgeBalance {
   LPLB_DEVICE void report(const Warp& warp, Outcome<Word>& outcome) const {
     const float gap = warp.divide(outcome.missing, outcome.whole);
     warp.each_rank(outcome.load, [&](int g, uint32_t& word) {
-      if (g < shape_.group_size) rank_load_[g] = to_float(word) * warp.power_of_two(-outcome.shift);
+      if (g < shape_.group_size) rank_load_[g] = to_float(word) * power_of_two(-outcome.shift);
       if (g == 0) {
         *gap_ = outcome.status == kConverged ? fminf(gap, shape_.tol) : gap;
         *iterations_ = outcome.sweeps;

@@ -105,11 +105,6 @@ struct SerialWarp {
     }
     return set;
   }
-  int leading_zeros(uint32_t value) const {
-    int result = 0;
-    while (result < 32 && (value << result & 0x80000000u) == 0) ++result;
-    return result;
-  }
   int count(uint32_t set) const {
     int result = 0;
     for (; set != 0; set &= set - 1) ++result;
@@ -119,7 +114,6 @@ struct SerialWarp {
     return each_lane([&](int i) { return (set >> colouring.partner[colour][i] & 1) != 0 ? 0 : share.lane[i]; });
   }
   float divide(float a, float b) const { return a / b; }
-  float power_of_two(int exponent) const { return std::ldexp(1.0f, exponent); }
 };
 
 }  // namespace

@@ -318,13 +318,12 @@ ffi::Error plan_assign(Launch launch, Ids expert_ids, Ids starts, Ids load, Ids 
 
 // Appends the operands, results and attributes of each call, in the order of the functions above.
 template <class Binding>
+auto bind_chunks(Binding&& binding) {
+  return std::move(binding).template Attr<int64_t>("chunk_size").template Attr<int64_t>("num_sms");
+}
+template <class Binding>
 auto bind_count(Binding binding) {
-  return std::move(binding)
-      .template Arg<Ids>()
-      .template Ret<Ids>()
-      .template Ret<Ids>()
-      .template Attr<int64_t>("chunk_size")
-      .template Attr<int64_t>("num_sms");
+  return bind_chunks(std::move(binding).template Arg<Ids>().template Ret<Ids>().template Ret<Ids>());
 }
 template <class Binding>
 auto bind_solve_results(Binding&& binding) {
@@ -344,20 +343,23 @@ template <class Binding>
 auto bind_solve(Binding binding) {
   return bind_solve_results(std::move(binding).template Arg<Ids>().template Arg<Ids>());
 }
+// Six operands of integers, and the results of an assignment.
+template <class Binding>
+auto bind_assigned(Binding&& binding) {
+  return std::move(binding)
+      .template Arg<Ids>()
+      .template Arg<Ids>()
+      .template Arg<Ids>()
+      .template Arg<Ids>()
+      .template Arg<Ids>()
+      .template Arg<Ids>()
+      .template Ret<Ids>()
+      .template Ret<Ids>()
+      .template Ret<Ids>();
+}
 template <class Binding>
 auto bind_solve_assign(Binding binding) {
-  return bind_solve_results(std::move(binding)
-                                .template Arg<Ids>()
-                                .template Arg<Ids>()
-                                .template Arg<Ids>()
-                                .template Arg<Ids>()
-                                .template Arg<Ids>()
-                                .template Arg<Ids>()
-                                .template Ret<Ids>()
-                                .template Ret<Ids>()
-                                .template Ret<Ids>())
-      .template Attr<int64_t>("chunk_size")
-      .template Attr<int64_t>("num_sms");
+  return bind_chunks(bind_solve_results(bind_assigned(std::move(binding))));
 }
 template <class Binding>
 auto bind_plan_results(Binding&& binding) {
@@ -383,34 +385,21 @@ auto bind_plan(Binding binding) {
 }
 template <class Binding>
 auto bind_plan_assign(Binding binding) {
-  return bind_plan_results(std::move(binding)
-                               .template Arg<Ids>()
-                               .template Arg<Ids>()
-                               .template Arg<Ids>()
-                               .template Arg<Ids>()
-                               .template Arg<Ids>()
-                               .template Arg<Ids>()
-                               .template Ret<Ids>()
-                               .template Ret<Ids>()
-                               .template Ret<Ids>())
-      .template Attr<int64_t>("chunk_size")
-      .template Attr<int64_t>("num_sms");
+  return bind_chunks(bind_plan_results(bind_assigned(std::move(binding))));
 }
 template <class Binding>
 auto bind_assign(Binding binding) {
-  return std::move(binding)
-      .template Arg<Ids>()
-      .template Arg<Ids>()
-      .template Arg<Reals>()
-      .template Arg<Ids>()
-      .template Arg<Ids>()
-      .template Arg<Ids>()
-      .template Ret<Ids>()
-      .template Ret<Ids>()
-      .template Ret<Ids>()
-      .template Attr<int64_t>("num_physical")
-      .template Attr<int64_t>("chunk_size")
-      .template Attr<int64_t>("num_sms");
+  return bind_chunks(std::move(binding)
+                         .template Arg<Ids>()
+                         .template Arg<Ids>()
+                         .template Arg<Reals>()
+                         .template Arg<Ids>()
+                         .template Arg<Ids>()
+                         .template Arg<Ids>()
+                         .template Ret<Ids>()
+                         .template Ret<Ids>()
+                         .template Ret<Ids>()
+                         .template Attr<int64_t>("num_physical"));
 }
 
 }  // namespace

@@ -75,7 +75,6 @@ struct CudaWarp {
 
   __device__ __forceinline__ CudaWarp(int num_ranks, BlockShared* shared)
       : lane(threadIdx.x % kWarp), num_ranks(num_ranks), shared(shared) {}
-  __device__ __forceinline__ bool first() const { return lane == 0; }
   __device__ __forceinline__ void sync() const { __syncwarp(); }
   template <class F>
   __device__ __forceinline__ void each_of(int count, F visit) const {
@@ -206,8 +205,6 @@ struct CudaBlock {
       }
     }
   }
-  __device__ __forceinline__ int leading_zeros(uint32_t value) const { return __clz(static_cast<int>(value)); }
-  __device__ __forceinline__ float power_of_two(int exponent) const { return __int_as_float((127 + exponent) << 23); }
 };
 
 // The first of the best, known to all lanes.

@@ -88,7 +88,7 @@ void plan_cpu(const PlanShape& shape, const PlanOperands& in, const PlanResults&
 #ifdef LPLB_CUDA
 // As prepare_solve_cuda.
 cudaError_t prepare_plan_cuda();
-// One thread block for each group and batch.
+// A cluster of thread blocks for each group and batch, or one block on devices without clusters.
 cudaError_t plan_cuda(cudaStream_t stream, const PlanShape& shape, const PlanOperands& in, const PlanResults& out);
 #endif
 
@@ -500,8 +500,7 @@ class PlanGroup {
     block_.fill(slots_, phy2log_, -1, phy2log_, -1);
     block_.sync();
     const uint32_t total = *loads_.total;
-    const int bits = block_.leading_zeros(total) - 2;
-    shift_ = total != 0 && bits > 0 ? bits : 0;
+    shift_ = scaling_bits(total);
     block_.each_of(experts_, [&](int e) { loads_.expert[e] <<= shift_; });
     loads_.least = least < 1 ? 1 : least < INT32_MAX >> shift_ ? least << shift_ : INT32_MAX;
     block_.sync();
@@ -521,7 +520,7 @@ class PlanGroup {
   // Writes the tables and the split. Uses up the loads; `left` [experts] is memory to work in.
   LPLB_DEVICE void write(const PlanScore& score, const Copy* copies, uint32_t* left) {
     const SolveShape& s = shape_.solve;
-    const float unit = block_.power_of_two(-shift_);
+    const float unit = power_of_two(-shift_);
     const bool at_home = stays_at_home();
     const uint32_t most_at_home = at_home ? most() : 0;
     block_.each_of(experts_, [&](int e) { left[e] = loads_.expert[e]; });

@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <cmath>
 #include <memory>
 
 #include "plan.h"
@@ -31,12 +30,6 @@ struct SerialBlock {
       }
     }
   }
-  int leading_zeros(uint32_t value) const {
-    int zeros = 0;
-    for (uint32_t bit = 1u << 31; bit != 0 && (value & bit) == 0; bit >>= 1) ++zeros;
-    return zeros;
-  }
-  float power_of_two(int exponent) const { return std::ldexp(1.0f, exponent); }
 };
 
 // All lanes at once.

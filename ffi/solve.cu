@@ -1,6 +1,7 @@
 #include <utility>
 
 #include "count.h"
+#include "launch.cuh"
 #include "solve_block.cuh"
 #ifdef LPLB_MATHDX
 #include "solve_mathdx.h"
@@ -48,21 +49,12 @@ cudaError_t with_block(int group_size, int max_variables, int max_replicas, Visi
 }
 
 // `ahead`: of the end of the launch before this one.
-cudaError_t launch(cudaStream_t stream, const SolveShape& shape, const SolveOperands& in, const SolveResults& out,
-                   bool ahead) {
+cudaError_t launch_solve(cudaStream_t stream, const SolveShape& shape, const SolveOperands& in, const SolveResults& out,
+                         bool ahead) {
   return with_block(shape.group_size, shape.max_variables, shape.max_replicas, [&](auto block) {
     using Block = decltype(block);
-    cudaLaunchAttribute attribute;
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(shape.num_groups, shape.num_batches);
-    config.blockDim = Block::kSetupThreads;
-    config.dynamicSmemBytes = carve_shared(nullptr, shape, nullptr);
-    config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = ahead ? 1 : 0;
-    return cudaLaunchKernelEx(&config, solve_kernel<Block>, shape, in, out);
+    return launch(stream, dim3(shape.num_groups, shape.num_batches), Block::kSetupThreads,
+                  carve_shared(nullptr, shape, nullptr), ahead, solve_kernel<Block>, shape, in, out);
   });
 }
 
@@ -97,14 +89,14 @@ cudaError_t solve_cuda(cudaStream_t stream, const SolveShape& shape, const Solve
 
 cudaError_t solve_plain_cuda(cudaStream_t stream, const SolveShape& shape, const SolveOperands& in,
                              const SolveResults& out) {
-  return launch(stream, shape, in, out, false);
+  return launch_solve(stream, shape, in, out, false);
 }
 
 cudaError_t solve_after_plan_cuda(cudaStream_t stream, const SolveShape& shape, const SolveOperands& in,
                                   const SolveResults& out) {
   bool ahead;
   if (const cudaError_t error = runs_hopper_code(&ahead); error != cudaSuccess) return error;
-  return launch(stream, shape, in, out, ahead);
+  return launch_solve(stream, shape, in, out, ahead);
 }
 
 }  // namespace lplb

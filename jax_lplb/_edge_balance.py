@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 
 from jax_lplb import _ffi
+from jax_lplb._load import power_of_two
 from jax_lplb._placement import Placement
 from jax_lplb._status import Status
 from jax_lplb.topology import Topology
@@ -217,8 +218,14 @@ def _solve_group(
         search.converged, Status.CONVERGED, jnp.where(improved, Status.MAX_ITERATIONS, Status.EVEN_SPLIT)
     )
     status = jnp.where(solvable, status, jnp.where(below | ~replicated, Status.SKIPPED, Status.CONVERGED))
-    unit = lax.bitcast_convert_type((127 - shift) << 23, jnp.float32)  # 2**-shift
-    return at_home - share, shift, load.astype(jnp.float32) * unit, gap, search.sweeps, status.astype(jnp.int32)
+    return (
+        at_home - share,
+        shift,
+        load.astype(jnp.float32) * power_of_two(-shift),
+        gap,
+        search.sweeps,
+        status.astype(jnp.int32),
+    )
 
 
 def _relaxation_shift(sweep: jax.Array) -> jax.Array:

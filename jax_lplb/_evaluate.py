@@ -16,13 +16,7 @@ from jax_lplb._assign import quota_rank_load
 from jax_lplb._checks import check_count
 from jax_lplb._load import in_units
 from jax_lplb._placement import Placement, beyond_custom_calls, check_contents, slots_of_experts
-from jax_lplb._solve import (
-    Solver,
-    certified_bound,
-    check_options,
-    check_placement,
-    solve_fractions,
-)
+from jax_lplb._solve import Solver, certified_bound, check_options, check_placement, solve_fractions
 
 _AT_ONCE = 256  # loads of one call, at most
 _ELEMENTS = 2**28  # of the largest array, in pure JAX

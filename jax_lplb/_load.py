@@ -24,10 +24,10 @@ def to_integers(load: jax.Array) -> tuple[jax.Array, Unit | None]:
     # bounds they, or the ranks' loads, would leave float32's range.
     exponent = jnp.clip((lax.bitcast_convert_type(most, jnp.int32) >> 23) - 126, -125, 115)  # most < 2**exponent
     coarse_bits = 30 - (load.shape[0] - 1).bit_length()  # if all loads were the largest
-    coarse = jnp.minimum(load * _power_of_two(-exponent), 1) * 2.0**coarse_bits
+    coarse = jnp.minimum(load * power_of_two(-exponent), 1) * 2.0**coarse_bits
     total = jnp.sum(_rounded(coarse), dtype=jnp.int32)
     more_bits = jnp.maximum(lax.clz(total) - 2, 0)
-    return _rounded(coarse * _power_of_two(more_bits)), Unit(coarse_bits, more_bits, exponent)
+    return _rounded(coarse * power_of_two(more_bits)), Unit(coarse_bits, more_bits, exponent)
 
 
 def _rounded(load: jax.Array) -> jax.Array:
@@ -39,7 +39,7 @@ def in_tokens(rank_load: jax.Array, unit: Unit | None) -> jax.Array:
     """Rank loads of `to_integers`' loads, in the unit of those it was given."""
     if unit is None:
         return rank_load
-    return rank_load * 2.0**-unit.coarse_bits * _power_of_two(-unit.more_bits) * _power_of_two(unit.exponent)
+    return rank_load * 2.0**-unit.coarse_bits * power_of_two(-unit.more_bits) * power_of_two(unit.exponent)
 
 
 def in_units(tokens: int, unit: Unit | None) -> jax.Array:
@@ -47,9 +47,10 @@ def in_units(tokens: int, unit: Unit | None) -> jax.Array:
     if unit is None:
         return jnp.int32(min(tokens, 2**31 - 1))
     whole = float(min(tokens, 2**127))  # as float32 holds
-    scaled = whole * _power_of_two(-unit.exponent) * 2.0**unit.coarse_bits * _power_of_two(unit.more_bits)
+    scaled = whole * power_of_two(-unit.exponent) * 2.0**unit.coarse_bits * power_of_two(unit.more_bits)
     return jnp.minimum(scaled, 2.0**30).astype(jnp.int32)  # all loads together are not more
 
 
-def _power_of_two(exponent: jax.Array) -> jax.Array:
+def power_of_two(exponent: jax.Array) -> jax.Array:
+    """float32, of int32 exponents from -126 on."""
     return lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)

@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from jax_lplb import _ffi, _interior_point
-from jax_lplb._load import in_units, to_integers
+from jax_lplb._load import in_units, power_of_two, to_integers
 from jax_lplb._status import Status
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def plan_groups(
         _share(taken.reshape(-1), whole.at[jnp.maximum(copied, 0)].get()), mode="drop"
     )
 
-    unit = lax.bitcast_convert_type((127 - shift) << 23, jnp.float32)
+    unit = power_of_two(-shift)
     in_tokens = (rank_load.astype(jnp.float32) * unit[:, None]).reshape(-1)
     some = jnp.any(by_slot >= 0, axis=(1, 2))
     home_load = (jnp.sum(by_group, axis=2, dtype=jnp.int32) << shift[:, None]).astype(jnp.uint32)
