@@ -11,12 +11,14 @@ constexpr unsigned kFullWarp = 0xffffffffu;
 constexpr size_t kSharedBytes = 98 * 1024;  // what every device has, less a little
 
 constexpr int kMaxCluster = 8;  // what every device with clusters has
+constexpr int kHelpers = 2;     // warps of a block that do not plan: they read and write, and clear the tables
 
 // A block's shared memory, but for that of experts and copies.
 struct BlockShared {
-  uint32_t total;
+  uint32_t sums[kMaxCandidates + kHelpers];  // of each warp
   uint32_t home[kMaxGroupRanks];
   Largest largest[kMaxGroupRanks];
+  Giver busiest[kMaxGroupRanks];
   int fewest_copies;  // of the candidates that are even enough, in all blocks
   PlanScore scores[kMaxCandidates];
 };
@@ -43,10 +45,15 @@ __device__ void sync_blocks() {
   __syncthreads();
 #endif
 }
-// Between these two all blocks begin: from then on their shared memory is there.
-__device__ void begin_blocks() {
+// Between these two all blocks begin: from then on their shared memory is there, and what a thread that `writes` has
+// written there. Others need not wait for their writes.
+__device__ void begin_blocks(bool writes) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;" : : : "memory");
+  if (writes) {
+    asm volatile("barrier.cluster.arrive.release.aligned;" : : : "memory");
+  } else {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" : : : "memory");
+  }
 #endif
 }
 __device__ void await_blocks() {
@@ -72,9 +79,12 @@ struct CudaWarp {
   };
   int lane, num_ranks;
   BlockShared* shared;
+  uint32_t fewest_copies;  // its address
 
   __device__ __forceinline__ CudaWarp(int num_ranks, BlockShared* shared)
-      : lane(threadIdx.x % kWarp), num_ranks(num_ranks), shared(shared) {}
+      : lane(threadIdx.x % kWarp), num_ranks(num_ranks), shared(shared) {
+    fewest_copies = keep(static_cast<int>(__cvta_generic_to_shared(&shared->fewest_copies)));
+  }
   __device__ __forceinline__ void sync() const { __syncwarp(); }
   template <class F>
   __device__ __forceinline__ void each_of(int count, F visit) const {
@@ -87,12 +97,22 @@ struct CudaWarp {
     for (int k = 0; k < kWords; ++k) visit(k, k * kWarp + lane, k * kWarp + lane < num_ranks);
   }
   __device__ __forceinline__ uint32_t get(const Word& word, int rank) const {
-    uint32_t mine = word.of[0];
+    uint32_t value = 0;
 #pragma unroll
-    for (int k = 1; k < kWords; ++k) mine = rank / kWarp == k ? word.of[k] : mine;
-    return __shfl_sync(kFullWarp, mine, rank % kWarp);
+    for (int k = 0; k < kWords; ++k) {
+      const uint32_t other = __shfl_sync(kFullWarp, word.of[k], rank % kWarp);
+      value = k == 0 || rank / kWarp == k ? other : value;
+    }
+    return value;
   }
   __device__ __forceinline__ bool any(bool holds) const { return __any_sync(kFullWarp, holds) != 0; }
+  template <class F>
+  __device__ __forceinline__ int count(F holds) const {
+    int count = 0;
+#pragma unroll
+    for (int k = 0; k < kWords; ++k) count += __popc(__ballot_sync(kFullWarp, holds(k, k * kWarp + lane)));
+    return count;
+  }
   // The words of ranks that differ from lane to lane.
   __device__ __forceinline__ Word gather(const Word& word, const Word& ranks) const {
     Word gathered;
@@ -116,19 +136,32 @@ struct CudaWarp {
   __device__ __forceinline__ uint32_t most(const Word& word) const {
     return largest([&](int k, int) { return word.of[k]; });
   }
-  template <class F>
-  __device__ __forceinline__ Largest largest_of(int count, F value) const {
-    Largest mine = {0, 0};
+  // Of a rank's experts those of the lane.
+  __device__ __forceinline__ Largest own_largest(const uint32_t* tokens, int first, int count) const {
+    Largest own = {lane < count ? tokens[first + lane] : 0, first + lane};
+    if (count > kWarp) {
 #pragma unroll 1
-    for (int i = lane; i < count; i += kWarp) mine.take(value(i), i);
-    const uint32_t tokens = __reduce_max_sync(kFullWarp, mine.tokens);
-    return {tokens, __reduce_min_sync(kFullWarp, mine.tokens == tokens ? mine.expert : INT32_MAX)};
+      for (int i = lane + kWarp; i < count; i += kWarp) own.take(tokens[first + i], first + i);
+    }
+    return own;
   }
-  // In a register: read anew from the parameters it would cost more.
-  __device__ __forceinline__ int keep(int value) const {
-    asm volatile("" : "+r"(value));
-    return value;
+  // The lane whose largest it is gets another number of tokens for it.
+  __device__ __forceinline__ void replace(uint32_t* tokens, int first, int count, const Largest& by,
+                                          Largest& own) const {
+    const bool mine = own.expert == by.expert;
+    if (mine) own.tokens = by.tokens;
+    if (count > kWarp && mine) {
+      tokens[by.expert] = by.tokens;
+      own = own_largest(tokens, first, count);
+    }
   }
+  // Of all lanes' the largest, the first of those.
+  __device__ __forceinline__ Largest largest(const Largest& own) const {
+    const uint32_t tokens = __reduce_max_sync(kFullWarp, own.tokens);
+    return {tokens, __reduce_min_sync(kFullWarp, own.tokens == tokens ? own.expert : INT32_MAX)};
+  }
+  // In a register: read anew from the parameters, as the compiler likes to, it would cost more.
+  __device__ __forceinline__ int keep(int value) const { return __shfl_sync(kFullWarp, value, 0); }
   __device__ __forceinline__ void add(uint32_t* target, uint32_t value) const { atomicAdd(target, value); }
   // Aligned to 16 bytes, and with room up to a multiple of that.
   __device__ __forceinline__ void copy(uint32_t* target, const uint32_t* source, int count) const {
@@ -140,13 +173,18 @@ struct CudaWarp {
   __device__ __forceinline__ void announce(int num_copies) const {
     if (lane < num_blocks()) atomicMin(&shared_of(lane, shared)->fewest_copies, num_copies);
   }
-  // As one lane reads it: others may announce at any time.
+  // Others may announce at any time: lanes may read different numbers.
   __device__ __forceinline__ int fewest() const {
-    return __shfl_sync(kFullWarp, *static_cast<volatile int*>(&shared->fewest_copies), 0);
+    int fewest;
+    asm volatile("ld.volatile.shared.s32 %0, [%1];" : "=r"(fewest) : "r"(fewest_copies));
+    return fewest;
   }
 };
 
 struct CudaBlock {
+  uint32_t* sums;    // [warps] to work in
+  int first_helper;  // thread
+
   __device__ __forceinline__ bool first() const { return threadIdx.x == 0; }
   __device__ __forceinline__ void sync() const { __syncthreads(); }
   template <class F>
@@ -156,13 +194,35 @@ struct CudaBlock {
   }
   // Integers: the order does not show.
   __device__ __forceinline__ void add(uint32_t* target, uint32_t value) const { atomicAdd(target, value); }
-  __device__ __forceinline__ void add_all(uint32_t* target, uint32_t value) const {
-    value = __reduce_add_sync(kFullWarp, value);
-    if (threadIdx.x % kWarp == 0) atomicAdd(target, value);
+  // Of all threads' values, known to all; what they have written is then known, too.
+  __device__ __forceinline__ uint32_t sum(uint32_t mine) const {
+    mine = __reduce_add_sync(kFullWarp, mine);
+    if (threadIdx.x % kWarp == 0) sums[threadIdx.x / kWarp] = mine;
+    __syncthreads();
+    uint32_t sum = 0;
+    for (int warp = 0; warp < blockDim.x / kWarp; ++warp) sum += sums[warp];
+    return sum;
   }
-  // Two arrays, by all blocks together.
+  // By those that plan: several values at once, as each takes long to come.
+  template <class F>
+  __device__ __forceinline__ void read(const int32_t* values, int count, F visit) const {
+    constexpr int kAtOnce = 4;
+#pragma unroll 1
+    for (int first = threadIdx.x; first < count && threadIdx.x < first_helper; first += kAtOnce * first_helper) {
+      int32_t read[kAtOnce];
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) read[k] = values[min(first + k * first_helper, count - 1)];
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) {
+        const int i = first + k * first_helper;
+        if (i < count) visit(i, read[k]);
+      }
+    }
+  }
+  // Two arrays, by the helpers of all blocks together.
   __device__ void fill(int count, int32_t* values, int32_t value, int32_t* others, int32_t other) const {
-    const int first = block_number() * blockDim.x + threadIdx.x, threads = num_blocks() * blockDim.x;
+    constexpr int kOfBlock = kHelpers * kWarp;
+    const int first = block_number() * kOfBlock + threadIdx.x - first_helper, threads = num_blocks() * kOfBlock;
     const bool aligned =
         (reinterpret_cast<uintptr_t>(values) | reinterpret_cast<uintptr_t>(others)) % sizeof(int4) == 0;
     const int fours = aligned ? count / 4 : 0;
@@ -189,8 +249,9 @@ struct CudaBlock {
       Largest mine = {0, begin};
 #pragma unroll 1
       for (int e = begin + lane; e < end; e += lanes) {
-        sum += load(e);
-        mine.take(load(e), e);
+        const uint32_t tokens = load(e);
+        sum += tokens;
+        mine.take(tokens, e);
       }
 #pragma unroll 1
       for (int step = lanes / 2; step > 0; step /= 2) {
@@ -221,46 +282,49 @@ __device__ PlanScore best_of(const PlanScore* scores, int count) {
 
 // The blocks of a cluster plan for one group: each warp tries its candidates, and the block that has the best writes.
 template <int kWords>
-__global__ void __launch_bounds__(kMaxCandidates* kWarp, 1)
-    plan_kernel(const __grid_constant__ PlanShape shape, const PlanOperands in, const PlanResults out) {
+__global__ void __launch_bounds__((kMaxCandidates + kHelpers) * kWarp, 1)
+    plan_kernel(const __grid_constant__ PlanShape shape, const PlanOperands in, const PlanResults out, int planners) {
 #if __CUDA_ARCH__ >= 900
   cudaTriggerProgrammaticLaunchCompletion();  // see assign_after_solve_cuda
 #endif
   extern __shared__ __align__(16) char memory[];
   __shared__ BlockShared shared;
-  const int warps = blockDim.x / kWarp, warp = block_number() * warps + threadIdx.x / kWarp;
-  const int lane = threadIdx.x % kWarp, num_warps = num_blocks() * warps;
+  const int lane = threadIdx.x % kWarp, num_planners = num_blocks() * planners;
+  const bool plans = threadIdx.x / kWarp < planners;
+  const int warp = block_number() * planners + threadIdx.x / kWarp;  // of those that plan
   const size_t experts = PlanMemory::experts(shape);
-  if (threadIdx.x == 0) shared.fewest_copies = kMaxGroupSlots;
-  begin_blocks();
+  if (threadIdx.x == planners * kWarp) shared.fewest_copies = kMaxGroupSlots;
+  begin_blocks(!plans);
   uint32_t* const of_expert = reinterpret_cast<uint32_t*>(memory);
   uint32_t* const left = of_expert + experts;
   char* const of_warp = reinterpret_cast<char*>(left + experts) + threadIdx.x / kWarp * PlanMemory::bytes(shape);
-  const PlanLoads loads = {of_expert, shared.home, shared.largest, &shared.total, 1};
-  PlanGroup<CudaBlock> group(CudaBlock(), shape, in, out, blockIdx.y, blockIdx.z, loads);
+  const PlanLoads loads = {of_expert, shared.home, shared.largest, shared.busiest, 0, 1};
+  PlanGroup<CudaBlock> group(CudaBlock{shared.sums, planners * kWarp}, shape, in, out, blockIdx.y, blockIdx.z, loads);
   group.read();
   await_blocks();
   Planner<CudaWarp<kWords>> planner(CudaWarp<kWords>(shape.solve.group_size, &shared), shape, group.loads(),
                                     PlanMemory(of_warp, shape));
-  if (!group.stays_at_home()) {
-    for (int c = warp; c < shape.num_candidates; c += num_warps) planner.attempt(c);
+  if (!plans) {
+    group.clear();
+  } else if (!group.stays_at_home()) {
+    for (int c = warp; c < shape.num_candidates; c += num_planners) planner.attempt(c);
   }
-  if (lane < num_blocks()) shared_of(lane, &shared)->scores[warp] = planner.best();
+  if (plans && lane < num_blocks()) shared_of(lane, &shared)->scores[warp] = planner.best();
   sync_blocks();
-  const PlanScore best = best_of(shared.scores, num_warps);
-  const int best_warp = best.candidate % num_warps;
-  if (best_warp / warps != block_number()) return;
+  const PlanScore best = best_of(shared.scores, num_planners);
+  const int best_warp = best.candidate % num_planners;
+  if (best_warp / planners != block_number()) return;
   __shared__ const Copy* copies;
-  if (warp == best_warp && lane == 0) copies = planner.copies_of_best();
+  if (plans && warp == best_warp && lane == 0) copies = planner.copies_of_best();
   __syncthreads();
   group.write(best, copies, left);
 }
 
-using Kernel = void (*)(PlanShape, PlanOperands, PlanResults);
+using Kernel = void (*)(PlanShape, PlanOperands, PlanResults, int);
 constexpr Kernel kKernels[] = {plan_kernel<1>, plan_kernel<2>, plan_kernel<4>};
 
-size_t shared_bytes(const PlanShape& shape, int num_warps) {
-  return 2 * sizeof(uint32_t) * PlanMemory::experts(shape) + num_warps * PlanMemory::bytes(shape);
+size_t shared_bytes(const PlanShape& shape, int planners) {
+  return 2 * sizeof(uint32_t) * PlanMemory::experts(shape) + planners * PlanMemory::bytes(shape);
 }
 
 }  // namespace
@@ -278,8 +342,8 @@ cudaError_t plan_cuda(cudaStream_t stream, const PlanShape& shape, const PlanOpe
   bool clusters;
   if (const cudaError_t error = runs_hopper_code(&clusters); error != cudaSuccess) return error;
   const int blocks = clusters ? kMaxCluster : 1;
-  int warps = kMaxCandidates / blocks;
-  while (warps > 1 && shared_bytes(shape, warps) > kSharedBytes) warps /= 2;
+  int planners = kMaxCandidates / blocks;
+  while (planners > 1 && shared_bytes(shape, planners) > kSharedBytes) planners /= 2;
   const int ranks = shape.solve.group_size;
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeClusterDimension;
@@ -287,13 +351,13 @@ cudaError_t plan_cuda(cudaStream_t stream, const PlanShape& shape, const PlanOpe
   attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(blocks, shape.solve.num_batches, shape.solve.num_groups);
-  config.blockDim = warps * kWarp;
-  config.dynamicSmemBytes = shared_bytes(shape, warps);
+  config.blockDim = (planners + kHelpers) * kWarp;
+  config.dynamicSmemBytes = shared_bytes(shape, planners);
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = clusters ? 1 : 0;
   const Kernel kernel = kKernels[ranks <= kWarp ? 0 : ranks <= 2 * kWarp ? 1 : 2];
-  return cudaLaunchKernelEx(&config, kernel, shape, in, out);
+  return cudaLaunchKernelEx(&config, kernel, shape, in, out, planners);
 }
 
 }  // namespace lplb

@@ -117,7 +117,6 @@ struct PlanMemory {
   Copy* copies;       // [max_copies] of the one at work
   uint32_t* tokens;   // [ranks] to work in
   uint32_t* ranks;    // [ranks] to work in
-  uint16_t* held;     // [ranks, redundants] experts that a rank has copies of
   uint8_t* replicas;  // [experts]
 
   LPLB_INLINE static size_t experts(const PlanShape& shape) { return (shape.num_experts() + 15) / 16 * 16; }
@@ -125,7 +124,7 @@ struct PlanMemory {
   LPLB_INLINE static size_t num_ranks(const PlanShape& shape) { return (shape.solve.group_size + 3) / 4 * 4; }
   LPLB_INLINE static size_t bytes(const PlanShape& shape) {
     return experts(shape) * (sizeof(uint32_t) + sizeof(uint8_t)) + 2 * num_ranks(shape) * sizeof(uint32_t) +
-           max_copies(shape) * (2 * sizeof(Copy) + sizeof(uint16_t));
+           max_copies(shape) * 2 * sizeof(Copy);
   }
   LPLB_INLINE PlanMemory(char* memory, const PlanShape& shape)
       : at_home(reinterpret_cast<uint32_t*>(memory)),
@@ -133,8 +132,7 @@ struct PlanMemory {
         copies(best + max_copies(shape)),
         tokens(reinterpret_cast<uint32_t*>(copies + max_copies(shape))),
         ranks(tokens + num_ranks(shape)),
-        held(reinterpret_cast<uint16_t*>(ranks + num_ranks(shape))),
-        replicas(reinterpret_cast<uint8_t*>(held + max_copies(shape))) {}
+        replicas(reinterpret_cast<uint8_t*>(ranks + num_ranks(shape))) {}
 };
 
 // The first of a rank's experts that have most to give.
@@ -149,21 +147,30 @@ struct Largest {
   }
 };
 
+// A rank that may give: its load with all experts at home, and the first of those that have most of it.
+struct alignas(16) Giver {
+  uint32_t home;
+  int rank;
+  Largest from;
+};
+
 // What a group's candidates start from, in scaled tokens.
 struct PlanLoads {
   uint32_t* expert;  // [experts] of the group
   uint32_t* home;    // [ranks] with all experts at home
   Largest* largest;  // [ranks]
-  uint32_t* total;   // [1]
-  uint32_t least;    // that the plan gives to a copy; at least 1
+  Giver* busiest;    // [ranks], the busiest first, the first of those that are as busy
+  uint32_t total;
+  uint32_t least;  // that the plan gives to a copy; at least 1
 };
 
-// The largest of several ranks' values but for the last bits, which make room for the rank: the first of the largest.
-constexpr uint32_t kRankBits = 127;
+// Keys tell which rank is preferred: the largest has the highest order, then the largest value but for its last bits,
+// then the first rank. None is 0.
+constexpr uint32_t kRankBits = 127, kValueBits = (1u << 30) - 1 - kRankBits, kLastBits = 255;
 static_assert(kMaxGroupRanks <= kRankBits + 1, "must fit");
-constexpr uint32_t kSome = 1u << 31;  // tells keys from none
-LPLB_INLINE uint32_t rank_key(uint32_t value, int rank) {
-  return (value & ~kRankBits) | (kRankBits - static_cast<uint32_t>(rank));
+enum Order : uint32_t { kMostRoom = 1u << 30, kMostFilled = 2u << 30, kEnough = 3u << 30 };
+LPLB_INLINE uint32_t room_key(Order order, uint32_t value, int rank) {
+  return order | (value >> 1 & kValueBits) | (kRankBits - static_cast<uint32_t>(rank));
 }
 LPLB_INLINE int rank_of_key(uint32_t key) { return static_cast<int>(kRankBits - (key & kRankBits)); }
 
@@ -205,17 +212,15 @@ class Planner {
   // Tries one candidate, and keeps it where it is better than those before.
   LPLB_DEVICE void attempt(int number) {
     const Candidate& candidate = shape_.candidates[number];
-    const uint32_t mean = *loads_.total / static_cast<uint32_t>(shape_.solve.group_size);
-    const uint32_t even_enough = plan_limit(mean, shape_.slack) | kRankBits;  // as far as keys tell
-    Word load = {}, parent = {};
-    give(plan_limit(mean, candidate.slack), candidate, load, parent);
-    const uint32_t given = warp_.most(load);
+    const uint32_t mean = loads_.total / static_cast<uint32_t>(shape_.solve.group_size);
+    const uint32_t even_enough = plan_limit(mean, shape_.slack) | kLastBits;  // as far as keys tell
+    const uint32_t given = give(plan_limit(mean, candidate.slack), candidate);
     // With more copies than a candidate that is even enough, there is nothing to win.
     if (given <= even_enough) warp_.announce(num_copies_);
-    if (num_copies_ > warp_.fewest()) return;
+    if (warp_.any(num_copies_ > warp_.fewest())) return;
     PlanScore score;
     score.candidate = number;
-    const uint32_t levelled = level(mean, parent, &score.bound);
+    const uint32_t levelled = level(mean, &score.bound);
     score.largest = levelled <= given ? levelled : given;
     if (levelled <= given) take_levels();
     score.rated = score.largest > even_enough ? score.largest : even_enough;
@@ -233,149 +238,131 @@ class Planner {
  private:
   // ---- The plan ----------------------------------------------------------------------------------------------------
 
-  // Makes a list of copies. `load` and `parent`, of each rank: its tokens then, and the rank that it hangs on, or
-  // itself.
-  LPLB_DEVICE void give(uint32_t limit, const Candidate& candidate, Word& load, Word& parent) {
-    const int redundants = warp_.keep(shape_.redundants()), per_rank = warp_.keep(shape_.experts_per_rank);
+  // Makes a list of copies, and returns the largest rank load then.
+  LPLB_DEVICE uint32_t give(uint32_t limit, const Candidate& candidate) {
+    const uint32_t redundants = warp_.keep(shape_.redundants());
+    const int per_rank = warp_.keep(shape_.experts_per_rank);
     const uint32_t least = loads_.least;
     const int max_replicas = shape_.solve.max_replicas, max_sends = shape_.max_sends;
     const bool capped = warp_.keep(max_replicas < shape_.solve.group_size || max_sends < shape_.max_copies()) != 0;
-    const Rule rule = static_cast<Rule>(warp_.keep(candidate.rule));
-    const uint32_t flip_order = static_cast<uint32_t>(warp_.keep(candidate.busiest_last ? -1 : 0));
+    const bool fills = warp_.keep(candidate.rule == kFill) != 0;
+    // As masks: where the rule looks for room that is enough only for all that is wanted, or not at all.
+    const uint32_t fits_only = warp_.keep(candidate.rule == kFit ? ~0u : 0);
+    const uint32_t never = warp_.keep(candidate.rule == kMost ? ~0u : 0);
     warp_.copy(memory_.at_home, loads_.expert, shape_.num_experts());
     if (capped) warp_.each_of(shape_.num_experts(), [&](int e) { memory_.replicas[e] = 1; });
-    // Load of ranks that have yet to give; tokens that a rank may receive; slots that it has used.
-    Word waits, room, used;
+    Word load, room, used;  // tokens of a rank; those that it may receive; slots that it has used
+    Word most, enough;      // keys of its room, where the most is looked for, and where the least that is enough
+    const auto set_room = [&](int k, uint32_t tokens, int rank) {
+      room.of[k] = tokens >= least ? tokens : 0;
+      most.of[k] = tokens >= least ? room_key(kMostRoom, tokens, rank) : 0;
+      enough.of[k] = room_key(kEnough, ~tokens, rank);
+    };
     warp_.each_rank([&](int k, int g, bool own) {
       load.of[k] = own ? loads_.home[g] : 0;
-      waits.of[k] = load.of[k] > limit ? load.of[k] : 0;
-      room.of[k] = own && load.of[k] < limit && limit - load.of[k] >= least ? limit - load.of[k] : 0;
+      set_room(k, own && load.of[k] < limit ? limit - load.of[k] : 0, g);
       used.of[k] = 0;
-      parent.of[k] = static_cast<uint32_t>(g);
     });
-    const auto next_giver = [&] {
-      return warp_.largest(
-          [&](int k, int g) { return waits.of[k] != 0 ? rank_key(waits.of[k] ^ flip_order, g) | kSome : 0u; });
-    };
+    const int num_givers = warp_.count([&](int k, int) { return load.of[k] > limit; });
+    const int step = candidate.busiest_last ? -1 : 1;
+    const Giver* place = loads_.busiest + (candidate.busiest_last ? num_givers - 1 : 0);
     warp_.sync();
     num_copies_ = 0;
-    any_neither_ = false;
-    bool all_full = true;  // those that have received
-    uint32_t giver_key = next_giver();
+    bool stuck = false;
+    Giver following = num_givers > 0 ? *place : Giver();
+    int fewest = kMaxGroupSlots;
     LPLB_UNROLL_BY(1)
-    while (giver_key != 0) {
-      const int giver = rank_of_key(giver_key);
-      const int fewest = warp_.fewest();
-      warp_.each_rank([&](int k, int g, bool) { waits.of[k] = g == giver ? 0 : waits.of[k]; });
-      giver_key = next_giver();
-      Largest from = loads_.largest[giver];
-      int32_t excess = static_cast<int32_t>(loads_.home[giver] - limit);
+    for (int number = 0; number < num_givers && !stuck; ++number) {
+      const int giver = following.rank;
+      Largest from = following.from;
+      int32_t excess = static_cast<int32_t>(following.home - limit);
       int sends = 0;
-      bool stuck = num_copies_ > fewest;
+      // What the next giver needs is read ahead, and so is when to stop, which may come late.
+      stuck = warp_.any(num_copies_ > fewest);
+      place += number + 1 < num_givers ? step : 0;
+      following = *place;
+      fewest = warp_.fewest();
+      auto own = warp_.own_largest(memory_.at_home, giver * per_rank, per_rank);
       LPLB_UNROLL_BY(1)
-      while (excess > 0 && !stuck) {
+      while (!stuck) {
         const uint32_t has = from.tokens, wanted = static_cast<uint32_t>(excess);
-        const uint32_t e = static_cast<uint32_t>(from.expert);
-        Word open = room;
-        if (!all_full) {
-          warp_.each_rank([&](int k, int g, bool) {
-            LPLB_UNROLL_BY(1)
-            for (uint32_t s = 0; open.of[k] != 0 && s < used.of[k]; ++s) {
-              if (memory_.held[g * redundants + s] == e) open.of[k] = 0;
-            }
-          });
-        }
         // The least room that is enough; else the most that the expert can fill; else the most.
-        const auto best = [&](uint32_t enough, uint32_t most, uint32_t flip) {
-          return warp_.largest([&](int k, int g) {
-            const uint32_t here = open.of[k];
-            return here >= enough && here <= most ? rank_key(here ^ flip, g) | kSome : 0u;
-          });
-        };
-        uint32_t key = 0;
-        if (rule != kMost && (rule == kFill || wanted <= has)) key = best(wanted < has ? wanted : has, ~0u, ~0u);
-        if (key == 0 && rule == kFit) key = best(1, has, 0);
-        if (key == 0) key = best(1, ~0u, 0);
+        const uint32_t asked = (wanted <= has ? wanted : has | fits_only) | never, fits = has & fits_only;
+        const uint32_t key = warp_.largest([&](int k, int) {
+          const uint32_t filled = room.of[k] - 1 < fits ? most.of[k] + (kMostFilled - kMostRoom) : most.of[k];
+          return room.of[k] >= asked ? enough.of[k] : filled;
+        });
         stuck = key == 0 || has < least;
         if (stuck) break;
         const int receiver = rank_of_key(key);
-        const uint32_t space = warp_.get(open, receiver);
+        const uint32_t space = warp_.get(room, receiver);
         uint32_t tokens = space < has ? space : has;
-        if (rule != kFill && has < space && wanted < has && wanted >= least) tokens = wanted;
+        if (!fills && has < space && wanted < has && wanted >= least) tokens = wanted;
         const Settles settles = tokens == space ? kReceiver : tokens == wanted ? kGiver : kNeither;
 
+        // All lanes write the same.
+        const int e = from.expert;
+        memory_.copies[num_copies_++] = Copy::make(tokens, static_cast<uint32_t>(e), giver, receiver, settles);
+        warp_.each_rank([&](int k, int g, bool) {
+          const bool receives = g == receiver;
+          load.of[k] += receives ? tokens : 0;
+          used.of[k] += receives ? 1 : 0;
+          if (receives) set_room(k, space - tokens, receiver);
+          if (used.of[k] == redundants) room.of[k] = most.of[k] = 0;
+        });
+        excess -= static_cast<int32_t>(tokens);
         from.tokens -= tokens;
         if (capped) {
           const int replicas = memory_.replicas[e] + 1;
           if (replicas == max_replicas) from.tokens = 0;  // gives no more
-          stuck = sends + 1 == max_sends && static_cast<int32_t>(wanted - tokens) > 0;
+          stuck = ++sends == max_sends && excess > 0;
           warp_.sync();
           memory_.replicas[e] = static_cast<uint8_t>(replicas);
         }
-        // All lanes write the same.
-        memory_.copies[num_copies_] = Copy::make(tokens, e, giver, receiver, settles);
-        memory_.at_home[e] = from.tokens;
-        if (settles != kReceiver) {
-          all_full = false;
-          any_neither_ = any_neither_ || settles == kNeither;
-          warp_.each_rank([&](int k, int g, bool) {
-            if (g == receiver) memory_.held[g * redundants + used.of[k]] = static_cast<uint16_t>(e);
-            if (g == giver && settles == kGiver) parent.of[k] = static_cast<uint32_t>(receiver);
-          });
-          warp_.sync();
-        }
-        warp_.each_rank([&](int k, int g, bool) {
-          if (g != receiver) return;
-          load.of[k] += tokens;
-          room.of[k] -= tokens;
-          if (static_cast<int>(++used.of[k]) == redundants || room.of[k] < least) room.of[k] = 0;
-          if (settles == kReceiver) parent.of[k] = static_cast<uint32_t>(giver);
-        });
-        excess -= static_cast<int32_t>(tokens);
-        ++sends;
-        ++num_copies_;
-        if (excess > 0) {  // of another expert maybe
-          warp_.sync();
-          const int first = giver * per_rank;
-          from = warp_.largest_of(per_rank, [&](int i) { return memory_.at_home[first + i]; });
-          from.expert += first;
-        }
+        if (excess <= 0) break;
+        warp_.replace(memory_.at_home, giver * per_rank, per_rank, from, own);
+        from = warp_.largest(own);  // another expert maybe
       }
-      // Having given more than its excess, it may receive.
+      // Having given more than its excess, it may receive. (It gives one expert to a rank once at most: what does not
+      // fill the rank up is all that the expert has, or all that it has to give.)
       warp_.each_rank([&](int k, int g, bool) {
         if (g != giver) return;
         load.of[k] = limit + static_cast<uint32_t>(excess);
-        room.of[k] = excess < 0 && static_cast<uint32_t>(-excess) >= least ? static_cast<uint32_t>(-excess) : 0;
+        set_room(k, excess < 0 ? static_cast<uint32_t>(-excess) : 0, giver);
       });
-      if (stuck) break;
     }
     warp_.sync();
+    return warp_.most(load);
   }
 
   // ---- The split ---------------------------------------------------------------------------------------------------
 
   // Makes all ranks of each tree equal. Returns the largest rank load then, or the largest number there is where an
   // expert has not enough for that; and a bound on the largest rank load of any split.
-  LPLB_DEVICE uint32_t level(uint32_t mean_of_all, const Word& parent, uint32_t* bound) {
-    // Rank loads but for the copies that settle a rank.
+  LPLB_DEVICE uint32_t level(uint32_t mean_of_all, uint32_t* bound) {
+    // Rank loads but for the copies that settle a rank, and the rank that each hangs on, or itself.
     warp_.each_rank([&](int, int g, bool own) {
-      if (own) memory_.tokens[g] = loads_.home[g];
+      if (own) memory_.tokens[g] = loads_.home[g], memory_.ranks[g] = static_cast<uint32_t>(g);
     });
     warp_.sync();
-    if (any_neither_) {
-      warp_.each_of(num_copies_, [&](int c) {
-        const Copy copy = memory_.copies[c];
-        if (copy.settles() != kNeither) return;
-        warp_.add(&memory_.tokens[copy.giver()], 0u - copy.tokens);
-        warp_.add(&memory_.tokens[copy.receiver()], copy.tokens);
-      });
-      warp_.sync();
-    }
+    bool neither = false;  // of some copies settles neither rank
+    warp_.each_of(num_copies_, [&](int c) {
+      const Copy copy = memory_.copies[c];
+      if (copy.settles() == kReceiver) memory_.ranks[copy.receiver()] = static_cast<uint32_t>(copy.giver());
+      if (copy.settles() == kGiver) memory_.ranks[copy.giver()] = static_cast<uint32_t>(copy.receiver());
+      if (copy.settles() != kNeither) return;
+      neither = true;
+      warp_.add(&memory_.tokens[copy.giver()], 0u - copy.tokens);
+      warp_.add(&memory_.tokens[copy.receiver()], copy.tokens);
+    });
+    neither = warp_.any(neither);
+    warp_.sync();
     // Sums over each rank and those that hang on it, near and far: in each round it passes its sum to the rank above it
     // at twice the distance, if there is one; else `above` is the rank itself.
-    Word tokens, ranks, above = parent, root = parent;
+    Word tokens, ranks, above, root;
     warp_.each_rank([&](int k, int g, bool own) {
       tokens.of[k] = own ? memory_.tokens[g] : 0;
+      above.of[k] = root.of[k] = own ? memory_.ranks[g] : static_cast<uint32_t>(g);
       ranks.of[k] = 1;
     });
     LPLB_UNROLL_BY(1)
@@ -434,7 +421,7 @@ class Planner {
       joined = joined || (to && !from) || (from && !to && copy.tokens != loads_.expert[copy.expert()]);
     });
     lacks = warp_.any(lacks);
-    *bound = any_neither_ && (lacks || warp_.any(joined)) ? mean_of_all : below;
+    *bound = neither && (lacks || warp_.any(joined)) ? mean_of_all : below;
     return lacks ? ~0u : largest;
   }
   // What a copy takes where the ranks of each tree are equal.
@@ -455,7 +442,6 @@ class Planner {
   PlanScore best_;
   // Of the candidate at work.
   int num_copies_ = 0;
-  bool any_neither_ = false;  // of its copies settle neither rank
 };
 
 // One group, by the threads of a Block: reads its loads, and writes down the best candidate.
@@ -464,65 +450,62 @@ class PlanGroup {
  public:
   LPLB_DEVICE PlanGroup(const Block& block, const PlanShape& shape, const PlanOperands& in, const PlanResults& out,
                         int batch, int group, const PlanLoads& loads)
-      : block_(block), shape_(shape), loads_(loads) {
-    const SolveShape& s = shape.solve;
-    experts_ = shape.num_experts();
-    slots_ = s.group_size * s.slots_per_rank;
-    first_expert_ = group * experts_;
-    first_slot_ = group * slots_;
-    const int64_t expert = static_cast<int64_t>(batch) * s.num_experts + first_expert_;
-    const int64_t rank = (static_cast<int64_t>(batch) * s.num_groups + group) * s.group_size;
-    load_ = in.load + expert;
-    least_ = in.least + batch;
-    phy2log_ = out.phy2log + static_cast<int64_t>(batch) * s.num_physical + first_slot_;
-    log2phy_ = out.log2phy + expert * s.max_replicas;
-    fraction_ = out.split.fraction + expert * s.max_replicas;
-    rank_load_ = out.split.rank_load + rank;
-    const int64_t which = static_cast<int64_t>(batch) * s.num_groups + group;
-    gap_ = out.split.gap + which;
-    iterations_ = out.split.iterations + which;
-    status_ = out.split.status + which;
-  }
+      : block_(block),
+        shape_(shape),
+        in_(in),
+        out_(out),
+        loads_(loads),
+        batch_(batch),
+        group_(group),
+        experts_(shape.num_experts()) {}
 
-  // Fills the loads, and the tables as they are without copies.
+  // Fills the loads.
   LPLB_DEVICE void read() {
-    if (block_.first()) *loads_.total = 0;
-    block_.sync();
+    const int ranks = shape_.solve.group_size;
     uint32_t mine = 0;
-    block_.each_of(experts_, [&](int e) {
-      loads_.expert[e] = static_cast<uint32_t>(load_[e] > 0 ? load_[e] : 0);
+    const int32_t* const load = in_.load + static_cast<int64_t>(batch_) * shape_.solve.num_experts + group_ * experts_;
+    block_.read(load, experts_, [&](int e, int32_t tokens) {
+      loads_.expert[e] = static_cast<uint32_t>(tokens > 0 ? tokens : 0);
       mine += loads_.expert[e];
     });
-    const int32_t least = *least_;
-    block_.add_all(loads_.total, mine);
-    const int cells = experts_ * shape_.solve.max_replicas;
-    block_.fill(cells, log2phy_, -1, reinterpret_cast<int32_t*>(fraction_), 0);
-    block_.fill(slots_, phy2log_, -1, phy2log_, -1);
-    block_.sync();
-    const uint32_t total = *loads_.total;
+    const int32_t least = in_.least[batch_];
+    const uint32_t total = block_.sum(mine);
     shift_ = scaling_bits(total);
-    block_.each_of(experts_, [&](int e) { loads_.expert[e] <<= shift_; });
+    loads_.total = total << shift_;
     loads_.least = least < 1 ? 1 : least < INT32_MAX >> shift_ ? least << shift_ : INT32_MAX;
-    block_.sync();
-    if (block_.first()) *loads_.total = total << shift_;
     block_.each_rank(
-        shape_.solve.group_size, shape_.experts_per_rank, [&](int e) { return loads_.expert[e]; }, loads_.home,
+        ranks, shape_.experts_per_rank, [&](int e) { return loads_.expert[e] <<= shift_; }, loads_.home,
         loads_.largest);
+    block_.sync();
+    block_.each_of(ranks, [&](int g) {
+      const uint32_t home = loads_.home[g];
+      int busier = 0;
+      LPLB_UNROLL_BY(8)
+      for (int other = 0; other < ranks; ++other) busier += loads_.home[other] + (other < g ? 1 : 0) > home;
+      loads_.busiest[busier] = {home, g, loads_.largest[g]};
+    });
     block_.sync();
   }
   LPLB_DEVICE const PlanLoads& loads() const { return loads_; }
+  // Empties the tables, which takes about as long as the plan.
+  LPLB_DEVICE void clear() {
+    const Tables tables(*this);
+    block_.fill(experts_ * shape_.solve.max_replicas, tables.log2phy, -1, reinterpret_cast<int32_t*>(tables.fraction),
+                0);
+    block_.fill(tables.num_slots, tables.phy2log, -1, tables.phy2log, -1);
+  }
   // Whether the largest rank load at home is within `threshold` of the mean.
   LPLB_DEVICE bool stays_at_home() const {
     const float threshold = shape_.solve.threshold, ranks = static_cast<float>(shape_.solve.group_size);
-    return threshold > 0.0f && static_cast<float>(most()) * ranks <= threshold * static_cast<float>(*loads_.total);
+    return threshold > 0.0f && static_cast<float>(most()) * ranks <= threshold * static_cast<float>(loads_.total);
   }
 
   // Writes the tables and the split. Uses up the loads; `left` [experts] is memory to work in.
   LPLB_DEVICE void write(const PlanScore& score, const Copy* copies, uint32_t* left) {
     const SolveShape& s = shape_.solve;
+    const Tables tables(*this);
     const float unit = power_of_two(-shift_);
     const bool at_home = stays_at_home();
-    const uint32_t most_at_home = at_home ? most() : 0;
     block_.each_of(experts_, [&](int e) { left[e] = loads_.expert[e]; });
     block_.sync();
     block_.each_of(score.num_copies(), [&](int c) {
@@ -536,49 +519,67 @@ class PlanGroup {
       const int rank = static_cast<int>(static_cast<uint64_t>(e) * shape_.rank_of_expert >> kRankShift);
       const int64_t row = static_cast<int64_t>(e) * s.max_replicas;
       const int slot = rank * s.slots_per_rank + e - rank * shape_.experts_per_rank;
-      phy2log_[slot] = first_expert_ + e;
-      log2phy_[row] = first_slot_ + slot;
-      fraction_[row] = share(left[e], e);
+      tables.phy2log[slot] = tables.first_expert + e;
+      tables.log2phy[row] = tables.first_slot + slot;
+      tables.fraction[row] = share(left[e], e);
     });
     block_.each_of(score.num_copies(), [&](int c) {
       const Copy copy = copies[c];
       if (copy.tokens == 0) return;
       const int expert = copy.expert(), receiver = copy.receiver();
       int number = 0, column = 1;  // among the receiver's copies, and among the expert's replicas
+      LPLB_UNROLL_BY(8)
+      for (int d = 0; d < c; ++d) number += copies[d].receiver() == receiver && copies[d].tokens != 0;
+      // An expert's copies are among those of its rank, which are next to each other.
+      const auto count = [&](int d) {
+        column += copies[d].expert() == expert && copies[d].receiver() < receiver && copies[d].tokens != 0;
+      };
       LPLB_UNROLL_BY(1)
-      for (int d = 0; d < score.num_copies(); ++d) {
-        const Copy other = copies[d];
-        if (other.tokens == 0) continue;
-        number += other.receiver() == receiver && d < c;
-        column += other.expert() == expert && other.receiver() < receiver;
-      }
+      for (int d = c; --d >= 0 && copies[d].giver() == copy.giver();) count(d);
+      LPLB_UNROLL_BY(1)
+      for (int d = c; ++d < score.num_copies() && copies[d].giver() == copy.giver();) count(d);
       const int slot = receiver * s.slots_per_rank + shape_.experts_per_rank + number;
       const int64_t cell = static_cast<int64_t>(expert) * s.max_replicas + column;
-      phy2log_[slot] = first_expert_ + expert;
-      log2phy_[cell] = first_slot_ + slot;
-      fraction_[cell] = share(copy.tokens, expert);
+      tables.phy2log[slot] = tables.first_expert + expert;
+      tables.log2phy[cell] = tables.first_slot + slot;
+      tables.fraction[cell] = share(copy.tokens, expert);
     });
-    block_.each_of(s.group_size, [&](int g) { rank_load_[g] = static_cast<float>(loads_.home[g]) * unit; });
+    const int64_t which = static_cast<int64_t>(batch_) * s.num_groups + group_;
+    float* const rank_load = out_.split.rank_load + which * s.group_size;
+    block_.each_of(s.group_size, [&](int g) { rank_load[g] = static_cast<float>(loads_.home[g]) * unit; });
     if (!block_.first()) return;
-    *iterations_ = 0;
+    out_.split.iterations[which] = 0;
+    float& gap = out_.split.gap[which];
     if (score.num_copies() == 0) {
-      const float home = static_cast<float>(most_at_home) * static_cast<float>(s.group_size);
-      const float more = home - static_cast<float>(*loads_.total);
-      *gap_ = at_home && more > 0.0f ? more / home : 0.0f;
-      *status_ = kSkipped;
+      const float home = static_cast<float>(most()) * static_cast<float>(s.group_size);
+      const float more = home - static_cast<float>(loads_.total);
+      gap = at_home && more > 0.0f ? more / home : 0.0f;
+      out_.split.status[which] = kSkipped;
     } else {
-      *gap_ = plan_gap(score.largest, score.bound);
-      *status_ = *gap_ <= s.tol ? kConverged : kMaxIterations;
+      gap = plan_gap(score.largest, score.bound);
+      out_.split.status[which] = gap <= s.tol ? kConverged : kMaxIterations;
     }
   }
 
  private:
-  LPLB_DEVICE uint32_t most() const {
-    uint32_t most = 0;
-    LPLB_UNROLL_BY(1)
-    for (int g = 0; g < shape_.solve.group_size; ++g) most = most > loads_.home[g] ? most : loads_.home[g];
-    return most;
-  }
+  // Where the group's entries are in the results.
+  struct Tables {
+    int first_expert, first_slot, num_slots;
+    int32_t *phy2log, *log2phy;
+    float* fraction;
+
+    LPLB_DEVICE explicit Tables(const PlanGroup& of)
+        : first_expert(of.group_ * of.experts_),
+          num_slots(of.shape_.solve.group_size * of.shape_.solve.slots_per_rank) {
+      const SolveShape& s = of.shape_.solve;
+      first_slot = of.group_ * num_slots;
+      const int64_t cell = (static_cast<int64_t>(of.batch_) * s.num_experts + first_expert) * s.max_replicas;
+      phy2log = of.out_.phy2log + static_cast<int64_t>(of.batch_) * s.num_physical + first_slot;
+      log2phy = of.out_.log2phy + cell;
+      fraction = of.out_.split.fraction + cell;
+    }
+  };
+  LPLB_DEVICE uint32_t most() const { return loads_.busiest[0].home; }
   // Of an expert's tokens; 0 where it has none.
   LPLB_DEVICE float share(uint32_t tokens, int e) const {
     const uint32_t whole = loads_.expert[e];
@@ -587,12 +588,12 @@ class PlanGroup {
 
   Block block_;
   const PlanShape& shape_;
+  const PlanOperands& in_;
+  const PlanResults& out_;
   PlanLoads loads_;
-  int experts_, slots_, first_expert_, first_slot_;  // of the group
+  int batch_, group_;
+  int experts_;  // of the group
   int shift_ = 0;
-  const int32_t *load_, *least_;
-  int32_t *phy2log_, *log2phy_, *iterations_, *status_;
-  float *fraction_, *rank_load_, *gap_;
 };
 
 }  // namespace lplb

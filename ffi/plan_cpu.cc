@@ -14,7 +14,11 @@ struct SerialBlock {
     for (int i = 0; i < count; ++i) visit(i);
   }
   void add(uint32_t* target, uint32_t value) const { *target += value; }
-  void add_all(uint32_t* target, uint32_t value) const { *target += value; }
+  uint32_t sum(uint32_t mine) const { return mine; }
+  template <class F>
+  void read(const int32_t* values, int count, F visit) const {
+    for (int i = 0; i < count; ++i) visit(i, values[i]);
+  }
   void fill(int count, int32_t* values, int32_t value, int32_t* others, int32_t other) const {
     std::fill_n(values, count, value);
     std::fill_n(others, count, other);
@@ -25,8 +29,9 @@ struct SerialBlock {
       home[g] = 0;
       largest[g] = {0, g * per_rank};
       for (int e = g * per_rank; e < (g + 1) * per_rank; ++e) {
-        home[g] += load(e);
-        largest[g].take(load(e), e);
+        const uint32_t tokens = load(e);
+        home[g] += tokens;
+        largest[g].take(tokens, e);
       }
     }
   }
@@ -50,6 +55,12 @@ struct SerialWarp : SerialBlock {
   }
   int keep(int value) const { return value; }
   bool any(bool holds) const { return holds; }
+  template <class F>
+  int count(F holds) const {
+    int count = 0;
+    for (int g = 0; g < num_ranks; ++g) count += holds(g, g);
+    return count;
+  }
   uint32_t get(const Word& word, int rank) const { return word.of[rank]; }
   Word gather(const Word& word, const Word& ranks) const {
     Word gathered;
@@ -65,12 +76,16 @@ struct SerialWarp : SerialBlock {
   uint32_t most(const Word& word) const {
     return largest([&](int k, int) { return word.of[k]; });
   }
-  template <class F>
-  Largest largest_of(int count, F value) const {
-    Largest largest = {0, 0};
-    for (int i = 0; i < count; ++i) largest.take(value(i), i);
+  Largest own_largest(const uint32_t* tokens, int first, int count) const {
+    Largest largest = {0, first};
+    for (int e = first; e < first + count; ++e) largest.take(tokens[e], e);
     return largest;
   }
+  void replace(uint32_t* tokens, int first, int count, const Largest& by, Largest& own) const {
+    tokens[by.expert] = by.tokens;
+    own = own_largest(tokens, first, count);
+  }
+  Largest largest(const Largest& own) const { return own; }
 };
 
 }  // namespace
@@ -80,12 +95,13 @@ void plan_cpu(const PlanShape& shape, const PlanOperands& in, const PlanResults&
   const std::unique_ptr<uint32_t[]> of_experts(new uint32_t[2 * shape.num_experts()]);
   const std::unique_ptr<uint32_t[]> of_ranks(new uint32_t[shape.solve.group_size]);
   const std::unique_ptr<Largest[]> largest(new Largest[shape.solve.group_size]);
+  const std::unique_ptr<Giver[]> busiest(new Giver[shape.solve.group_size]);
   for (int batch = 0; batch < shape.solve.num_batches; ++batch) {
     for (int group = 0; group < shape.solve.num_groups; ++group) {
-      uint32_t total = 0;
-      const PlanLoads loads = {of_experts.get(), of_ranks.get(), largest.get(), &total, 1};
+      const PlanLoads loads = {of_experts.get(), of_ranks.get(), largest.get(), busiest.get(), 0, 1};
       PlanGroup<SerialBlock> of_group(SerialBlock(), shape, in, out, batch, group, loads);
       of_group.read();
+      of_group.clear();
       Planner<SerialWarp> planner(SerialWarp(shape.solve.group_size), shape, of_group.loads(),
                                   PlanMemory(memory.get(), shape));
       if (!of_group.stays_at_home()) {

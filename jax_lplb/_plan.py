@@ -216,20 +216,19 @@ class _Copies(NamedTuple):
 
 
 _RECEIVER, _GIVER, _NEITHER = 0, 1, 2
-_SOME = np.uint32(1 << 31)  # of keys, see ffi/plan.h
+_MOST_ROOM, _MOST_FILLED, _ENOUGH = 1, 2, 3  # of keys, see ffi/plan.h
 
 
 class _State(NamedTuple):
-    """A candidate at work: [ranks] or [], but for at_home and replicas [ranks, homes], and held [ranks, experts]."""
+    """A candidate at work: [ranks] or [], but for at_home and replicas [ranks, homes]."""
 
     load: jax.Array
-    waits: jax.Array  # load of ranks that have yet to give
+    waiting: jax.Array  # number of ranks that have yet to give
     giver: jax.Array
     excess: jax.Array
     sends: jax.Array
     at_home: jax.Array
     replicas: jax.Array
-    held: jax.Array
     used: jax.Array
     parent: jax.Array
     copies: _Copies
@@ -256,7 +255,7 @@ def _plan_group(
     floor = jnp.where(least < 1, 1, jnp.where(floor < most >> up, floor << up, most)).astype(jnp.uint32)
     home_load = jnp.sum(scaled, axis=1, dtype=jnp.uint32)
     mean = (total << up) // jnp.uint32(ranks)
-    even_enough = _limit(mean, jnp.float32(limits.slack)) | _rank_bits(ranks)  # as far as keys tell
+    even_enough = _limit(mean, jnp.float32(limits.slack)) | (2 * _rank_bits(ranks) + 1)  # as far as keys tell
 
     def attempt(slack: jax.Array, rule: jax.Array) -> tuple[_Copies, jax.Array, jax.Array, jax.Array, jax.Array]:
         state = _give(scaled, floor, _limit(mean, slack), rule, limits)
@@ -310,15 +309,16 @@ def _give(scaled: jax.Array, least: jax.Array, limit: jax.Array, rule: jax.Array
     nothing = jnp.zeros_like(none, shape=(capacity,))
     home_load = jnp.sum(scaled, axis=1, dtype=jnp.uint32)
     axes = _ffi.varying(scaled, least, limit, rule)
+    num_givers = jnp.sum(home_load > limit, dtype=jnp.int32)
+    busiest = jnp.argsort(~home_load, stable=True).astype(jnp.int32)  # first
     start = _State(
         load=home_load,
-        waits=jnp.where(home_load > limit, home_load, 0),
+        waiting=num_givers,
         giver=none[0],
         excess=none[0],
         sends=none[0],
         at_home=scaled,
         replicas=jnp.ones_like(scaled, jnp.int32),
-        held=jnp.zeros_like(scaled, bool, shape=(ranks, ranks * homes)),
         used=none,
         parent=rank + none,
         copies=_Copies(nothing, nothing, nothing.astype(jnp.uint32), nothing),
@@ -328,40 +328,37 @@ def _give(scaled: jax.Array, least: jax.Array, limit: jax.Array, rule: jax.Array
 
     bits = _rank_bits(ranks)
 
-    # Of the keys of ranks, the largest tells which rank has it, the first of the largest but for the last bits.
-    def keys_of(values: jax.Array) -> jax.Array:
-        return (values & jnp.uint32(~bits & 0xFFFFFFFF)) | (bits - rank).astype(jnp.uint32)
-
-    def rank_of(key: jax.Array) -> jax.Array:
-        return bits - (key & bits).astype(jnp.int32)
+    def keys_of(order: int, values: jax.Array) -> jax.Array:
+        return (
+            jnp.uint32(order << 30)
+            | (values >> 1 & jnp.uint32((1 << 30) - 1 - bits))
+            | (bits - rank).astype(jnp.uint32)
+        )
 
     receives = rule % _LAST
 
     def step(state: _State) -> _State:
         """One copy; of the next giver where the one before has given enough."""
         done = state.excess <= 0
-        order = jnp.where(rule >= _LAST, ~state.waits, state.waits)
-        following_giver = rank_of(jnp.max(jnp.where(state.waits != 0, keys_of(order) | _SOME, 0)))
-        giver = jnp.where(done, following_giver, state.giver)
+        giver = jnp.where(
+            done, busiest[jnp.where(rule >= _LAST, state.waiting - 1, num_givers - state.waiting)], state.giver
+        )
         excess = (state.load[giver] - limit).astype(jnp.int32)
         wanted = excess.astype(jnp.uint32)
         sends = jnp.where(done, 0, state.sends)
-        waits = jnp.where(rank == giver, 0, state.waits)
         there = jnp.where(state.replicas[giver] < limits.max_replicas, state.at_home[giver], 0)
         chosen = jnp.argmax(there).astype(jnp.int32)
         expert, has = giver * homes + chosen, there[chosen]
         room = jnp.where((state.used < limits.redundants) & (state.load < limit), limit - state.load, 0)
-        room = jnp.where((room < least) | state.held[:, expert], 0, room)
-
-        def best(allowed: jax.Array, values: jax.Array) -> jax.Array:
-            return jnp.max(jnp.where(allowed & (room != 0), keys_of(values) | _SOME, 0))
+        room = jnp.where(room < least, 0, room)
 
         # The least room that is enough; else the most that the expert can fill; else the most.
         enough = (room >= jnp.minimum(wanted, has)) & (receives != _MOST) & ((receives == _FILL) | (wanted <= has))
-        least_room = best(enough, ~room)
-        most_filled = best((room <= has) & (receives == _FIT), room)
-        key = jnp.where(least_room != 0, least_room, jnp.where(most_filled != 0, most_filled, best(room != 0, room)))
-        receiver = rank_of(key)
+        fits = (room <= has) & (receives == _FIT)
+        most = jnp.where(fits, keys_of(_MOST_FILLED, room), keys_of(_MOST_ROOM, room))
+        keys = jnp.where(room == 0, 0, jnp.where(enough, keys_of(_ENOUGH, ~room), most))
+        key = jnp.max(keys)
+        receiver = bits - (key & bits).astype(jnp.int32)
         space = jnp.where(key != 0, room[receiver], 0)
         only_excess = (receives != _FILL) & (has < space) & (wanted < has) & (wanted >= least)
         tokens = jnp.where(only_excess, wanted, jnp.minimum(space, has))
@@ -372,13 +369,12 @@ def _give(scaled: jax.Array, least: jax.Array, limit: jax.Array, rule: jax.Array
         hangs = jnp.where(received & (settles == _RECEIVER), giver, state.parent)
         following = _State(
             load=state.load - gives + gets,
-            waits=waits,
+            waiting=state.waiting - done,
             giver=giver,
             excess=excess - tokens.astype(jnp.int32),
             sends=sends + 1,
             at_home=state.at_home.at[giver, chosen].add(jnp.uint32(0) - tokens),
             replicas=state.replicas.at[giver, chosen].add(1),
-            held=state.held.at[receiver, expert].set(True),
             used=state.used + received.astype(jnp.int32),
             parent=jnp.where(given & (settles == _GIVER), receiver, hangs),
             copies=jax.tree.map(lambda field, value: field.at[state.num_copies].set(value), state.copies, copy),
@@ -389,7 +385,7 @@ def _give(scaled: jax.Array, least: jax.Array, limit: jax.Array, rule: jax.Array
         return jax.tree.map(lambda a, b: jnp.where(stuck, a, b), state._replace(stuck=stuck | state.stuck), following)
 
     def goes_on(state: _State) -> jax.Array:
-        some = (state.excess > 0) | jnp.any(state.waits != 0)
+        some = (state.excess > 0) | (state.waiting > 0)
         return ~state.stuck & some & (state.num_copies < capacity)
 
     return lax.while_loop(goes_on, step, jax.tree.map(lambda leaf: _ffi.vary(leaf, axes), start))
