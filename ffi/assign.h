@@ -32,7 +32,6 @@ struct AssignOperands {
 struct AssignResults {
   int32_t* physical_ids;  // [batch, num_ids]
   int32_t* rank_load;     // [batch, num_ranks] the sum of the quotas of each rank's slots
-  int32_t* workspace;     // [batch, workspace_words]; prepared shares on CUDA where rows are wide, else not used
 };
 
 void assign_cpu(const AssignShape& shape, const AssignOperands& in, const AssignResults& out);
@@ -60,44 +59,6 @@ struct alignas(16) Share {
   uint32_t ratio;  // see ratio(); divides by `left` without dividing
 };
 
-// Where an expert's prepared shares are.
-struct alignas(8) ShareHead {
-  uint32_t first;  // into its batch element's shares
-  uint32_t count;  // one at least
-};
-
-// The shares of all experts, computed before any token is assigned, in a workspace of 32-bit words aligned to 16 bytes.
-// Of one batch element: a head for each expert; then num_experts * max_replicas shares, which the heads refer to.
-struct PreparedShares {
-  ShareHead* heads;
-  Share* shares;
-
-  LPLB_INLINE PreparedShares(int32_t* workspace, int num_experts, int max_replicas, int64_t batch = 0)
-      : heads(reinterpret_cast<ShareHead*>(workspace + batch * words(num_experts, max_replicas))),
-        shares(reinterpret_cast<Share*>(reinterpret_cast<int32_t*>(heads) + head_words(num_experts))) {}
-
-  // Of one batch element.
-  LPLB_INLINE static int64_t words(int num_experts, int max_replicas) {
-    constexpr int kShareWords = sizeof(Share) / sizeof(int32_t);
-    return head_words(num_experts) + static_cast<int64_t>(num_experts) * max_replicas * kShareWords;
-  }
-
- private:
-  LPLB_INLINE static int64_t head_words(int num_experts) { return (2 * static_cast<int64_t>(num_experts) + 3) / 4 * 4; }
-};
-
-// Rows so narrow that every thread block computes the shares of all experts for itself, and keeps them in shared
-// memory: that is faster than a kernel before it, which prepares them.
-constexpr int kNarrowRow = 4;
-inline bool rows_are_narrow(int num_experts, int max_replicas) {
-  return max_replicas <= kNarrowRow && num_experts <= 2048 && num_experts * max_replicas <= 4096;
-}
-
-// Of one batch element in AssignResults::workspace, for assign_cuda and assign_after_solve_cuda.
-inline int64_t workspace_words(int num_experts, int max_replicas) {
-  return rows_are_narrow(num_experts, max_replicas) ? 1 : PreparedShares::words(num_experts, max_replicas);
-}
-
 struct Replica {
   float part;  // of the split
   int32_t slot;
@@ -123,11 +84,23 @@ LPLB_INLINE uint32_t ratio(uint32_t quota, uint32_t left) {
   return high + static_cast<uint32_t>(static_cast<float>(rest) * (inverse * kDown));
 }
 
-// Of `load` tokens, those of the replicas up to one, given the split's sum over these and over all: a fraction in units
-// of 2^-30, rounded to whole tokens, so that quotas sum to the load whatever the split's unit and rounding.
-LPLB_INLINE uint32_t tokens_upto(float sum, float total, uint32_t load) {
+// The split's parts as integers, the largest of an expert's of 24 bits, unless it is tiny: these add up exactly, in any
+// order.
+LPLB_INLINE float weight_scale(float largest_part) {
+  const int exponent = 23 - exponent_of(largest_part);
+  return power_of_two(exponent < 127 ? exponent : 127);
+}
+LPLB_INLINE uint32_t weight(float part, float scale) {
+  constexpr float kMost = 0x1p24f;  // of infinity
+  const float scaled = part * scale;
+  return static_cast<uint32_t>(scaled < kMost ? scaled : kMost);
+}
+
+// Of `load` tokens, those of the replicas up to one, given the sum of the weights of these and of all: a fraction in
+// units of 2^-30, rounded to whole tokens, so that quotas sum to the load whatever the split's unit and rounding.
+LPLB_INLINE uint32_t tokens_upto(uint32_t sum, uint32_t total, uint32_t load) {
   constexpr uint32_t kOne = 1u << 30;
-  const float share = sum / total;
+  const float share = static_cast<float>(sum) / static_cast<float>(total);
   const uint32_t fraction = share < 1.0f ? static_cast<uint32_t>(share * static_cast<float>(kOne)) : kOne;
   return static_cast<uint32_t>((static_cast<uint64_t>(fraction) * load + kOne / 2) >> 30);
 }
@@ -139,50 +112,76 @@ LPLB_INLINE Share make_share(int32_t slot, uint32_t begin, uint32_t end, uint32_
   return share;
 }
 
-// Writes an expert's shares, of up to max_replicas, and returns how many there are: one at least. read(r) gives entry r
-// of its row, a Replica. Replicas share the load as the split does, and evenly where that has nothing for any of them;
-// sums are taken one by one. Where kMost > 0, which is no less than max_replicas, loops are unrolled, so that a row
-// that `read` has in registers stays there.
+// An expert's shares, of up to max_replicas, one after the other. read(r) gives entry r of its row, a Replica. Replicas
+// share the load as the split does, and evenly where that has nothing for any of them. Where kMost > 0, which is no
+// less than max_replicas, loops are unrolled, so that a row that `read` has in registers stays there.
+template <class Read, int kMost = 0>
+class Shares {
+ public:
+  LPLB_INLINE Shares(Read read, int max_replicas, int num_physical, int32_t load)
+      : read_(read), tokens_(load > 0 ? static_cast<uint32_t>(load) : 0) {
+    float largest = 0.0f;
+    LPLB_UNROLL
+    for (int r = 0; r < (kMost > 0 ? kMost : max_replicas); ++r) {
+      if (r >= max_replicas) break;
+      const Replica replica = read(r);
+      if (!replica.is_slot(num_physical)) break;
+      ++count_;
+      largest = replica.positive() > largest ? replica.positive() : largest;
+    }
+    scale_ = weight_scale(largest);
+    LPLB_UNROLL
+    for (int r = 0; r < (kMost > 0 ? kMost : count_); ++r) {
+      if (r >= count_) break;
+      total_ += weight(read(r).positive(), scale_);
+    }
+    even_ = total_ == 0;
+    if (even_) total_ = static_cast<uint32_t>(count_);
+  }
+  // Replicas; none has one share, of no slot.
+  LPLB_INLINE int count() const { return count_; }
+  // Share r, after those before it.
+  LPLB_INLINE Share next(int r) {
+    if (count_ == 0) return make_share(-1, 0, 0, 0);
+    const Replica replica = read_(r);
+    sum_ += even_ ? 1 : weight(replica.positive(), scale_);
+    const uint32_t begin = end_;
+    end_ = r + 1 < count_ ? tokens_upto(sum_, total_, tokens_) : tokens_;
+    return make_share(replica.slot, begin, end_, tokens_);
+  }
+
+ private:
+  Read read_;
+  uint32_t tokens_, end_ = 0;
+  int count_ = 0;
+  float scale_;
+  bool even_;
+  uint32_t total_ = 0, sum_ = 0;  // of weights
+};
+
+// Writes all shares of an expert, one at least, and returns how many they are.
 template <int kMost = 0, class Read>
 LPLB_INLINE int write_shares(Read read, int max_replicas, int num_physical, int32_t load, Share* shares) {
-  const int most = kMost > 0 ? kMost : max_replicas;
-  const uint32_t tokens = load > 0 ? static_cast<uint32_t>(load) : 0;
-  int count = 0;
-  float total = 0.0f;
+  Shares<Read, kMost> row(read, max_replicas, num_physical, load);
+  shares[0] = row.next(0);
   LPLB_UNROLL
-  for (int r = 0; r < most; ++r) {
-    if (r >= max_replicas) break;
-    const Replica replica = read(r);
-    if (!replica.is_slot(num_physical)) break;
-    ++count;
-    total += replica.positive();
+  for (int r = 1; r < (kMost > 0 ? kMost : row.count()); ++r) {
+    if (r >= row.count()) break;
+    shares[r] = row.next(r);
   }
-  const bool even = !(total > 0.0f);
-  if (even) total = static_cast<float>(count);
-  float sum = 0.0f;
-  uint32_t begin = 0;
-  LPLB_UNROLL
-  for (int r = 0; r < most; ++r) {
-    if (r >= count) break;
-    const Replica replica = read(r);
-    sum += even ? 1.0f : replica.positive();
-    const uint32_t end = r + 1 < count ? tokens_upto(sum, total, tokens) : tokens;
-    shares[r] = make_share(replica.slot, begin, end, tokens);
-    begin = end;
-  }
-  if (count > 0) return count;
-  shares[0] = make_share(-1, 0, 0, 0);
-  return 1;
+  return row.count() > 0 ? row.count() : 1;
 }
 
-// Slot of token `index` of an expert with these shares: of the first where the load does not know of the token.
-LPLB_INLINE int32_t choose_slot(const Share* shares, uint32_t index) {
-  Share share = *shares;
+// Slot of token `index` of an expert whose shares next() gives, one after the other: of the first where the load does
+// not know of the token.
+template <class Next>
+LPLB_INLINE int32_t choose_slot(Next next, uint32_t index) {
+  Share share = next();
   if (share.left == 0) return share.slot;
   uint32_t o = index < share.left ? index : index % share.left;
   LPLB_UNROLL_BY(1)
   while (share.quota < share.left) {
-    const Share next = *++shares;  // read before it is known to be needed
+    const Share following = next();  // read before it is known to be needed
     // floor(o * quota / left), or one less: o is below 2^31, and the ratio at most 2 / 2^32 too small. The remainder
     // is then below 2 * left and so below 2^32.
     uint32_t taken = static_cast<uint32_t>((static_cast<uint64_t>(o) * share.ratio) >> 32);
@@ -193,19 +192,20 @@ LPLB_INLINE int32_t choose_slot(const Share* shares, uint32_t index) {
     }
     if (remainder + share.quota >= share.left) break;
     o -= taken;
-    share = next;
+    share = following;
   }
   return share.slot;
 }
 
 // Calls visit(slot, quota) for the replicas of an expert with these shares, but those after which nothing is left.
-template <class Visit>
-LPLB_INLINE void for_each_quota(const Share* shares, Visit visit) {
+template <class Next, class Visit>
+LPLB_INLINE void for_each_quota(Next next, Visit visit) {
+  Share share = next();
   LPLB_UNROLL_BY(1)
-  for (bool more = shares->slot >= 0; more; ++shares) {
-    const Share share = *shares;
+  for (bool more = share.slot >= 0; more;) {
     visit(share.slot, share.quota);
     more = share.quota < share.left;
+    if (more) share = next();
   }
 }
 

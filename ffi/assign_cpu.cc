@@ -25,16 +25,22 @@ void assign_cpu(const AssignShape& shape, const AssignOperands& in, const Assign
         return Replica{in.split[expert * replicas + r], in.log2phy[expert * replicas + r]};
       };
       shares.resize(first[e] + write_shares(read, replicas, shape.num_physical, in.load[expert], &shares[first[e]]));
-      for_each_quota(&shares[first[e]], [&](int32_t slot, uint32_t quota) {
-        int32_t& sum = sums[slot / slots_per_rank];
-        sum = static_cast<int32_t>(static_cast<uint32_t>(sum) + quota);  // wraps, as on CUDA
-      });
+      const Share* share = &shares[first[e]];
+      for_each_quota([&] { return *share++; },
+                     [&](int32_t slot, uint32_t quota) {
+                       int32_t& sum = sums[slot / slots_per_rank];
+                       sum = static_cast<int32_t>(static_cast<uint32_t>(sum) + quota);  // wraps, as on CUDA
+                     });
     }
     // All ids in one run: the chunks' starts are what it has counted when it reaches them.
     for (int64_t i = 0; i < shape.count.num_ids; ++i) {
       const int32_t e = ids[i];
-      out.physical_ids[batch * shape.count.num_ids + i] =
-          e >= 0 && e < experts ? choose_slot(&shares[first[e]], next[e]++) : -1;
+      int32_t slot = -1;
+      if (e >= 0 && e < experts) {
+        const Share* share = &shares[first[e]];
+        slot = choose_slot([&] { return *share++; }, next[e]++);
+      }
+      out.physical_ids[batch * shape.count.num_ids + i] = slot;
     }
   }
 }

@@ -106,14 +106,14 @@ int main(int argc, char** argv) {
     const std::vector<int32_t> load = slice(problem.loads, instance, experts);
     const std::vector<int32_t> mine = slice(problem.ids, instance, num_ids);
     Device<int32_t> d_load(load), d_ids(mine), d_count(experts), d_starts(chunk_cells), d_iterations(groups),
-        d_status(groups), d_physical(num_ids), d_assigned(ranks), d_workspace(problem.workspace_words());
+        d_status(groups), d_physical(num_ids), d_assigned(ranks);
     Device<float> d_fraction(cells), d_rank_load(ranks), d_gap(groups);
     const lplb::SolveOperands solve_in = {d_load.get(), d_log2phy.get()};
     const lplb::SolveResults solve_out = {d_fraction.get(), d_rank_load.get(), d_gap.get(), d_iterations.get(),
                                           d_status.get()};
     const lplb::AssignOperands assign_in = {d_ids.get(),  d_starts.get(), d_fraction.get(),
                                             d_load.get(), d_offset.get(), d_log2phy.get()};
-    const lplb::AssignResults assign_out = {d_physical.get(), d_assigned.get(), d_workspace.get()};
+    const lplb::AssignResults assign_out = {d_physical.get(), d_assigned.get()};
     const auto count = [&](cudaStream_t s) {
       return lplb::count_cuda(s, count_shape, d_ids.get(), d_count.get(), d_starts.get());
     };
@@ -188,11 +188,11 @@ int main(int argc, char** argv) {
       std::fwrite(cuda_fraction.data(), sizeof(float), cells, fractions);
       lplb::assign_cpu(assign_shape,
                        {mine.data(), starts.data(), cuda_fraction.data(), load.data(), offset.data(), log2phy.data()},
-                       {physical.data(), assigned.data(), nullptr});
+                       {physical.data(), assigned.data()});
       for (int alone = 0; alone < 2; ++alone) {
         if (physical != d_physical.host()) fail("assign: physical_ids differ from the CPU's", instance);
         if (assigned != d_assigned.host()) fail("assign: rank_load differs from the CPU's", instance);
-        for (Device<int32_t>* result : {&d_physical, &d_assigned, &d_workspace}) {
+        for (Device<int32_t>* result : {&d_physical, &d_assigned}) {
           LPLB_CHECK(cudaMemsetAsync(result->get(), 0x7f, result->size() * sizeof(int32_t), stream));
         }
         LPLB_CHECK(assign(stream));

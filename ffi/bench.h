@@ -129,7 +129,6 @@ struct Problem {
     ids = read<int32_t>(file, static_cast<size_t>(instances) * num_ids);
     std::fclose(file);
   }
-  size_t workspace_words() const { return lplb::workspace_words(num_experts, max_replicas); }
 };
 
 template <class T>

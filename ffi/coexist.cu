@@ -105,26 +105,14 @@ class Balancer {
         stream, solve_, edges_, {load_.get(), log2phy_.get()},
         {fraction, part<float>(kRankLoad), part<float>(kGap), part<int32_t>(kIterations), part<int32_t>(kStatus)},
         assign_, {ids_.get(), starts, fraction, load_.get(), offset_.get(), log2phy_.get()},
-        {part<int32_t>(kPhysicalIds), part<int32_t>(kAssigned), part<int32_t>(kWorkspace)});
+        {part<int32_t>(kPhysicalIds), part<int32_t>(kAssigned)});
   }
 
-  // All results, workspaces included, one after the other.
+  // All results, one after the other.
   Device<uint32_t>& results() { return results_; }
 
  private:
-  enum Part {
-    kCount,
-    kStarts,
-    kFraction,
-    kRankLoad,
-    kGap,
-    kIterations,
-    kStatus,
-    kPhysicalIds,
-    kAssigned,
-    kWorkspace,
-    kParts
-  };
+  enum Part { kCount, kStarts, kFraction, kRankLoad, kGap, kIterations, kStatus, kPhysicalIds, kAssigned, kParts };
 
   size_t layout(const Problem& p) {
     const size_t experts = p.num_experts, groups = p.num_groups, ranks = p.num_ranks;
@@ -136,8 +124,7 @@ class Balancer {
                                   groups,
                                   groups,
                                   size_t(p.num_ids),
-                                  ranks,
-                                  p.workspace_words()};
+                                  ranks};
     size_t words = 0;
     for (int i = 0; i < kParts; ++i) {
       begin_[i] = words;

@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #ifdef __CUDACC__
 #define LPLB_DEVICE __device__ __forceinline__
@@ -35,11 +36,22 @@ LPLB_DEVICE int scaling_bits(uint32_t total) {
 }
 
 // 2^exponent, from -126 on.
-LPLB_DEVICE float power_of_two(int exponent) {
+LPLB_INLINE float power_of_two(int exponent) {
 #ifdef __CUDA_ARCH__
   return __int_as_float((127 + exponent) << 23);
 #else
   return std::ldexp(1.0f, exponent);
+#endif
+}
+
+// The exponent of the power of two that is next below a positive number, not less than 2^-126; 128 of infinity.
+LPLB_INLINE int exponent_of(float value) {
+#ifdef __CUDA_ARCH__
+  return (__float_as_int(value) >> 23) - 127;
+#else
+  int32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return (bits >> 23) - 127;
 #endif
 }
 

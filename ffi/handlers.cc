@@ -235,8 +235,7 @@ ffi::Error plan(Launch launch, Ids load, Ids least, ffi::Result<Ids> phy2log, ff
 
 AssignShape read_assign(Shapes& shapes, const Ids& expert_ids, const Ids& starts, const int64_t* split, const Ids& load,
                         const Ids& offset, const Ids& log2phy, ffi::Result<Ids>& physical_ids,
-                        ffi::Result<Ids>& rank_load, ffi::Result<Ids>& workspace, int64_t num_physical,
-                        int64_t chunk_size, int64_t num_sms) {
+                        ffi::Result<Ids>& rank_load, int64_t num_physical, int64_t chunk_size, int64_t num_sms) {
   AssignShape shape;
   shape.count = count_shape(shapes, expert_ids, starts, chunk_size, num_sms);
   const int experts = shape.count.num_experts;
@@ -244,8 +243,6 @@ AssignShape read_assign(Shapes& shapes, const Ids& expert_ids, const Ids& starts
   shapes.expect("log2phy", "num_experts", experts, table[0]);
   shape.max_replicas = static_cast<int>(table[1]);
   shapes.require(shape.max_replicas >= 1, [] { return "log2phy: max_replicas is 0"; });
-  shapes.expect("workspace", "size", workspace_words(experts, shape.max_replicas),
-                shapes.last("workspace", *workspace, 1)[0]);
   shapes.expect("split", "num_experts", experts, split[0]);
   shapes.expect("split", "max_replicas", shape.max_replicas, split[1]);
   shapes.expect("load", "num_experts", experts, shapes.last("load", load, 1)[0]);
@@ -263,57 +260,57 @@ AssignShape read_assign(Shapes& shapes, const Ids& expert_ids, const Ids& starts
 
 template <class Launch>
 ffi::Error assign(Launch launch, Ids expert_ids, Ids starts, Reals split, Ids load, Ids offset, Ids log2phy,
-                  ffi::Result<Ids> physical_ids, ffi::Result<Ids> rank_load, ffi::Result<Ids> workspace,
-                  int64_t num_physical, int64_t chunk_size, int64_t num_sms) {
+                  ffi::Result<Ids> physical_ids, ffi::Result<Ids> rank_load, int64_t num_physical, int64_t chunk_size,
+                  int64_t num_sms) {
   Shapes shapes("assign");
   const AssignShape shape = read_assign(shapes, expert_ids, starts, shapes.last("split", split, 2), load, offset,
-                                        log2phy, physical_ids, rank_load, workspace, num_physical, chunk_size, num_sms);
+                                        log2phy, physical_ids, rank_load, num_physical, chunk_size, num_sms);
   if (!shapes.ok()) return shapes.error();
   const AssignOperands in = {expert_ids.typed_data(), starts.typed_data(), split.typed_data(),
                              load.typed_data(),       offset.typed_data(), log2phy.typed_data()};
-  return launch(shape, in, AssignResults{physical_ids->typed_data(), rank_load->typed_data(), workspace->typed_data()});
+  return launch(shape, in, AssignResults{physical_ids->typed_data(), rank_load->typed_data()});
 }
 
 // The split of `predicted`, and by it the assignment of tokens that `load` counts.
 template <class Launch>
 ffi::Error solve_assign(Launch launch, Ids expert_ids, Ids starts, Ids predicted, Ids load, Ids offset, Ids log2phy,
-                        ffi::Result<Ids> physical_ids, ffi::Result<Ids> rank_load, ffi::Result<Ids> workspace,
-                        ffi::Result<Reals> fraction, ffi::Result<Reals> solved_rank_load, ffi::Result<Reals> gap,
-                        ffi::Result<Ids> iterations, ffi::Result<Ids> status, int64_t num_physical, float tol,
-                        float threshold, int64_t max_iterations, ffi::Span<const int32_t> partners, int64_t chunk_size,
+                        ffi::Result<Ids> physical_ids, ffi::Result<Ids> rank_load, ffi::Result<Reals> fraction,
+                        ffi::Result<Reals> solved_rank_load, ffi::Result<Reals> gap, ffi::Result<Ids> iterations,
+                        ffi::Result<Ids> status, int64_t num_physical, float tol, float threshold,
+                        int64_t max_iterations, ffi::Span<const int32_t> partners, int64_t chunk_size,
                         int64_t num_sms) {
   Shapes shapes("solve_assign");
   const Solve solve = read_solve(shapes, predicted, log2phy, fraction, solved_rank_load, gap, iterations, status,
                                  num_physical, tol, threshold, max_iterations, partners);
   const AssignShape shape = read_assign(shapes, expert_ids, starts, shapes.last("fraction", *fraction, 2), load, offset,
-                                        log2phy, physical_ids, rank_load, workspace, num_physical, chunk_size, num_sms);
+                                        log2phy, physical_ids, rank_load, num_physical, chunk_size, num_sms);
   if (!shapes.ok()) return shapes.error();
   const AssignOperands in = {expert_ids.typed_data(), starts.typed_data(), fraction->typed_data(),
                              load.typed_data(),       offset.typed_data(), log2phy.typed_data()};
   return launch(solve.shape, solve.edges(), solve.in, solve.out, shape, in,
-                AssignResults{physical_ids->typed_data(), rank_load->typed_data(), workspace->typed_data()});
+                AssignResults{physical_ids->typed_data(), rank_load->typed_data()});
 }
 
 // The plan for `predicted`, and by its split the assignment of tokens that `load` counts.
 template <class Launch>
 ffi::Error plan_assign(Launch launch, Ids expert_ids, Ids starts, Ids load, Ids offset, Ids predicted, Ids least,
-                       ffi::Result<Ids> physical_ids, ffi::Result<Ids> assigned_rank_load, ffi::Result<Ids> workspace,
-                       ffi::Result<Ids> phy2log, ffi::Result<Ids> log2phy, ffi::Result<Reals> fraction,
-                       ffi::Result<Reals> rank_load, ffi::Result<Reals> gap, ffi::Result<Ids> iterations,
-                       ffi::Result<Ids> status, float tol, float threshold, int64_t max_iterations, float slack,
-                       int64_t max_sends, ffi::Span<const float> slacks, ffi::Span<const int32_t> rules,
-                       int64_t chunk_size, int64_t num_sms) {
+                       ffi::Result<Ids> physical_ids, ffi::Result<Ids> assigned_rank_load, ffi::Result<Ids> phy2log,
+                       ffi::Result<Ids> log2phy, ffi::Result<Reals> fraction, ffi::Result<Reals> rank_load,
+                       ffi::Result<Reals> gap, ffi::Result<Ids> iterations, ffi::Result<Ids> status, float tol,
+                       float threshold, int64_t max_iterations, float slack, int64_t max_sends,
+                       ffi::Span<const float> slacks, ffi::Span<const int32_t> rules, int64_t chunk_size,
+                       int64_t num_sms) {
   Shapes shapes("plan_assign");
   const Plan plan = read_plan(shapes, predicted, least, phy2log, log2phy, fraction, rank_load, gap, iterations, status,
                               tol, threshold, max_iterations, slack, max_sends, slacks, rules);
-  const AssignShape shape = read_assign(shapes, expert_ids, starts, shapes.last("fraction", *fraction, 2), load, offset,
-                                        *log2phy, physical_ids, assigned_rank_load, workspace,
-                                        shapes.last("phy2log", *phy2log, 1)[0], chunk_size, num_sms);
+  const AssignShape shape =
+      read_assign(shapes, expert_ids, starts, shapes.last("fraction", *fraction, 2), load, offset, *log2phy,
+                  physical_ids, assigned_rank_load, shapes.last("phy2log", *phy2log, 1)[0], chunk_size, num_sms);
   if (!shapes.ok()) return shapes.error();
   const AssignOperands in = {expert_ids.typed_data(), starts.typed_data(), fraction->typed_data(),
                              load.typed_data(),       offset.typed_data(), log2phy->typed_data()};
   return launch(plan.shape, plan.in, plan.out, shape, in,
-                AssignResults{physical_ids->typed_data(), assigned_rank_load->typed_data(), workspace->typed_data()});
+                AssignResults{physical_ids->typed_data(), assigned_rank_load->typed_data()});
 }
 
 // Appends the operands, results and attributes of each call, in the order of the functions above.
@@ -353,7 +350,6 @@ auto bind_assigned(Binding&& binding) {
       .template Arg<Ids>()
       .template Arg<Ids>()
       .template Arg<Ids>()
-      .template Ret<Ids>()
       .template Ret<Ids>()
       .template Ret<Ids>();
 }
@@ -396,7 +392,6 @@ auto bind_assign(Binding binding) {
                          .template Arg<Ids>()
                          .template Arg<Ids>()
                          .template Arg<Ids>()
-                         .template Ret<Ids>()
                          .template Ret<Ids>()
                          .template Ret<Ids>()
                          .template Attr<int64_t>("num_physical"));

@@ -62,7 +62,6 @@ nb::tuple mathdx_sizes() {
 
 NB_MODULE(_handlers, m) {
   m.def("handlers", &handlers);
-  m.def("assign_workspace_words", &lplb::workspace_words, nb::arg("num_experts"), nb::arg("max_replicas"));
   m.attr("ffi_api_version") = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
   m.attr("mathdx_sizes") = mathdx_sizes();
   m.attr("max_experts") = lplb::kMaxExperts;

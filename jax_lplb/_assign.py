@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_lplb import _ffi, _handlers
+from jax_lplb import _ffi
 from jax_lplb._count import check_expert_ids, check_num_sms, chunking, count, flat_ids
+from jax_lplb._load import power_of_two
 from jax_lplb._mesh import spec_of, with_auto_axes
 from jax_lplb._placement import Placement
 from jax_lplb._solve import check_load, check_placement
@@ -121,10 +122,7 @@ def assign_with_starts(
         operands = (ids, starts, split, load, offset, log2phy)
         results = ffi_results(num_ids, placement, operands, (split, load, log2phy))
         attributes = ffi_attributes(num_ids, placement, num_sms)
-        physical_ids, rank_load, _ = _ffi.call(
-            "lplb_assign", results, *operands, num_physical=np.int64(num_physical), **attributes
-        )
-        return [physical_ids, rank_load]
+        return _ffi.call("lplb_assign", results, *operands, num_physical=np.int64(num_physical), **attributes)
 
     def xla(
         ids: jax.Array, starts: jax.Array, split: jax.Array, load: jax.Array, offset: jax.Array, log2phy: jax.Array
@@ -141,12 +139,10 @@ def assign_with_starts(
 def ffi_results(
     num_ids: int, placement: Placement, ids_vary_with: tuple[jax.Array, ...], loads_vary_with: tuple[jax.Array, ...]
 ) -> list[_ffi.Result]:
-    """Physical ids, rank load and a workspace, as the custom calls return them."""
-    workspace = _handlers.assign_workspace_words(placement.num_experts, placement.max_replicas)
+    """Physical ids and rank load, as the custom calls return them."""
     return [
         _ffi.Result((num_ids,), jnp.int32, ids_vary_with),
         _ffi.Result((placement.num_ranks,), jnp.int32, loads_vary_with),
-        _ffi.Result((workspace,), jnp.int32, loads_vary_with),
     ]
 
 
@@ -179,16 +175,18 @@ def _quotas(split: jax.Array, load: jax.Array, log2phy: jax.Array, num_physical:
         return jnp.where(present, jnp.maximum(load, 0)[:, None], 0).astype(jnp.uint32)
     replicas = jnp.sum(present, axis=1, keepdims=True, dtype=jnp.int32)
     part = jnp.where(present & (split > 0), split, 0)
+    # As integers, the largest of a row of 24 bits, unless it is tiny: these add up exactly, in any order.
+    exponent = (lax.bitcast_convert_type(jnp.max(part, axis=1, keepdims=True), jnp.int32) >> 23) - 127
+    scaled = part * power_of_two(jnp.minimum(23 - exponent, 127))
+    weight = jnp.minimum(scaled, 2.0**24).astype(jnp.uint32)
     # Evenly where there is nothing for any of them.
-    part = jnp.where(jnp.any(part > 0, axis=1, keepdims=True), part, present.astype(part.dtype))
-    # Added up one by one, as the handlers do: a parallel prefix sum would round otherwise.
-    zero = _ffi.vary(jnp.zeros_like(part[:, 0]), _ffi.varying(part))
+    weight = jnp.where(jnp.any(weight > 0, axis=1, keepdims=True), weight, present.astype(jnp.uint32))
+    sums = jnp.cumsum(weight, axis=1, dtype=jnp.uint32)
     unroll = min(part.shape[1], 4)  # no loop where rows are narrow, and no program as long as rows where they are wide
-    total, sums = lax.scan(lambda upto, column: (upto + column,) * 2, zero, part.T, unroll=unroll)
     # Column by column: XLA divides by a broadcast as it multiplies by the reciprocal, and rounds otherwise. (On GPUs it
     # divides approximately anyway; there quotas may differ from the handlers' by a token.)
-    whole = jnp.where(total > 0, total, 1)
-    share = lax.scan(lambda _, upto: (None, upto / whole), None, sums, unroll=unroll)[1].T
+    whole = jnp.maximum(sums[:, -1], 1).astype(jnp.float32)
+    share = lax.scan(lambda _, upto: (None, upto / whole), None, sums.T.astype(jnp.float32), unroll=unroll)[1].T
     index = jnp.arange(1, part.shape[1] + 1, dtype=jnp.int32)[None, :]
     fraction = jnp.where(share < 1, share * _ONE, _ONE).astype(jnp.uint32)
     fraction = jnp.where(index >= replicas, jnp.uint32(_ONE), fraction)

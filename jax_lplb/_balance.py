@@ -232,7 +232,7 @@ def _solve_assign(
 
     def ffi(*operands: jax.Array) -> list[jax.Array]:
         _, _, predicted, load, _, log2phy = operands
-        physical_ids, rank_load, _, _, solved_rank_load, gap, _, status = _ffi.call(
+        physical_ids, rank_load, _, solved_rank_load, gap, _, status = _ffi.call(
             "lplb_solve_assign",
             [
                 *assign_results(num_ids, placement, operands, (predicted, load, log2phy)),
@@ -278,7 +278,7 @@ def _plan_assign(
 
     def ffi(*operands: jax.Array) -> list[jax.Array]:
         _, _, load, _, predicted, least = operands
-        physical_ids, assigned, _, phy2log, log2phy, _, rank_load, gap, _, status = _ffi.call(
+        physical_ids, assigned, phy2log, log2phy, _, rank_load, gap, _, status = _ffi.call(
             "lplb_plan_assign",
             [
                 *assign_results(num_ids, placement, operands, (predicted, least, load)),

@@ -369,7 +369,7 @@ def _give(scaled: jax.Array, least: jax.Array, limit: jax.Array, rule: jax.Array
         hangs = jnp.where(received & (settles == _RECEIVER), giver, state.parent)
         following = _State(
             load=state.load - gives + gets,
-            waiting=state.waiting - done,
+            waiting=state.waiting - done.astype(jnp.int32),
             giver=giver,
             excess=excess - tokens.astype(jnp.int32),
             sends=sends + 1,

@@ -1,7 +1,7 @@
 """`assign`: which replica each token goes to, against a reference in plain Python and what the split promises."""
 
 import contextlib
-import itertools
+import math
 from fractions import Fraction
 from functools import cache, partial
 
@@ -13,7 +13,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import jax_lplb as lplb
-from jax_lplb import _handlers
 from jax_lplb._assign import assign_with_starts
 from jax_lplb._count import count
 
@@ -26,14 +25,16 @@ SHAPE = (1500, 2)  # of ids wherever no other is called for: pure JAX takes seco
 
 def quotas(split: np.ndarray, num_replicas: int, load: int) -> list[int]:
     """Whole tokens for each replica, near load * split / sum(split): the bounds between replicas, as fractions of the
-    load in units of 2**-30, rounded to whole tokens. Negative and NaN entries count as nothing, nothing as even.
+    load in units of 2**-30, rounded to whole tokens. Negative and NaN entries count as nothing, nothing as even. Parts
+    count as integers, the largest of which has 24 bits.
     """
-    with np.errstate(all="ignore"):
-        parts = [v if v > 0 else np.float32(0) for v in split[:num_replicas]]
-        if not any(parts):
-            parts = [np.float32(1)] * num_replicas
-        sums = list(itertools.accumulate(parts))
-        shares = [v / sums[-1] for v in sums]
+    parts = [v.item() if v > 0 else 0.0 for v in split[:num_replicas]]
+    largest = max(parts, default=0.0)
+    exponent = 24 - math.frexp(largest)[1] if math.isfinite(largest) else -105
+    weights = [min(math.ldexp(part, min(exponent, 127)), 2**24) // 1 for part in parts]
+    weights = weights if any(weights) else [1] * num_replicas
+    sums = np.cumsum(weights, dtype=np.uint32).astype(np.float32)
+    shares = [v / sums[-1] for v in sums]
     bounds = [0]
     for share in shares[:-1]:
         fraction = int(share * np.float32(ONE)) if share < 1 else ONE
@@ -532,7 +533,6 @@ def test_garbage_stays_in_bounds(platform, implementation, table, max_replicas):
     ("change", "message"),
     [
         ({}, None),
-        ({"workspace": 7}, r"workspace: expected size \d+, got 7"),
         ({"physical_ids": 11}, "physical_ids: expected size 12, got 11"),
         ({"offset": 4}, "offset: expected num_experts 5, got 4"),
         ({"batch": 2}, "load: expected batch 1, got 2"),
@@ -546,11 +546,10 @@ def test_garbage_stays_in_bounds(platform, implementation, table, max_replicas):
 def test_the_custom_call_says_what_is_wrong(change, message):
     """Called as no function of the library calls it."""
     place = placements()["5 to 1"]
-    words = _handlers.assign_workspace_words(5, 5)
-    sizes = {"physical_ids": 12, "rank_load": 5, "workspace": words, "offset": 5, "batch": 1} | change
+    sizes = {"physical_ids": 12, "rank_load": 5, "offset": 5, "batch": 1} | change
     attributes = {"num_physical": 15, "chunk_size": 256, "num_sms": 0}
     attributes = {name: np.int64(change.get(name, value)) for name, value in attributes.items()}
-    names = ("physical_ids", "rank_load", "workspace")
+    names = ("physical_ids", "rank_load")
     call = jax.ffi.ffi_call("lplb_assign", [jax.ShapeDtypeStruct((sizes[name],), np.int32) for name in names])
     ids, starts, split = np.zeros(12, np.int32), np.zeros((1, 5), np.int32), np.ones((5, 5), np.float32)
     load = np.zeros((5,) if sizes["batch"] == 1 else (sizes["batch"], 5), np.int32)
