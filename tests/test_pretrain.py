@@ -15,8 +15,10 @@ import time
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 pytest.importorskip("grain")
 pytest.importorskip("optax")
@@ -26,17 +28,22 @@ pytest.importorskip("tyro")
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples" / "pretrain"))
 
 import compare
+import flops
 import loop
 import report
 import train
 from checkpoint import Checkpoints, require_space
 from config import PRESETS, Compute, Config, Data, Model, Optimiser, Placing, check, parse
 from data import Corpus, on_devices, read, unigram_entropy
+from model import InTurn, Transformer
 from placement import place
-from step import Trainer, mesh_of
+from step import METRICS, Trainer, mesh_of
 from terminal import Terminal
 
+from jax_lplb._router import Router
+
 STEPS, LAYERS, EXPERTS = 12, 2, 16
+ABOUT = {"parameters": 1, "unigram_entropy": 3.0}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -65,14 +72,13 @@ def config(text) -> Config:
         model=Model(d_model=16, layers=LAYERS, heads=2, experts=EXPERTS, top_k=2, d_expert=8),
         data=Data(data=(text,), seq_len=32, batch=16, validation_batches=2),
         optimiser=Optimiser(learning_rate=2e-2, warmup_steps=2),
-        placing=Placing(placement_every=5, load_decay=0.5),
         compute=Compute(dtype="float32", remat=False),
     )
 
 
 @functools.cache
 def trainer_of(config: Config, ranks: int) -> Trainer:
-    return Trainer(config, mesh_of(ranks), place(config, ranks, np.zeros((LAYERS, EXPERTS))))
+    return Trainer(config, mesh_of(ranks), place(config, ranks))
 
 
 def compiled(config: Config, ranks: int) -> Trainer:
@@ -100,6 +106,15 @@ def whole(config, tmp_path_factory) -> Config:
     return config
 
 
+@pytest.fixture(scope="module")
+def by_past(config, tmp_path_factory) -> Config:
+    """Likewise, with placements by past load after steps 5 and 10."""
+    placing = Placing(copies="past", placement_every=5)
+    config = dataclasses.replace(config, placing=placing, out=tmp_path_factory.mktemp("runs") / "past")
+    run(config)
+    return config
+
+
 def rows_of(config: Config) -> list[dict]:
     """What metrics.jsonl says, without what depends on the clock."""
     rows = compare.read_lines(config.out / "metrics.jsonl")
@@ -122,13 +137,14 @@ def test_learns_and_reports(whole):
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert rows[0]["loss"] > 5
     assert rows[-1]["loss"] < 3.5
-    assert all(row["optimum_mean"] - 1e-3 <= row["balanced_mean"] <= row["home_mean"] for row in rows)
-    assert [row["contiguous_mean"] == row["home_mean"] for row in rows[:5]] == [True] * 5  # not placed by load yet
-    assert rows[6]["contiguous_mean"] != rows[6]["home_mean"]
+    assert all(row["optimum_mean"] - 1e-3 <= row["balanced_mean"] < row["home_mean"] for row in rows)
+    assert all(row["contiguous_mean"] == row["home_mean"] for row in rows)  # experts stay where they are
     summary = json.loads((whole.out / "summary.json").read_text())
     assert summary["finished"]
     assert summary["ended"] == "finished"
     assert summary["validation_loss"] == pytest.approx(rows[-1]["loss"], rel=0.1)
+    assert summary["routing"] == "learned"
+    assert summary["mfu"] is None  # of a CPU
     assert summary["unigram_entropy"] == unigram_entropy(read(whole.data, print))
     loads = loads_of(whole)
     assert loads.shape == (STEPS, LAYERS, EXPERTS)
@@ -138,8 +154,19 @@ def test_learns_and_reports(whole):
     assert list((whole.out / "tensorboard").iterdir())
 
 
-def test_goes_on_as_if_never_interrupted(whole, monkeypatch, tmp_path, capsys):
-    """By SIGTERM, after one placement by load and before the next."""
+def test_copies_do_not_change_the_course(whole, by_past):
+    """Chosen by each batch or by the past, which moves experts: after step 5, and not before."""
+    losses = [[row["loss"] for row in rows_of(each)] for each in (whole, by_past)]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+    rows = rows_of(by_past)
+    assert [row["contiguous_mean"] == row["home_mean"] for row in rows[:5]] == [True] * 5
+    assert rows[6]["contiguous_mean"] != rows[6]["home_mean"]
+
+
+@pytest.mark.parametrize("copies", ["batch", "past"])
+def test_goes_on_as_if_never_interrupted(request, copies, monkeypatch, tmp_path, capsys):
+    """By SIGTERM; with copies by the past, after one placement and before the next."""
+    whole = request.getfixturevalue({"batch": "whole", "past": "by_past"}[copies])
     config = dataclasses.replace(whole, out=tmp_path / "resumed")
     push = report.Recorder.push
 
@@ -168,16 +195,20 @@ def test_goes_on_as_if_never_interrupted(whole, monkeypatch, tmp_path, capsys):
         trainer, checkpoints = opened(each, 8)
         with checkpoints:
             states.append(checkpoints.restore(print)[1:])
-    assert not np.array_equal(states[0][1].phy2log[0], states[0][1].phy2log[1])  # each layer has its own
     jax.tree.map(np.testing.assert_array_equal, *states)
     # Compiled once, for all placements and both runs, and ahead of the first step.
-    assert trainer.step._cache_size() == trainer.move._cache_size() == 1
+    assert trainer.step._cache_size() == 1
+    assert trainer.move._cache_size() == (copies == "past")
+    by_layer = states[0][1].phy2log
+    assert np.array_equal(by_layer[0], by_layer[1]) == (copies == "batch")  # else each layer has its own
+    assert (states[0][0].load is None) == (copies == "batch")
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["compare.py", str(whole.out), str(config.out)])
     compare.main()
     printed = capsys.readouterr().out
-    assert re.search(r"whole *. resumed", printed)
+    assert re.search(rf"{whole.out.name} *. resumed", printed)
+    assert "MFU" not in printed
     assert re.search(r"largest loss difference *. - *. 0\.00%", printed)
     last = json.loads((config.out / "summary.json").read_text())["median"]
     for name, title in (("contiguous", "contiguous"), ("home", "at home"), ("balanced", "balanced")):
@@ -277,7 +308,7 @@ def test_stops_and_goes_on_as_a_program(text, tmp_path):
     """On GPUs, with sizes for which the layer imports kernels of other libraries while the run goes on."""
     steps, log = 60, tmp_path / "metrics.jsonl"
     options = {"data": text, "out": tmp_path, "steps": steps, "d-model": 128, "d-expert": 128, "dtype": "bfloat16"}
-    command = [sys.executable, train.__file__, "tiny", "--heads", "4", "--placement-every", "20"]
+    command = [sys.executable, train.__file__, "tiny", "--heads", "4"]
     command += [str(word) for name, value in options.items() for word in (f"--{name}", value)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         while process.poll() is None and len(compare.read_lines(log)) < steps // 3:
@@ -295,19 +326,45 @@ def test_stops_and_goes_on_as_a_program(text, tmp_path):
     assert rows[stopped]["loss"] < (rows[0]["loss"] + rows[stopped - 1]["loss"]) / 2  # not from the start again
 
 
-def test_loads_on_other_ranks(whole):
-    """On the 8 that wrote it, and on 2 x 4, where experts get a placement by EPLB."""
+@pytest.mark.parametrize(("of", "to"), [("batch", "eplb"), ("past", "batch")])
+def test_loads_with_other_copies_and_on_other_ranks(request, of, to):
+    """On the 8 that wrote it, and with copies by EPLB on 2 x 4, or by batch on 8: the same model."""
+    whole = request.getfixturevalue({"batch": "whole", "past": "by_past"}[of])
+    ranks, placing = {"eplb": (4, Placing(copies="past", placement="eplb")), "batch": (8, Placing())}[to]
     losses, params = [], []
-    for ranks, placing in ((8, whole.placing), (4, dataclasses.replace(whole.placing, placement="eplb"))):
-        trainer, checkpoints = opened(dataclasses.replace(whole, placing=placing), ranks)
+    for config, ranks_now in ((whole, 8), (dataclasses.replace(whole, placing=placing), ranks)):
+        trainer, checkpoints = opened(config, ranks_now)
         with checkpoints:
             _, state, placement = checkpoints.restore(print)
         batches = Corpus(read(whole.data, print), whole).validation(1, 0)
         losses.append([float(trainer.validate(state, placement, on_devices(b, trainer.mesh))) for b in batches])
         params.append(trainer.to_logical(state, placement).params)
-        assert state.load.sum() > 0
+        jax.tree.map(
+            lambda leaf, abstract: leaf.sharding == abstract.sharding or pytest.fail(), state, trainer.abstract
+        )
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
     jax.tree.map(np.testing.assert_array_equal, *params)
+
+
+@pytest.mark.parametrize("copies", ["batch", "past"])
+def test_loads_checkpoints_from_before_there_was_a_choice_of_copies(request, by_past, tmp_path, copies):
+    """They have an average of loads, by which experts are placed anew, and do not know how they routed."""
+    shutil.copytree(by_past.out / "checkpoints", tmp_path / "checkpoints")
+    about = tmp_path / "checkpoints" / str(STEPS) / "about" / "metadata"
+    written = json.loads(about.read_text())
+    del written["placing"]["copies"], written["model"]["route"]
+    about.write_text(json.dumps(written | {"placing": written["placing"] | {"balance": True}}))
+    config = request.getfixturevalue({"batch": "whole", "past": "by_past"}[copies])
+    restored = []
+    for out in (by_past.out, tmp_path):
+        trainer, checkpoints = opened(dataclasses.replace(config, out=out), 8)
+        with checkpoints:
+            step, state, placement = checkpoints.restore(print)
+        assert step == STEPS
+        restored.append(trainer.to_logical(state, placement))
+    jax.tree.map(np.testing.assert_array_equal, *restored)
+    expected = place(config, 8, state.load if state.load is None else np.asarray(state.load))
+    np.testing.assert_array_equal(placement.phy2log, expected.phy2log)
 
 
 def test_other_model_in_the_folder(whole):
@@ -326,10 +383,14 @@ def test_other_model_in_the_folder(whole):
         (["--heads", "5"], "--d-model 64 must be an even multiple of --heads 5"),
         (["--top-k", "33"], "--top-k 33 is more than --experts 32"),
         (["--buffer-factor", "0"], "--buffer-factor cannot be 0"),
-        (["--load-decay", "1"], "--load-decay cannot be 1"),
+        (["--placement-every", "0"], "--placement-every must be at least 1, got 0"),
         (["--processes", "2"], "--coordinator, --processes and --process go with --distributed"),
         (["--steps", "0"], "--steps must be at least 1, got 0"),
-        (["--redundants", "3"], "--redundants 3 on 8 expert ranks: redundants_per_rank must be a multiple of"),
+        (["--redundants", "29"], "--redundants 29 on 8 expert ranks: redundants_per_rank = 29 gives a rank 33 slots"),
+        (
+            ["--redundants", "3", "--copies", "past"],
+            "--redundants 3 on 8 expert ranks: redundants_per_rank must be a multiple of",
+        ),
         (["--data", "/nowhere"], "--data: no such file or folder: /nowhere"),
         (["--data", "."], "too little data: 5 bytes of text, but --batch 16 and --validation-batches 16 need"),
         (["--data", "binary.txt"], "--data: binary.txt is no UTF-8 text"),
@@ -420,13 +481,11 @@ def test_no_space_for_a_checkpoint(config, monkeypatch, tmp_path):
 def test_what_is_no_number_ends_the_run(whole, tmp_path, capsys, loss, norm, message, kept):
     """With a summary and a picture of the steps before it; a checkpoint is spoken of only where there is one."""
     config = dataclasses.replace(whole, out=tmp_path)
-    numbers = {name: np.float32(1) for name in ("lr", "contiguous", "home", "optimum", "balanced", "moved", "rounds")}
-    numbers["load"] = np.ones((LAYERS, EXPERTS), np.int32)
+    numbers = dict.fromkeys(("lr", *METRICS), np.float32(1)) | {"load": np.ones((LAYERS, EXPERTS), np.int32)}
     again = "go on from the checkpoint of step 2" if kept else "start again"
-    about = {"parameters": 1, "unigram_entropy": 3.0}
 
     def steps() -> None:
-        with Terminal() as terminal, report.Recorder(config, terminal, 0, about) as recorder:
+        with Terminal() as terminal, report.Recorder(config, terminal, 0, ABOUT) as recorder:
             terminal.count(0, STEPS)
             for step in range(1, 6):
                 values = (loss, norm) if step == 5 else (2, 1)
@@ -523,22 +582,94 @@ def test_default_text():
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8, 16, 32])
-@pytest.mark.parametrize("kind", ["topology", "eplb", "none"])
+@pytest.mark.parametrize("kind", ["topology", "eplb", "batch", "none"])
 def test_placements_have_equal_shapes(rng, ranks, kind):
-    placing = Placing(balance=kind != "none", placement="topology" if kind == "none" else kind)
-    config = Config(placing=placing)
+    by_load = kind in ("topology", "eplb")
+    config = Config(
+        model=Model(layers=3),
+        placing=Placing(**({"copies": "past", "placement": kind} if by_load else {"copies": kind})),
+    )
     shapes = set()
-    for load in (np.zeros((3, 64)), rng.lognormal(0, 1, (3, 64)), rng.lognormal(0, 3, (3, 64))):
+    for load in (None, np.zeros((3, 64)), rng.lognormal(0, 1, (3, 64)), rng.lognormal(0, 3, (3, 64))):
         placement = place(config, ranks, load)
-        shapes.add((placement.phy2log.shape, placement.log2phy.shape, placement.topology))
-        if kind == "none":
+        shapes.add((placement.phy2log.shape, placement.log2phy.shape, placement.topology, placement.planning))
+        if kind != "topology" or load is None:
             np.testing.assert_array_equal(placement.home_order, np.tile(np.arange(64), (3, 1)))
     (shape,) = shapes
     assert shape[0] == (3, 64 + 2 * ranks * (kind != "none" and ranks > 1))
+    assert (placement.planning is not None) == (kind == "batch" and ranks > 1)
 
 
 def test_presets_fit_their_devices():
-    for name, devices in (("tiny", 8), ("small", 4), ("base", 8)):
+    for name, devices in (("tiny", 8), ("tiny-gpu", 1), ("small", 4), ("base", 8)):
         assert check(parse([name]), devices) == devices
         assert parse([name]) == PRESETS[name][1]
-    assert not parse(["small", "--no-balance"]).placing.balance
+    assert parse(["small", "--copies", "past"]).placing.copies == "past"
+
+
+# ---- Routing in turn, and model FLOPs --------------------------------------------------------------------------------
+
+
+def test_even_routing(rng, config):
+    """As many tokens to each expert, and gates that are still the router's."""
+    logits, bias = (rng.normal(size=shape).astype(np.float32) for shape in ((32, EXPERTS), EXPERTS))
+    ids, gates, _ = map(np.asarray, InTurn(Router("softmax", 3, None, 1.0, 1, 1), 3)(jnp.asarray(logits), bias))
+    np.testing.assert_array_equal(np.bincount(ids.ravel()), 32 * 3 / EXPERTS)
+    assert all(len(set(row)) == 3 for row in ids)
+    chosen = np.exp(np.take_along_axis(logits, ids, axis=1))
+    np.testing.assert_allclose(gates, chosen / chosen.sum(axis=1, keepdims=True), rtol=1e-5)
+    for route, kind in (("learned", Router), ("even", InTurn)):
+        routed = dataclasses.replace(config, model=dataclasses.replace(config.model, route=route))
+        one, mesh = jax.tree.map(lambda leaf: leaf[0], place(routed, 8)), mesh_of(8)
+        model = nnx.eval_shape(
+            lambda one=one, routed=routed, mesh=mesh: Transformer(routed, one, mesh, rngs=nnx.Rngs(0))
+        )
+        assert isinstance(model.blocks.moe.route, kind)
+
+
+def test_model_flops(config):
+    """Six for each parameter of a matrix that a token meets, and what attention takes of the sequence."""
+    active = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(compiled(config, 8).abstract.params):
+        name = jax.tree_util.keystr(path)
+        share = config.model.top_k / EXPERTS if "w_in" in name or "w_out" in name else 1
+        active += leaf.size * share * ("norm" not in name and "embed" not in name)
+    attention = 2 * LAYERS * config.model.d_model * config.data.seq_len / 2  # multiplications and additions: twice
+    assert flops.per_token(config) == 6 * active + 3 * 2 * attention
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("cpu", None),
+    ],
+)
+def test_peaks_of_devices(kind, expected):
+    assert flops.peak(kind) == expected
+
+
+def test_says_how_it_routes_and_the_utilisation(config, monkeypatch, tmp_path, capsys):
+    """In the log and in the summary, where the device's peak is known."""
+    model = dataclasses.replace(config.model, route="even")
+    config = dataclasses.replace(config, model=model, out=tmp_path, log_every=1)
+    monkeypatch.setitem(flops.PEAKS, "cpu", 1e9)
+    load = np.ones((LAYERS, EXPERTS), np.int32)
+    metrics = dict.fromkeys(("loss", "grad_norm", "lr", *METRICS), np.float32(1)) | {"load": load}
+    with Terminal() as terminal, report.Recorder(config, terminal, 0, ABOUT) as recorder:
+        terminal.count(0, STEPS)
+        for step in range(1, 4):
+            recorder.push(step, metrics, 0.0)
+        recorder.flush()
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["routing"].startswith("even, whatever the router says: the throughput is a ceiling")
+    speed = summary["median"]["tokens_per_s"]
+    assert summary["mfu"] == pytest.approx(speed * flops.per_token(config) / (8 * 1e9))
+    assert len(re.findall(r"tokens/s MFU \d+\.\d% rounds", said(capsys))) == 2  # of the first step no speed is known
+    assert "even routing" in compare.copies(summary)
