@@ -57,12 +57,12 @@ class Stop:
 def train(config: Config, terminal: Terminal) -> None:
     """Runs until the last step or an interruption; goes on from the folder's newest checkpoint."""
     ranks = check(config, jax.device_count())
+    placement = place(config, ranks)
     terminal.stage("reading the text")
     text = read(config.data, terminal.say)
     corpus, entropy = Corpus(text, config), unigram_entropy(text)
     terminal.stage("tracing the model")
     mesh = mesh_of(ranks)
-    placement = place(config, ranks)
     trainer = Trainer(config, mesh, placement)
     # Nothing is left behind by what was refused up to here.
     require_space(config, trainer)
