@@ -36,7 +36,7 @@ from checkpoint import Checkpoints, require_space
 from config import PRESETS, Compute, Config, Data, Model, Optimiser, Placing, check, parse
 from data import Corpus, on_devices, read, unigram_entropy
 from jax_lplb._router import Router
-from jax_lplb.flax import Metrics
+from jax_lplb.flax import Metrics, MoE
 from model import InTurn, Transformer
 from placement import place
 from step import METRICS, Trainer, mesh_of, past_load
@@ -647,6 +647,11 @@ def test_even_routing(rng, config):
     assert all(len(set(row)) == 3 for row in ids)
     chosen = np.exp(np.take_along_axis(logits, ids, axis=1))
     np.testing.assert_allclose(gates, chosen / chosen.sum(axis=1, keepdims=True), rtol=1e-5)
+    one_device = jax.make_mesh((1,), ("ep",), devices=jax.devices()[:1])
+    layer = MoE(8, EXPERTS, 8, 3, mesh=one_device, axis_name="ep", dispatch="dense", rngs=nnx.Rngs(0))
+    layer.route = InTurn(layer.route, 3)
+    _, metrics = nnx.jit(lambda layer, x: layer(x))(layer, jnp.asarray(logits[:, :8]))
+    np.testing.assert_array_equal(metrics.load, 32 * 3 / EXPERTS)
     for route, kind in (("learned", Router), ("even", InTurn)):
         routed = dataclasses.replace(config, model=dataclasses.replace(config.model, route=route))
         one, mesh = jax.tree.map(lambda leaf: leaf[0], place(routed, 8)), mesh_of(8)
