@@ -554,8 +554,11 @@ def test_compare_says_what_is_wrong_in_a_line(whole, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "summary.json").write_text("{")
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "summary.json").write_text('{"config": {"placing": {"redundants": 2, "balance": true}}}')
     for arguments, message in (
         (["cut"], "compare: cut has no summary.json that can be read"),
+        (["old"], "compare: old has no summary.json that can be read: .* of an earlier trainer"),
         ([str(whole.out), "--out", "no/x.png"], "compare: --out: cannot write no/x.png: No such file or directory"),
     ):
         monkeypatch.setattr(sys, "argv", ["compare.py", *arguments])

@@ -151,10 +151,11 @@ def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
     for run in arguments.runs:
         try:
-            json.loads((run / "summary.json").read_text())
-        except (OSError, ValueError):
+            copies(json.loads((run / "summary.json").read_text()))
+        except (OSError, ValueError, KeyError):
             raise SystemExit(
-                f"compare: {run} has no summary.json that can be read: not a run, or one that has not ended yet"
+                f"compare: {run} has no summary.json that can be read: not a run, one that has not ended yet, or one of "
+                "an earlier trainer"
             ) from None
     try:
         draw(arguments.runs, arguments.out)

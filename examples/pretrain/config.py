@@ -29,8 +29,7 @@ class Model:
     router_bias: bool = False
     """Balances the router without a loss (DeepSeek-V3), by a bias of each expert."""
     route: Literal["learned", "even"] = "learned"
-    """Even: tokens go to the experts in turn, whatever the router says. Nothing of use is trained so: the throughput is
-    the ceiling of what balancing can reach."""
+    """Even: to the experts in turn, whatever the router says; the ceiling of the throughput, no training of use."""
 
 
 @dataclass(frozen=True)
