@@ -154,8 +154,8 @@ def main() -> None:
             copies(json.loads((run / "summary.json").read_text()))
         except (OSError, ValueError, KeyError):
             raise SystemExit(
-                f"compare: {run} has no summary.json that can be read: not a run, one that has not ended yet, or one of "
-                "an earlier trainer"
+                f"compare: {run} has no summary.json that can be read: not a run, one that has not ended yet, or one "
+                "of an earlier trainer"
             ) from None
     try:
         draw(arguments.runs, arguments.out)
