@@ -26,13 +26,15 @@ def row_of(run: pathlib.Path, first: pathlib.Path) -> dict[str, Any]:
     return {
         "bench": "pretrain",
         "run": run.name,
-        "balance": placing["balance"],
+        "copies": placing["copies"],
+        "route": summary["config"]["model"]["route"],
         "gpus": int(summary["device"].split()[0]),
         "parameters": summary["parameters"],
         "tokens_per_step": tokens,
         "steps": summary["steps"],
         "tokens_per_s": round(median["tokens_per_s"]),
         "mean_tokens_per_s": round(tokens / np.nanmean(seconds)),
+        "mfu": summary["mfu"],
         "of_first": round(median["tokens_per_s"] / of_first["median"]["tokens_per_s"], 4),
         **{
             key: round(median[key], 4)

@@ -1,8 +1,9 @@
 """All that is measured on several devices, one after the other: `python benchmarks/suite.py --out FOLDER`.
 
 On all GPUs, two, four, eight or more: the GPU tests, `balance` beside no-op kernels, the Flax layer, and 200 steps of
-the pretraining example, balanced and not, compared. What fails does not keep the rest from running; exit code 1 says
-that something did. `--small` takes sizes for the 8 virtual devices of a CPU, and leaves out the tests.
+the pretraining example with copies by batch, by the past and without, and of an even load, compared. What fails does
+not keep the rest from running; exit code 1 says that something did. `--small` takes sizes for the 8 virtual devices of
+a CPU, and leaves out the tests.
 """
 
 import argparse
@@ -18,7 +19,12 @@ from rich.table import Table
 
 ROOT = pathlib.Path(__file__).parents[1]
 EIGHT = "--xla_force_host_platform_device_count=8"
-RUNS: dict[str, list[str]] = {"balanced": [], "home": ["--no-balance"]}
+RUNS: dict[str, list[str]] = {
+    "batch": [],
+    "past": ["--copies", "past"],
+    "none": ["--copies", "none"],
+    "even": ["--copies", "none", "--route", "even"],
+}
 
 
 def commands(args: argparse.Namespace) -> dict[str, list[str]]:

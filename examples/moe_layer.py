@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-import jax_lplb as lplb
 from jax_lplb.flax import Metrics, MoE
 
 D_MODEL, EXPERTS, D_EXPERT, TOP_K, TOKENS = 64, 64, 32, 4, 256  # tokens of each rank and step
@@ -18,26 +17,16 @@ ranks = len(devices)
 print(f"{ranks} ranks, {EXPERTS} experts; making the layer and compiling its step, half a minute or so", flush=True)
 mesh = jax.make_mesh((ranks,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
 jax.set_mesh(mesh)  # all that is made from here on is on its devices, as what a step returns: it compiles once
-by_rank, everywhere = jax.NamedSharding(mesh, jax.P("expert")), jax.NamedSharding(mesh, jax.P())
 
-# Each rank keeps copies of the next rank's first two experts.
-placement = lplb.Placement.from_topology(
-    lplb.topology.ring(ranks), num_experts=EXPERTS, num_ranks=ranks, redundants_per_rank=2
-)
-placement = jax.device_put(placement, everywhere)
-layer = MoE(
-    D_MODEL, EXPERTS, D_EXPERT, TOP_K, placement=placement, mesh=mesh, axis_name="expert", rngs=nnx.Rngs(params=0)
-)
-# The layer holds its weights in the order of the placement, which with load= is not the logical one. Weights from
-# elsewhere, in logical order, go through one line: layer.set_experts(w_in, w_out)
+# Each rank has two slots for copies, which each step chooses for its own tokens: nothing is kept from step to step.
+layer = MoE(D_MODEL, EXPERTS, D_EXPERT, TOP_K, mesh=mesh, axis_name="expert", rngs=nnx.Rngs(params=0))
+# Weights from elsewhere, in logical order, go through one line: layer.set_experts(w_in, w_out)
 optimiser = nnx.Optimizer(layer, optax.adam(3e-3), wrt=nnx.Param)
 
 
 @nnx.jit
-def step(
-    layer: MoE, optimiser: nnx.Optimizer, x: jax.Array, average: jax.Array
-) -> tuple[jax.Array, Metrics, jax.Array]:
-    """One update, towards a layer that reverses its input; then copies go to the experts that were busiest."""
+def step(layer: MoE, optimiser: nnx.Optimizer, x: jax.Array) -> tuple[jax.Array, Metrics]:
+    """One update, towards a layer that reverses its input."""
 
     def loss(layer: MoE) -> tuple[jax.Array, Metrics]:
         y, metrics = layer(x)
@@ -45,20 +34,17 @@ def step(
 
     (value, metrics), grads = nnx.value_and_grad(loss, has_aux=True)(layer)
     optimiser.update(layer, grads)
-    average = 0.9 * average + 0.1 * metrics.load
-    # Only copies change, whose weights the next call brings along: experts stay at home.
-    layer.placement.set_value(layer.placement.get_value().select(average))
-    return value, metrics, average
+    return value, metrics
 
 
-average = jnp.zeros(EXPERTS)
+by_rank = jax.NamedSharding(mesh, jax.P("expert"))
 centres = jax.random.normal(jax.random.key(1), (16, D_MODEL))  # tokens come in kinds, some of them frequent
 frequency = -jnp.arange(16) / 3.0
 for number in range(STEPS):
     kind_key, noise_key = jax.random.split(jax.random.key(number + 2))
     kind = jax.random.categorical(kind_key, frequency, shape=(ranks * TOKENS,))
     x = jax.device_put(centres[kind] + 0.5 * jax.random.normal(noise_key, (len(kind), D_MODEL)), by_rank)
-    value, metrics, average = step(layer, optimiser, x, average)
+    value, metrics = step(layer, optimiser, x)
     if number % 10 == 0 or number == STEPS - 1:
         print(
             f"step {number:2}  loss {value:.3f}  largest / mean rank load: {metrics.home:.2f} without copies, "

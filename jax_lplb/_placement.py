@@ -424,7 +424,7 @@ class Placement:
         if slots > homes * size:
             raise ValueError(
                 f"redundants_per_rank = {redundants_per_rank} gives a rank {slots} slots, more than the {homes * size} "
-                "experts of its group"
+                f"experts of its group: at most {homes * (size - 1)}"
             )
         if max_replicas is None:
             max_replicas = size if redundants_per_rank else 1

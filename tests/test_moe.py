@@ -36,7 +36,7 @@ def placements() -> dict[str, lplb.Placement]:
     }
 
 
-def make(placement: lplb.Placement, mesh: jax.sharding.Mesh, seed: int = 0, **options) -> MoE:
+def make(placement: lplb.Placement | None, mesh: jax.sharding.Mesh, seed: int = 0, **options) -> MoE:
     options = {"axis_name": "ep", "dtype": jnp.float32, "rngs": nnx.Rngs(seed), "top_k": TOP_K} | options
     layer = MoE(D_MODEL, EXPERTS, D_EXPERT, placement=placement, mesh=mesh, **options)
     layer.router[...] = layer.router[...] * 4  # an uneven router
@@ -276,9 +276,8 @@ def test_tokamax_equals_ragged_dot_on_gpus(rng, d_expert, buffer_factor):
 @pytest.mark.parametrize(("dispatch", "buffer_factor"), [("all_to_all", 8.0), ("ring", 0.4)])
 def test_copies_chosen_for_each_batch(rng, dispatch, buffer_factor):
     """Other experts' in each batch, and none in some slots: results and gradients stay those of the dense layer."""
-    place = lplb.Placement.per_batch(num_experts=EXPERTS, num_ranks=RANKS, redundants_per_rank=2)
-    layer = make(place, mesh_of((RANKS, "ep")), dispatch=dispatch, buffer_factor=buffer_factor)
-    chosen = []
+    layer = make(None, mesh_of((RANKS, "ep")), dispatch=dispatch, buffer_factor=buffer_factor)
+    place, chosen = layer.placement.get_value(), []
     for _ in range(2):
         x, weight = inputs(rng)
         metrics = check_against_dense(layer, x + 2 * rng.normal(size=(1, D_MODEL)).astype(np.float32), weight)
@@ -295,14 +294,13 @@ def test_copies_chosen_for_each_batch(rng, dispatch, buffer_factor):
 
 def test_copies_chosen_for_each_batch_cannot_be_prepared(rng):
     """As prepare says: they travel within the call, or are kept from a batch before."""
-    place = lplb.Placement.per_batch(num_experts=EXPERTS, num_ranks=RANKS, redundants_per_rank=2)
-    layer = make(place, mesh_of((RANKS, "ep")))
+    layer = make(None, mesh_of((RANKS, "ep")))
     with pytest.raises(
         ValueError, match="call the layer without slots, or give it a placement whose copies are chosen"
     ):
         layer.prepare()
     x, weight = inputs(rng)
-    chosen = place.choose(run(layer, x)[1].load)
+    chosen = layer.placement.get_value().choose(run(layer, x)[1].load)
     layer.placement.set_value(dataclasses.replace(chosen, planning=None))
     metrics = check_against_dense(layer, x, weight, prepared=True)
     assert metrics.balanced < metrics.home
@@ -540,7 +538,8 @@ def test_new_placements_do_not_recompile(rng):
         ({"d_model": 8.0}, TypeError, "d_model must be an integer, got 8.0"),
         ({"d_expert": 0}, ValueError, "d_expert must be at least 1, got 0"),
         ({"num_experts": 32}, ValueError, "placement is one of 16 experts, but num_experts = 32"),
-        ({"placement": None}, TypeError, r"placement must be a jax_lplb\.Placement, got NoneType"),
+        ({"placement": 2}, TypeError, r"placement must be a jax_lplb\.Placement, got int"),
+        ({"redundants_per_rank": 2}, ValueError, "redundants_per_rank = 2 is for a layer without .* leave out one of"),
         ({"mesh": None}, TypeError, r"mesh must be a jax\.sharding\.Mesh, .*, got NoneType"),
         ({"axis_name": ["ep"]}, TypeError, r"axis_name must be the name of an axis .*, got \['ep'\]"),
         ({"axis_name": "expert"}, ValueError, r"axis_name must name axes of the mesh, which are \('ep',\), .*'expert'"),
@@ -576,6 +575,40 @@ def test_refuses(changed, error, message):
     arguments |= {"mesh": mesh_of((8, "ep")), "axis_name": "ep", "rngs": nnx.Rngs(0)}
     with pytest.raises(error, match=message):
         MoE(**(arguments | changed))
+
+
+@pytest.mark.parametrize(
+    ("axes", "num_experts", "asked", "redundants"),
+    [
+        ([(8, "ep")], 16, None, 2),
+        ([(8, "ep")], 16, 14, 14),
+        ([(8, "ep")], 16, 0, 0),
+        ([(4, "data"), (2, "ep")], 2, None, 1),  # of the other rank's only expert
+        ([(8, "data"), (1, "ep")], 16, None, 0),
+    ],
+)
+def test_slots_for_copies_without_a_placement(axes, num_experts, asked, redundants):
+    """Two on each rank of the experts' axis, as far as there are experts to copy, or as many as are asked for."""
+    mesh = mesh_of(*axes)
+    layer = MoE(8, num_experts, 8, 2, redundants_per_rank=asked, mesh=mesh, axis_name="ep", rngs=nnx.Rngs(0))
+    assert layer.placement.get_value() == lplb.Placement.per_batch(
+        num_experts=num_experts, num_ranks=mesh.shape["ep"], redundants_per_rank=redundants
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"redundants_per_rank": 15}, ValueError, "redundants_per_rank = 15 gives .* experts of its group: at most 14"),
+        ({"redundants_per_rank": 1.5}, TypeError, "redundants_per_rank must be an integer, got 1.5"),
+        ({"num_experts": 12}, ValueError, "num_experts = 12 must be a multiple of the 8 ranks"),
+        ({"balance_options": {"solver": "edge_balance"}}, ValueError, "edge_balance"),
+    ],
+)
+def test_refuses_without_a_placement(changed, error, message):
+    arguments = {"d_model": 8, "num_experts": EXPERTS, "d_expert": 8, "top_k": 2, "rngs": nnx.Rngs(0)}
+    with pytest.raises(error, match=message):
+        MoE(**(arguments | changed), mesh=mesh_of((8, "ep")), axis_name="ep")
 
 
 def test_refuses_a_placement_of_other_ranks():
@@ -821,7 +854,9 @@ def test_experts_are_sharded_however_layers_are_made(how, layers, kind):
     for leaf, shape in ((layer.w_in, (D_MODEL, 2 * D_EXPERT)), (layer.w_out, (D_EXPERT, D_MODEL))):
         assert leaf.shape == (*stacked, EXPERTS, *shape)
         assert leaf.sharding.shard_shape(leaf.shape) == (*stacked, EXPERTS // RANKS, *shape)
-    assert layer.router.sharding.is_fully_replicated
+    for leaf in (layer.router, layer.placement.get_value().phy2log):
+        assert leaf.sharding.is_fully_replicated
+        assert leaf.sharding.device_set == set(mesh.devices.flat)
 
 
 def test_a_stack_runs_as_its_layers(rng):

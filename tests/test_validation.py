@@ -355,7 +355,7 @@ PLANNED = lplb.Placement.per_batch(**PER_BATCH)
         (
             {"redundants_per_rank": 29},
             ValueError,
-            "redundants_per_rank = 29 gives a rank 33 slots, more than the 32 experts of its group",
+            "redundants_per_rank = 29 gives a rank 33 slots, more than the 32 experts of its group: at most 28",
         ),
         ({"num_groups": 8}, ValueError, "redundants_per_rank = 2 gives a rank 6 slots, more than the 4 experts"),
         ({"num_groups": 0}, ValueError, "num_groups must be at least 1, got 0"),

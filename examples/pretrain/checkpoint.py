@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from rich.filesize import decimal
 
 import jax_lplb as lplb
-from config import Config
+from config import Config, Model
 from placement import place
 from step import State, Trainer, past_load
 
@@ -48,7 +48,7 @@ class Checkpoints:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(self._trainer.to_logical(state, placement)._asdict()),
+                state=ocp.args.StandardSave(_stored(self._trainer.to_logical(state, placement))),
                 about=ocp.args.JsonSave(jax.tree.map(lambda x: x.tolist() if hasattr(x, "tolist") else x, about)),
             ),
         )
@@ -56,7 +56,7 @@ class Checkpoints:
     def restore(self, say: Callable[[str], None]) -> tuple[int, State, lplb.Placement] | None:
         """The newest that is whole, with its step; those after it are moved away. None where there are none at all.
 
-        With its placement, or one by its average of loads where ranks or settings are others now.
+        With its placement, or where ranks or settings are others now with a new one, by its average of loads if any.
         """
         with _no_stragglers():
             return self._restore_newest(say)
@@ -97,19 +97,23 @@ class Checkpoints:
     def _restore(self, step: int) -> tuple[State, lplb.Placement]:
         about = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
         now = self._about()
-        if about["model"] != now["model"]:
-            differ = ", ".join(
-                f"{key} {about['model'].get(key)}"
-                for key in now["model"]
-                if now["model"][key] != about["model"].get(key)
-            )
+        model = dataclasses.asdict(Model()) | about["model"]  # defaults of settings that are newer than the checkpoint
+        if model != now["model"]:
+            differ = ", ".join(f"{key} {model[key]}" for key in now["model"] if now["model"][key] != model[key])
             raise SystemExit(
                 f"train: {self._config.out} holds a checkpoint of another model, with {differ}; choose the same or "
                 "another --out"
             )
-        abstract: Any = self._trainer.abstract._asdict()
-        restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
-        state = State(**restored.state)
+        load: Any = None
+        # One that does not say what copies it was with is older than the choice, and has an average of loads.
+        if about["placing"].get("copies", "past") == "past":
+            shape = (self._config.model.layers, self._config.model.experts)
+            load = jax.ShapeDtypeStruct(shape, np.float32, sharding=self._trainer.everywhere)
+        stored: Any = _stored(self._trainer.abstract._replace(load=load))
+        restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(stored)))
+        state = State(**{"load": None} | restored.state)
+        if state.load is None or not self._trainer.past:
+            state = state._replace(load=self._trainer.first_load())
         placement = place(self._config, self._ranks, past_load(state))
         if about["placing"] == now["placing"]:
             placement = dataclasses.replace(
@@ -125,7 +129,7 @@ class Checkpoints:
         placing = self._config.placing
         shape = {
             "ranks": self._ranks,
-            **{name: getattr(placing, name) for name in ("balance", "placement", "redundants")},
+            **{name: getattr(placing, name) for name in ("copies", "placement", "redundants")},
         }
         return {"model": dataclasses.asdict(self._config.model), "placing": shape}
 
@@ -135,6 +139,11 @@ def require_space(config: Config, trainer: Trainer) -> None:
     done = [int(path.name) for path in _folder(config).glob("[0-9]*")]
     to_come = math.ceil((config.steps - max(done, default=0)) / config.checkpoint_every)
     _require(config, trainer, min(to_come, max(config.keep + 1 - len(done), 1)))  # the oldest goes after the newest
+
+
+def _stored(state: State) -> dict[str, Any]:
+    """What a checkpoint has of it."""
+    return {name: value for name, value in state._asdict().items() if value is not None}
 
 
 def _require(config: Config, trainer: Trainer, number: int) -> None:

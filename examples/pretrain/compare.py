@@ -68,6 +68,17 @@ def differences(run: Path, other: Path) -> np.ndarray:
     return np.abs(one[:both] / two[:both] - 1)
 
 
+def copies(summary: dict[str, Any]) -> str:
+    """What a run has of copies, and how it routes where it does not learn that."""
+    placing = summary["config"]["placing"]
+    said = {
+        "batch": f"{placing['redundants']} slots a rank for copies by batch",
+        "past": f"{placing['placement']}, {placing['redundants']} copies a rank by the past",
+        "none": "no copies",
+    }[placing["copies"]]
+    return said + ", even routing" * (summary["config"]["model"]["route"] == "even")
+
+
 def names(runs: Sequence[Path]) -> list[str]:
     """What to call runs: their folders, with their whole paths where folders are called the same."""
     short = [run.resolve().name for run in runs]
@@ -80,9 +91,9 @@ def draw(runs: Sequence[Path], path: Path) -> None:
     summaries = [json.loads((run / "summary.json").read_text()) for run in runs]
     for number, (run, name, summary) in enumerate(zip(runs, names(runs), summaries, strict=True)):
         rows, held_out = read_lines(run / "metrics.jsonl"), read_lines(run / "validation.jsonl")
-        colour, step, placing = COLOURS[number % len(COLOURS)], column(rows, "step"), summary["config"]["placing"]
-        copies = f"{placing['placement']}, {placing['redundants']} copies a rank" if placing["balance"] else "no copies"
-        label = f"{name} ({copies})"
+        colour, step = COLOURS[number % len(COLOURS)], column(rows, "step")
+        chosen = summary["config"]["placing"]["copies"]
+        label = f"{name} ({copies(summary)})"
         loss.plot(step, column(rows, "loss"), color=colour, lw=0.5, alpha=0.4)
         dash = "-" if number == 0 else "--"  # losses of balanced and unbalanced runs lie on each other
         loss.plot(step, smooth(column(rows, "loss")), color=colour, ls=dash, label=label)
@@ -90,16 +101,17 @@ def draw(runs: Sequence[Path], path: Path) -> None:
         # What the host does between steps shortens one and lengthens the next: the mean is that of their seconds.
         speed.plot(step, 1 / smooth(1 / column(rows, "tokens_per_s")), color=colour, label=label)
         prefix = "" if len(runs) == 1 else f"{name}: "
-        if len(runs) == 1:
+        if len(runs) == 1 and chosen == "past":  # else the same as at home
             imbalance.plot(step, column(rows, "contiguous_mean"), color="#777777", ls="-.", label="contiguous")
+        if len(runs) == 1:
             imbalance.plot(step, column(rows, "optimum_mean"), color="#b2abd2", lw=6, label="optimum (lower bound)")
-        if placing["balance"]:
+        if chosen != "none":
             imbalance.plot(step, column(rows, "home_mean"), color=colour, ls=":", label=f"{prefix}at home")
         imbalance.plot(
             step,
             column(rows, "balanced_mean"),
             color=colour,
-            label=f"{prefix}{'balanced' if placing['balance'] else 'no copies'}",
+            label=f"{prefix}{'no copies' if chosen == 'none' else 'balanced'}",
         )
     versions = ", ".join(f"{name} {version}" for name, version in summaries[0]["versions"].items())
     figure.suptitle(f"{summaries[0]['parameters']:,} parameters, {summaries[0]['device']}, {versions}", fontsize=10)
@@ -127,6 +139,8 @@ def table(runs: Sequence[Path]) -> Table:
     row("validation", ".4f", (summary["validation_loss"] for summary in summaries))
     row("largest loss difference", ".2%", [None, *(differences(run, runs[0]).max() for run in runs[1:])])
     row("tokens/s", ",.0f", (summary["median"]["tokens_per_s"] for summary in summaries))
+    if any(summary["mfu"] for summary in summaries):
+        row("MFU", ".1%", (summary["mfu"] for summary in summaries))
     for name, title in IMBALANCES.items():
         row(f"imbalance, {title}", ".3f", (summary["median"][f"{name}_mean"] for summary in summaries))
     return result
@@ -137,10 +151,11 @@ def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
     for run in arguments.runs:
         try:
-            json.loads((run / "summary.json").read_text())
-        except (OSError, ValueError):
+            copies(json.loads((run / "summary.json").read_text()))
+        except (OSError, ValueError, KeyError):
             raise SystemExit(
-                f"compare: {run} has no summary.json that can be read: not a run, or one that has not ended yet"
+                f"compare: {run} has no summary.json that can be read: not a run, one that has not ended yet, or one "
+                "of an earlier trainer"
             ) from None
     try:
         draw(arguments.runs, arguments.out)

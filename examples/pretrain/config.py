@@ -28,6 +28,8 @@ class Model:
     """Hidden width of an expert."""
     router_bias: bool = False
     """Balances the router without a loss (DeepSeek-V3), by a bias of each expert."""
+    route: Literal["learned", "even"] = "learned"
+    """Even: to the experts in turn, whatever the router says; the ceiling of the throughput, no training of use."""
 
 
 @dataclass(frozen=True)
@@ -72,16 +74,14 @@ class Placing:
 
     expert_ranks: int | None = None
     """Ranks that share the experts; by default all devices. The others are data parallel."""
-    balance: bool = True
-    """Copies of experts, between which tokens are balanced. Without: experts in logical order, never moved."""
-    placement: Literal["topology", "eplb"] = "topology"
-    """Copies along a topology chosen by the number of ranks, or EPLB's."""
+    copies: Literal["batch", "past", "none"] = "batch"
+    """Chosen by each batch, on the device; or by past load, for many steps, with experts that move; or none."""
     redundants: int = 2
-    """Copies that each rank keeps."""
+    """Slots of each rank for copies."""
+    placement: Literal["topology", "eplb"] = "topology"
+    """With --copies past: along a topology chosen by the number of ranks, or EPLB's."""
     placement_every: int = 100
-    """Steps between placements by past load; 0: the first one stays."""
-    load_decay: float = 0.98
-    """Of the moving average of loads, a step."""
+    """With --copies past: steps between placements, and the span of the moving average of loads that they go by."""
 
 
 @dataclass(frozen=True)
@@ -143,8 +143,16 @@ PRESETS: dict[str, tuple[str, Config]] = {
             model=Model(d_model=64, layers=2, heads=4, experts=32, top_k=2, d_expert=32),
             data=Data(seq_len=128, batch=16, validation_batches=16),
             optimiser=Optimiser(learning_rate=4e-3, warmup_steps=30),
-            placing=Placing(placement_every=50, load_decay=0.9),
+            placing=Placing(placement_every=50),
             compute=Compute(dtype="float32", remat=False),
+        ),
+    ),
+    "tiny-gpu": (
+        "80 million parameters, 32 experts, for one GPU: a few minutes",
+        Config(
+            model=Model(d_model=512, layers=6, heads=8, experts=32, top_k=4, d_expert=256),
+            data=Data(seq_len=512, batch=64),
+            optimiser=Optimiser(learning_rate=1e-3),
         ),
     ),
     "small": ("0.6 billion parameters, 64 experts, for 4 GPUs", Config()),
@@ -177,12 +185,11 @@ def check(config: Config, devices: int) -> int:
     model, ranks = config.model, config.placing.expert_ranks or devices
     for section in (config, model, config.data, config.optimiser, config.placing, config.compute):
         for name, value in vars(section).items():
-            least = 0 if name in ("seed", "placement_every", "redundants", "warmup_steps", "process") else 1
+            least = 0 if name in ("seed", "redundants", "warmup_steps", "process") else 1
             if isinstance(value, int) and not isinstance(value, bool) and value < least:
                 raise SystemExit(f"train: --{name.replace('_', '-')} must be at least {least}, got {value}")
     for name, value, fits in (
         ("buffer-factor", config.compute.buffer_factor, config.compute.buffer_factor > 0),
-        ("load-decay", config.placing.load_decay, 0 <= config.placing.load_decay < 1),
         ("learning-rate", config.optimiser.learning_rate, config.optimiser.learning_rate > 0),
         ("clip-norm", config.optimiser.clip_norm, config.optimiser.clip_norm > 0),
     ):

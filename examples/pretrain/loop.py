@@ -15,7 +15,7 @@ from checkpoint import Checkpoints, require_space
 from config import Config, check
 from data import Corpus, on_devices, read, unigram_entropy
 from placement import place
-from report import Recorder
+from report import ROUTING, Recorder
 from step import Trainer, mesh_of, past_load
 from terminal import Terminal
 
@@ -57,12 +57,12 @@ class Stop:
 def train(config: Config, terminal: Terminal) -> None:
     """Runs until the last step or an interruption; goes on from the folder's newest checkpoint."""
     ranks = check(config, jax.device_count())
+    placement = place(config, ranks)
     terminal.stage("reading the text")
     text = read(config.data, terminal.say)
     corpus, entropy = Corpus(text, config), unigram_entropy(text)
     terminal.stage("tracing the model")
     mesh = mesh_of(ranks)
-    placement = place(config, ranks, np.zeros((config.model.layers, config.model.experts)))
     trainer = Trainer(config, mesh, placement)
     # Nothing is left behind by what was refused up to here.
     require_space(config, trainer)
@@ -80,10 +80,12 @@ def train(config: Config, terminal: Terminal) -> None:
         start, state, placement = checkpoints.restore(terminal.say) or (0, trainer.create(), trainer.put(placement))
         if 0 < start < config.steps:
             terminal.say(f"going on after step {start}")
+        if config.model.route == "even":
+            terminal.say(f"routing is {ROUTING['even']}")
         about = {"parameters": trainer.num_parameters, "unigram_entropy": entropy}
         with Recorder(config, terminal, start, about) as recorder, Stop(start) as stop:
             step, stopped, processes, process = start, False, jax.process_count(), jax.process_index()
-            place_every = config.placing.placement_every if config.placing.balance else 0
+            place_every = config.placing.placement_every if trainer.past else 0
             if start < config.steps:
                 terminal.stage("compiling")
                 moves = place_every > 0 and (config.steps - 1) // place_every > start // place_every

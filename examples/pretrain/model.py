@@ -1,7 +1,7 @@
 """A decoder-only transformer whose MLPs are `jax_lplb.flax.MoE`, its layers stacked."""
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,24 @@ class Attention(nnx.Module):
         return self.out(mixed.reshape(x.shape))
 
 
+class InTurn(NamedTuple):
+    """A layer's router (`MoE.route`) that sends tokens to the experts in turn: as many to each, on every rank.
+
+    Attributes:
+      router: the layer's own, which still picks and weighs experts, of those whose turn it is. It takes as long.
+      top_k: experts of each token.
+    """
+
+    router: Any
+    top_k: int
+
+    def __call__(self, logits: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """As the layer's own, but for the bias, which could say otherwise."""
+        tokens, experts = (jax.lax.broadcasted_iota(jnp.int32, logits.shape, axis) for axis in (0, 1))
+        in_turn = (experts - self.top_k * tokens) % logits.shape[1] < self.top_k
+        return self.router(jnp.where(in_turn, logits, -1e9), None)
+
+
 class Block(nnx.Module):
     """Attention, then experts, each after an RMSNorm and added to the stream."""
 
@@ -70,10 +88,14 @@ class Block(nnx.Module):
             dtype=jnp.dtype(compute.dtype),
             rngs=rngs,
         )
+        if model.route == "even":
+            in_turn: Any = InTurn(self.moe.route, model.top_k)
+            self.moe.route = in_turn
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, Metrics]:
         """[batch, tokens, d_model] to the same, and the layer's metrics."""
-        slots = self.moe.prepare()  # before the attention, so that copies can travel while it is computed
+        # Before the attention, so that copies travel while it is computed; those of a batch are not chosen yet.
+        slots = self.moe.prepare() if self.moe.placement.get_value().planning is None else None
         x = x + self.attention(self.attention_norm(x))
         mixed, metrics = self.moe(self.moe_norm(x), slots)
         return x + mixed, metrics

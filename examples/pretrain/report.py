@@ -15,9 +15,14 @@ from tensorboardX import SummaryWriter
 
 from compare import IMBALANCES, column, draw, read_lines
 from config import Config
+from flops import per_token, utilisation
 from terminal import Terminal
 
 SETTLED = 20  # steps before which the throughput is not counted
+ROUTING = {
+    "learned": "learned",
+    "even": "even, whatever the router says: the throughput is a ceiling, and nothing of use is trained",
+}
 
 
 class Recorder:
@@ -113,13 +118,19 @@ class Recorder:
         for name, value in row.items():
             if name != "step" and value is not None:
                 self._board.add_scalar(name, value, step)
-        speed = f"{row['tokens_per_s']:,.0f}" if timed else "-"
+        speed, mfu = f"{row['tokens_per_s']:,.0f}" if timed else "-", self._mfu(row["tokens_per_s"])
         imbalance = ", ".join(f"{title} {row[f'{name}_mean']:.2f}" for name, title in IMBALANCES.items())
         self._terminal.step(
             step,
-            [f"loss {loss:.4f}  {speed} tokens/s  rounds {row['rounds']}", f"imbalance: {imbalance}"],
+            [
+                f"loss {loss:.4f}  {speed} tokens/s{'' if mfu is None else f'  MFU {mfu:.1%}'}  rounds {row['rounds']}",
+                f"imbalance: {imbalance}",
+            ],
             log=step % self._config.log_every == 0,
         )
+
+    def _mfu(self, tokens_per_s: float | None) -> float | None:
+        return utilisation(self._config, tokens_per_s, jax.device_count(), jax.devices()[0].device_kind)
 
     def saved(self, step: int) -> None:
         """There is a checkpoint of this step; the recorded loads go with it."""
@@ -149,6 +160,7 @@ class Recorder:
 
         device, step = jax.devices()[0], rows[-1]["step"]
         finished = step >= self._config.steps
+        medians = {name: median(name) for name in rows[-1] if name != "step"}
         summary = {
             "finished": finished,
             "ended": "finished" if finished else ended,
@@ -159,7 +171,10 @@ class Recorder:
             **self._about,
             "loss": float(np.mean(column(rows[-SETTLED:], "loss"))),
             "validation_loss": None if math.isnan(self.validation_loss) else self.validation_loss,
-            "median": {name: median(name) for name in rows[-1] if name != "step"},
+            "routing": ROUTING[self._config.model.route],
+            "flops_per_token": per_token(self._config),
+            "mfu": self._mfu(medians["tokens_per_s"]),
+            "median": medians,
             "config": dataclasses.asdict(self._config),
         }
         (out / "summary.json").write_text(json.dumps(summary, indent=2, default=str) + "\n")

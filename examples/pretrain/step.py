@@ -26,14 +26,14 @@ class State(NamedTuple):
       params: the parameters, float32.
       bias: the routers' biases, if any.
       opt_state: optax's.
-      load: float32 [layers, experts], moving average of the tokens of each logical expert.
+      load: float32 [layers, experts], moving average of the tokens of each logical expert; None but with --copies past.
     """
 
     step: jax.Array
     params: Any
     bias: Any
     opt_state: Any
-    load: jax.Array
+    load: jax.Array | None
 
 
 class Trainer:
@@ -41,7 +41,7 @@ class Trainer:
 
     def __init__(self, config: Config, mesh: jax.sharding.Mesh, placement: lplb.Placement) -> None:
         """`placement` is any of those that the run will use: all have equal shapes."""
-        self.config, self.mesh = config, mesh
+        self.config, self.mesh, self.past = config, mesh, config.placing.copies == "past"
         one_layer = jax.tree.map(lambda leaf: leaf[0], placement)
         self.schedule = _schedule(config)
         self.optimiser = _optimiser(config, self.schedule)
@@ -50,8 +50,7 @@ class Trainer:
             model = Transformer(config, one_layer, mesh, rngs=nnx.Rngs(config.seed))
             parts: Any = nnx.split(model, nnx.Param, RouterBias, PlacementState)
             _, params, bias, _ = parts
-            load = jnp.zeros((config.model.layers, config.model.experts), jnp.float32)
-            return State(jnp.int32(0), params, bias, self.optimiser.init(params), load)
+            return State(jnp.int32(0), params, bias, self.optimiser.init(params), self.first_load())
 
         abstract = nnx.eval_shape(lambda: Transformer(config, one_layer, mesh, rngs=nnx.Rngs(config.seed)))
         split: Any = nnx.split(abstract, nnx.Param, RouterBias, PlacementState)
@@ -72,6 +71,13 @@ class Trainer:
         self.move = self._mover(lplb.permute_experts, placements=2, donate=True)
         self.from_logical = self._mover(lplb.from_logical, placements=1, donate=True)
         self.to_logical = self._mover(lplb.to_logical, placements=1, donate=False)
+        if not self.past:  # experts are in logical order, and stay there
+            self.from_logical = self.to_logical = lambda state, placement: state
+
+    def first_load(self) -> Any:
+        """The average of loads before there are any."""
+        model = self.config.model
+        return np.zeros((model.layers, model.experts), np.float32) if self.past else None
 
     def compile(self, state: State, placement: lplb.Placement, *, moves: bool) -> None:
         """Compiles a step, and with `moves` the moving of experts, so that none of the steps waits for it."""
@@ -110,7 +116,10 @@ class Trainer:
         model = self._model(state.params, state, placement)
         if self.config.model.router_bias:
             model.blocks.moe.update_bias(metrics.load, self.config.optimiser.router_bias_rate)
-        decay = self.config.placing.load_decay
+        load = state.load
+        if load is not None:
+            weight = 2 / (self.config.placing.placement_every + 1)
+            load = (1 - weight) * load + weight * metrics.load.astype(jnp.float32)
         recorded = {
             "loss": loss,
             "lr": self.schedule(state.step),
@@ -122,7 +131,7 @@ class Trainer:
             optax.apply_updates(state.params, updates),
             nnx.state(model, RouterBias),
             opt_state,
-            decay * state.load + (1 - decay) * metrics.load.astype(jnp.float32),
+            load,
         )
         return new, recorded
 
@@ -185,6 +194,6 @@ def mesh_of(ranks: int) -> jax.sharding.Mesh:
     return jax.make_mesh((jax.device_count() // ranks, ranks), ("data", "expert"), axis_types=auto)
 
 
-def past_load(state: State) -> np.ndarray:
-    """The moving average on the host, float32 [layers, experts]; waits for the devices."""
-    return np.asarray(state.load)
+def past_load(state: State) -> np.ndarray | None:
+    """The moving average on the host, float32 [layers, experts], if there is one; waits for the devices."""
+    return None if state.load is None else np.asarray(state.load)
