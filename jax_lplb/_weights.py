@@ -11,54 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_lplb import _ffi
 from jax_lplb._balance import AxisName, axis_size
+from jax_lplb._collective import in_mesh_order, rows_of_all
 from jax_lplb._mesh import spec_of, with_auto_axes
-from jax_lplb._placement import Placement, owners_and_receivers
-from jax_lplb._reverse_only import reverse_only
+from jax_lplb._placement import Placement, check_one_layer, owners_and_receivers
+from jax_lplb._replicate import with_rows
 
 Route = tuple[tuple[int, int], ...]  # (sender, receiver), as `ppermute` takes them
-
-
-def replicate(home_weights: Any, placement: Placement, axis_name: AxisName, dtype: Any = None) -> Any:
-    """Brings the weights of this rank's slots to it, copies included; within `shard_map`.
-
-    Along a topology a rank keeps its home rows and sends those that have copies, by `ppermute` along its columns: the
-    leaves of a dtype together, in two halves. Without one each rank takes its slots' rows from
-    whoever has them, as all ranks show their rows in turn: more traffic, for any placement. Differentiable: the
-    gradients of all copies are added up at home, so that an optimiser sees each expert once. All leaves of a call
-    travel, with their gradients: leave out those that you do not use.
-
-    Args:
-      home_weights: a pytree of this rank's rows [num_experts / num_ranks, ...], in the order of `placement.home_order`.
-      placement: where the copies are; may be traced.
-      axis_name: mesh axis, or axes, of the ranks.
-      dtype: of the slots, by default that of each leaf. Copies and their gradients travel in it; along a topology
-        gradients are added up in that of the leaf.
-
-    Returns:
-      The tree, with leaves [slots_per_rank, ...]: the rank's slots. Zeros in slots that hold nothing.
-
-    Raises:
-      TypeError: `placement` is not a Placement.
-      ValueError: `axis_name` is not bound or has another size than `num_ranks`, num_ranks does not divide the experts,
-        or a leaf has another number of rows.
-      NotImplementedError: along a topology, it is differentiated in forward mode or twice.
-    """
-    _check("placement", placement)
-    varying = _ffi.varying(*jax.tree.leaves(placement))
-    home_weights = jax.tree.map(lambda leaf: _ffi.vary(leaf, varying), home_weights)
-
-    if placement.topology is not None and (placement.num_physical > placement.num_experts or dtype is not None):
-        home_weights = reverse_only(
-            home_weights,
-            "replicate along a topology can be differentiated once, in reverse mode (jax.grad, jax.vjp); for forward "
-            "mode and derivatives of derivatives pass Placement.from_phy2log(placement.phy2log, placement.num_ranks) "
-            "instead, and weights in its home_order, which is the logical one",
-        )
-    sending, _ = send_early(home_weights, None, placement, axis_name, dtype)
-    weights, sent, _ = send_late(home_weights, sending, None)
-    return receive(weights, sent, lambda nothing: nothing, None)[0]
 
 
 @partial(
@@ -101,7 +60,7 @@ def send_early(
     if rest:
         raise ValueError(f"placement: its {ranks} ranks do not divide the {placement.num_experts} experts evenly")
     leaves = [
-        _with_rows(leaf, home, f"home_weights{jax.tree_util.keystr(path)}")
+        with_rows(leaf, home, f"home_weights{jax.tree_util.keystr(path)}")
         for path, leaf in jax.tree_util.tree_leaves_with_path(home_weights)
     ]
     dtypes = tuple(leaf.dtype if dtype is None else jnp.dtype(dtype) for leaf in leaves)
@@ -114,7 +73,7 @@ def send_early(
     _, receiver = owners_and_receivers(topology, ranks, slots - home)
     experts = of_slots[receiver, home + np.arange(slots - home)]
     rows = (jnp.asarray(placement.log2phy)[experts, 0] % slots)[rank]
-    axes, number_of = _in_mesh_order(axis_name, ranks)
+    axes, number_of = in_mesh_order(axis_name, ranks)
     half = -(-len(rows) // 2)
     columns = range(topology.num_columns if len(rows) else 0)
     routes = tuple(
@@ -199,7 +158,7 @@ def receive(
     with jax.named_scope("lplb_receive"):
         if travel.routes is None:
             casted = [leaf.astype(dtype) for leaf, dtype in zip(leaves, travel.dtypes, strict=True)]
-            slots, tokens = [_rows_of_all(leaf, travel.rows, travel.axis_name) for leaf in casted], exchange(tokens)
+            slots, tokens = [rows_of_all(leaf, travel.rows, travel.axis_name) for leaf in casted], exchange(tokens)
         else:
             slots, tokens = _receive(exchange, leaves, late, early, travel, tokens)
     return jax.tree.unflatten(tree, slots), tokens
@@ -323,16 +282,6 @@ def _flat(leaf: jax.Array, travel: Travel) -> jax.Array:
     return leaf.reshape(len(leaf), math.prod(leaf.shape[1:])) if travel.whole else leaf
 
 
-def _in_mesh_order(axis_name: AxisName, num_ranks: int) -> tuple[AxisName, np.ndarray]:
-    """The axes in the mesh's order, in which alone `ppermute` takes them, and the number of each rank in that order."""
-    number = np.arange(num_ranks)
-    if isinstance(axis_name, str):
-        return axis_name, number
-    axes = tuple(axis for axis in jax.sharding.get_abstract_mesh().axis_names if axis in axis_name)
-    by_place = number.reshape([lax.axis_size(axis) for axis in axis_name])
-    return axes, np.argsort(by_place.transpose([axis_name.index(axis) for axis in axes]).ravel())
-
-
 def permute_experts(tree: Any, old: Placement, new: Placement, *, axis_name: AxisName | None = None) -> Any:
     """Carries weights from the order of one placement's home slots to that of another.
 
@@ -355,8 +304,8 @@ def permute_experts(tree: Any, old: Placement, new: Placement, *, axis_name: Axi
       TypeError: `old` or `new` is not a Placement.
       ValueError: numbers of experts differ, or a leaf has another number of rows.
     """
-    _check("old", old)
-    _check("new", new)
+    check_one_layer("old", old)
+    check_one_layer("new", new)
     if old.num_experts != new.num_experts:
         raise ValueError(f"old and new must have equally many experts, got {old.num_experts} and {new.num_experts}")
     return _take_rows(tree, _inverse(old.home_order)[new.home_order], axis_name, new.num_ranks)
@@ -364,13 +313,13 @@ def permute_experts(tree: Any, old: Placement, new: Placement, *, axis_name: Axi
 
 def to_logical(tree: Any, placement: Placement, *, axis_name: AxisName | None = None) -> Any:
     """Carries weights to logical order, as checkpoints hold them; arguments and errors as of `permute_experts`."""
-    _check("placement", placement)
+    check_one_layer("placement", placement)
     return _take_rows(tree, _inverse(placement.home_order), axis_name, placement.num_ranks)
 
 
 def from_logical(tree: Any, placement: Placement, *, axis_name: AxisName | None = None) -> Any:
     """Carries weights from logical order to that of home slots; arguments and errors as of `permute_experts`."""
-    _check("placement", placement)
+    check_one_layer("placement", placement)
     return _take_rows(tree, placement.home_order, axis_name, placement.num_ranks)
 
 
@@ -391,7 +340,7 @@ def _take_rows(tree: Any, source: Any, axis_name: AxisName | None, num_ranks: in
         source = lax.dynamic_slice_in_dim(source, lax.axis_index(axis_name) * rows, rows)
 
     def take(path: Any, leaf: Any) -> jax.Array:
-        leaf = _with_rows(leaf, rows, f"tree{jax.tree_util.keystr(path)}")
+        leaf = with_rows(leaf, rows, f"tree{jax.tree_util.keystr(path)}")
         return _take_bits(leaf, source, axis_name)
 
     with jax.named_scope("lplb_permute"):
@@ -417,47 +366,10 @@ def _take_bits_jvp(axis_name: AxisName | None, primals: Any, tangents: Any) -> t
 
 def _take(leaf: jax.Array, source: jax.Array, axis_name: AxisName | None) -> jax.Array:
     if axis_name is not None:
-        return _rows_of_all(leaf, source, axis_name)
+        return rows_of_all(leaf, source, axis_name)
     return with_auto_axes(
         lambda leaf, source: leaf.at[source].get(mode="promise_in_bounds", unique_indices=True),
         spec_of(leaf),
         leaf,
         source,
     )
-
-
-def _rows_of_all(leaf: jax.Array, source: jax.Array, axis_name: AxisName) -> jax.Array:
-    """The rows `source` of all ranks' rows: all ranks show one of theirs at a time, and each takes what it needs.
-
-    Zeros, which have no gradient, where the source is negative: slots that hold nothing.
-    """
-
-    def run(leaf: jax.Array, source: jax.Array) -> jax.Array:
-        rows = leaf.shape[0]
-        result = jnp.zeros((len(source), *leaf.shape[1:]), leaf.dtype)
-
-        @jax.checkpoint  # else the backward pass would keep a mask of the result's size for each row
-        def show(row: jax.Array, result: jax.Array) -> jax.Array:
-            shown = lax.all_gather(lax.dynamic_index_in_dim(leaf, row, keepdims=False), axis_name)
-            taken = ((source >= 0) & (source % rows == row)).reshape(-1, *[1] * (leaf.ndim - 1))
-            return jnp.where(taken, shown[source // rows], result)
-
-        return lax.fori_loop(0, rows, show, _ffi.vary(result, _ffi.varying(leaf, source)))
-
-    return with_auto_axes(run, spec_of(leaf), leaf, source)
-
-
-def _with_rows(leaf: Any, rows: int, where: str) -> jax.Array:
-    leaf = jnp.asarray(leaf)
-    if leaf.ndim == 0 or leaf.shape[0] != rows:
-        raise ValueError(f"{where} must have {rows} rows, one for each expert, got shape {leaf.shape}")
-    return leaf
-
-
-def _check(name: str, placement: Placement) -> None:
-    if not isinstance(placement, Placement):
-        raise TypeError(f"{name} must be a jax_lplb.Placement, got {type(placement).__name__}")
-    if placement.phy2log.ndim != 1:
-        raise ValueError(
-            f"{name} has leading axes {placement.phy2log.shape[:-1]}: map over them, with jax.vmap or jax.lax.scan"
-        )

@@ -20,11 +20,12 @@ from jax_lplb._expert_parallel import Bring, as_they_are, expert_parallel
 from jax_lplb._grouped_matmul import GroupedMatmul, has_tokamax
 from jax_lplb._mesh import shard, spec_of, with_auto_axes
 from jax_lplb._placement import Placement
+from jax_lplb._replicate import replicate
 from jax_lplb._reverse_only import reverse_only
 from jax_lplb._router import Router
 from jax_lplb._status import Status
 from jax_lplb._swiglu import dense_swiglu, swiglu
-from jax_lplb._weights import from_logical, receive, replicate, send_early, send_late
+from jax_lplb._weights import from_logical, receive, send_early, send_late
 
 Dispatch = Literal["all_to_all", "ring", "dense"]
 __all__ = ["Metrics", "MoE", "PlacementState", "RouterBias"]
