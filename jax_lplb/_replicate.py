@@ -92,7 +92,7 @@ class _Rows(NamedTuple):
     source: jax.Array
     replicas: jax.Array  # int32 [home rows, max_replicas], the slots of each row's expert; none: out of range
     experts: jax.Array  # int32 [slots], what this rank's slots hold; none: negative
-    sent: jax.Array | None  # along a topology: int32 [redundant experts], this rank's rows that others have copies of
+    sent: Any  # along a topology: int32 [redundant experts], this rank's rows that others have copies of
 
 
 def _rows(placement: Placement, axis_name: AxisName) -> _Rows:

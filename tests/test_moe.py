@@ -153,7 +153,6 @@ def test_padding(rng, dispatch, buffer_factor):
             ids,
             gates,
             weights,
-            _expert_parallel.as_they_are,
             lambda slots, rows, sizes: jax.lax.ragged_dot(rows, slots, sizes),
             place,
             axis_name="ep",
