@@ -22,18 +22,30 @@ def mesh_of(*axes: str, shape: tuple[int, ...] = (RANKS,)) -> jax.sharding.Mesh:
     return jax.make_mesh(shape, axes or ("ep",), axis_types=(jax.sharding.AxisType.Auto,) * len(shape))
 
 
-def chosen(rng: np.random.Generator) -> lplb.Placement:
+@pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+def mesh(request) -> jax.sharding.Mesh:
+    """Of eight virtual CPU devices, or of eight, four or two GPUs."""
+    devices = jax.devices(request.param)
+    ranks = next((size for size in (8, 4, 2) if size <= len(devices)), None)
+    if ranks is None:
+        pytest.skip("needs two GPUs")
+    return jax.sharding.Mesh(devices[:ranks], ("ep",))
+
+
+def chosen(rng: np.random.Generator, ranks: int = RANKS) -> lplb.Placement:
     """Copies chosen for a batch, some slots unused."""
-    place = jax.tree.map(np.asarray, PER_BATCH.choose(jnp.asarray(rng.lognormal(0, 1, EXPERTS), jnp.float32)))
-    assert 0 < np.sum(place.phy2log < 0) < RANKS * 2
+    place = lplb.Placement.per_batch(num_experts=EXPERTS, num_ranks=ranks, redundants_per_rank=2)
+    place = jax.tree.map(np.asarray, place.choose(jnp.asarray(rng.lognormal(0, 1, EXPERTS), jnp.float32)))
+    assert 0 < np.sum(place.phy2log < 0) < ranks * 2
     return place
 
 
-def placements(rng: np.random.Generator) -> dict[str, lplb.Placement]:
+def placements(rng: np.random.Generator, ranks: int = RANKS) -> dict[str, lplb.Placement]:
+    along = topology.cube() if ranks == RANKS else topology.ring(ranks)
     return {
-        "topology": placement(topology.cube(), EXPERTS, RANKS, 2),
-        "any": many_replicas(rng, num_experts=EXPERTS, num_ranks=RANKS, redundants=2),
-        "per batch": chosen(rng),
+        "topology": placement(along, EXPERTS, ranks, 2),
+        "any": many_replicas(rng, num_experts=EXPERTS, num_ranks=ranks, redundants=2),
+        "per batch": chosen(rng, ranks),
     }
 
 
@@ -85,10 +97,12 @@ def slots_and_gradient(dtype=None, transport="peer", mesh=None, axes="ep", check
 
 @pytest.mark.parametrize("dtype", [None, jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("name", ["topology", "any", "per batch"])
-def test_sums_are_those_of_numpy_bit_by_bit(rng, name, dtype):
+def test_sums_are_those_of_numpy_bit_by_bit(rng, mesh, name, dtype):
     """In float32 and one order, from and to each dtype, for rows of whole words and of single elements."""
-    place = placements(rng)[name]
+    place = placements(rng, mesh.size)[name]
     shapes = {"a": (3,), "b": (4, 8), "c": ()}
+    if mesh.devices.flat[0].platform != "cpu":  # rows of several chunks
+        shapes |= {"d": (3, 8192), "e": (16391,), "f": (16398,)}
     logical = {
         f"{leaf} {of}": rng.normal(size=(EXPERTS, *shape)).astype(of)
         for leaf, shape in shapes.items()
@@ -98,7 +112,7 @@ def test_sums_are_those_of_numpy_bit_by_bit(rng, name, dtype):
         leaf: (rng.normal(size=(place.num_physical, *rows.shape[1:])) * 300).astype(dtype or rows.dtype)
         for leaf, rows in logical.items()
     }
-    slots, sums = slots_and_gradient(dtype)(lplb.from_logical(logical, place), place, gradient)
+    slots, sums = slots_and_gradient(dtype, mesh=mesh)(lplb.from_logical(logical, place), place, gradient)
     sums = lplb.to_logical(sums, place)
     for leaf, rows in logical.items():
         assert_same_bits(slots[leaf], held(place, rows.astype(dtype or rows.dtype)))
@@ -449,7 +463,7 @@ def fresh():
 
 
 def late(value: jax.Array, turns: jax.Array) -> jax.Array:
-    """The integers, once a loop has turned as often; a thousand turns take about a millisecond on a CPU."""
+    """The integers, once a loop has turned as often."""
     last = jax.lax.fori_loop(0, turns, lambda _, x: x * jnp.uint32(1664525) + jnp.uint32(1013904223), jnp.uint32(1))
     return value + (last == 0).astype(value.dtype)
 
@@ -469,24 +483,29 @@ def delayed(monkeypatch, before, after) -> None:
     monkeypatch.setattr(_peer, "add_rows", slow(_peer.add_rows))
 
 
-def test_any_delays_and_memory_that_is_used_again_at_once(monkeypatch, fresh, rng):
+def turns(mesh: jax.sharding.Mesh) -> int:
+    """Of a loop, in about a hundredth of a second."""
+    return 8000 if mesh.devices.flat[0].platform == "cpu" else 500
+
+
+def test_any_delays_and_memory_that_is_used_again_at_once(monkeypatch, fresh, rng, mesh):
     """Steps in a loop, donated weights, slots and gradients written over in place: each step's values are right."""
 
     def before(rank, rows):
-        return jnp.maximum((jnp.sum(rows) * 7 + rank * 5) % 8 - 4, 0) * 8000
+        return jnp.maximum((jnp.sum(rows) * 7 + rank * 5) % 8 - 4, 0) * turns(mesh)
 
     def after(rank, rows):
         return before(rank + 3, rows)
 
     delayed(monkeypatch, before, after)
-    places = [chosen(np.random.default_rng(seed)) for seed in range(6)]
+    places = [chosen(np.random.default_rng(seed), mesh.size) for seed in range(6)]
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *places)
-    factor = rng.integers(-2, 3, (PER_BATCH.num_physical, 5)).astype(np.float32)
+    factor = rng.integers(-2, 3, (places[0].num_physical, 5)).astype(np.float32)
 
     @partial(jax.jit, donate_argnums=0)
     @partial(
         jax.shard_map,
-        mesh=mesh_of(),
+        mesh=mesh,
         in_specs=(P("ep"), P(), P("ep")),
         out_specs=(P("ep"), P(None, "ep")),
         check_vma=False,
@@ -500,7 +519,7 @@ def test_any_delays_and_memory_that_is_used_again_at_once(monkeypatch, fresh, rn
         return jax.lax.scan(one, home, stacked)
 
     home = rng.integers(-9, 9, (EXPERTS, 5)).astype(np.float32)
-    got = jax.device_put(home, jax.NamedSharding(mesh_of(), P("ep")))
+    got = jax.device_put(home, jax.NamedSharding(mesh, P("ep")))
     for _ in range(2):
         got, slots = steps(got, stacked, factor)
         for step, place in enumerate(places):
@@ -510,20 +529,19 @@ def test_any_delays_and_memory_that_is_used_again_at_once(monkeypatch, fresh, rn
 
 
 @pytest.mark.parametrize("released", [True, False])
-def test_release_is_what_keeps_buffers_until_all_have_read(monkeypatch, fresh, released):
+def test_release_is_what_keeps_buffers_until_all_have_read(monkeypatch, fresh, mesh, released):
     """Rank 0 reads late, and the others write over their rows no sooner. They do without the end of reading."""
-    delayed(monkeypatch, lambda rank, _: jnp.where(rank == 0, 1_000_000, 0), lambda *_: 0)
+    delayed(monkeypatch, lambda rank, _: jnp.where(rank == 0, 100 * turns(mesh), 0), lambda *_: 0)
     if not released:
         monkeypatch.setattr(_peer, "release", lambda exposed, done, axis_name, made=None: made or exposed.buffers)
-    columns = topology.from_r2o((np.arange(RANKS)[:, None] + [1, 3]) % RANKS)
-    place = placement(columns, EXPERTS, RANKS, 2)
+    place = placement(topology.ring(mesh.size), EXPERTS, mesh.size, 2)
 
     @jax.jit
-    @partial(jax.shard_map, mesh=mesh_of(), in_specs=P("ep"), out_specs=P("ep"), check_vma=False)
+    @partial(jax.shard_map, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"), check_vma=False)
     def run(home):
         slots = lplb.replicate(home, place, "ep", transport="peer")
         return jax.lax.dynamic_update_slice(slots, jnp.full_like(home, -1), (0, 0))
 
-    slots = np.asarray(run(np.ones((EXPERTS, 6), np.float32))).reshape(RANKS, -1, 6)
-    copies = slots[:, EXPERTS // RANKS :]
+    slots = np.asarray(run(np.ones((EXPERTS, 6), np.float32))).reshape(mesh.size, -1, 6)
+    copies = slots[:, EXPERTS // mesh.size :]
     assert (copies == 1).all() == released
