@@ -389,8 +389,8 @@ ffi::Error read_rows(Launch launch, Words table, Ids source, ffi::RemainingArgs 
     read.buffer = read_told(shapes, rows, table, i);
     const int64_t reads = shapes.last("source", source, 1)[0];
     shapes.last("done", *done, 0);
-    shapes.require(reads <= read.buffer.num_rows && reads <= kMostRowsRead, [&] {
-      return "at most " + std::to_string(kMostRowsRead) + " rows, and those of the buffer, got " +
+    shapes.require(reads >= 1 && reads <= read.buffer.num_rows && reads <= kMostRowsRead, [&] {
+      return "1 to " + std::to_string(kMostRowsRead) + " rows, and no more than the buffer has, got " +
              std::to_string(reads);
     });
     if (!shapes.ok()) return shapes.error();

@@ -11,6 +11,8 @@ from jax import lax
 from jax_lplb import _ffi
 from jax_lplb._balance import AxisName
 from jax_lplb._mesh import spec_of, with_auto_axes
+from jax_lplb._placement import owners_and_receivers
+from jax_lplb.topology import Topology
 
 Route = tuple[tuple[int, int], ...]  # (sender, receiver), as `ppermute` takes them
 
@@ -50,14 +52,16 @@ def _along(axes: AxisName, routes: Sequence[Route], rows: jax.Array) -> jax.Arra
     return jnp.stack(columns, axis=1).reshape(rows.shape)
 
 
-def in_mesh_order(axis_name: AxisName, num_ranks: int) -> tuple[AxisName, np.ndarray]:
-    """The axes in the mesh's order, in which alone `ppermute` takes them, and the number of each rank in that order."""
-    number = np.arange(num_ranks)
-    if isinstance(axis_name, str):
-        return axis_name, number
-    axes = tuple(axis for axis in jax.sharding.get_abstract_mesh().axis_names if axis in axis_name)
-    by_place = number.reshape([lax.axis_size(axis) for axis in axis_name])
-    return axes, np.argsort(by_place.transpose([axis_name.index(axis) for axis in axes]).ravel())
+def routes_of(topology: Topology, axis_name: AxisName, num_ranks: int) -> tuple[AxisName, tuple[Route, ...]]:
+    """The axes in the mesh's order, in which alone `ppermute` takes them, and the route of each column."""
+    number_of = np.arange(num_ranks)  # of each rank, in the mesh's order
+    axes = axis_name
+    if not isinstance(axis_name, str):
+        axes = tuple(axis for axis in jax.sharding.get_abstract_mesh().axis_names if axis in axis_name)
+        by_place = number_of.reshape([lax.axis_size(axis) for axis in axis_name])
+        number_of = np.argsort(by_place.transpose([axis_name.index(axis) for axis in axes]).ravel())
+    _, receiver = owners_and_receivers(topology, num_ranks, topology.num_columns)
+    return axes, tuple(tuple(zip(number_of.tolist(), number_of[to].tolist(), strict=True)) for to in receiver.T)
 
 
 def rows_of_all(leaf: jax.Array, source: jax.Array, axis_name: AxisName) -> jax.Array:

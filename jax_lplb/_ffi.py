@@ -59,8 +59,10 @@ def handlers() -> frozenset[str]:
 
 
 def why_no_handlers(platform: str) -> str:
-    """Why the handlers of "cpu" or "cuda" are not in use; empty where they are."""
-    return "" if platform in _PLATFORMS else _WHY_NOT
+    """Why no handlers are in use on a platform; empty where they are."""
+    if platform in _PLATFORMS:
+        return ""
+    return _WHY_NOT if platform == "cuda" or not _PLATFORMS else f"jax_lplb has no handlers for {platform}"
 
 
 def dispatch(

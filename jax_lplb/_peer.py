@@ -51,7 +51,7 @@ def why_out_of_reach(dtypes: Sequence[Any], summed: Sequence[Any]) -> str:
 
     `dtypes` are those of what is read, `summed` those that are added up, and of the sums.
     """
-    platform = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
     mesh = jax.sharding.get_abstract_mesh()
     left = [
         name
@@ -69,12 +69,18 @@ def why_out_of_reach(dtypes: Sequence[Any], summed: Sequence[Any]) -> str:
     if jax.config.jax_disable_jit:
         return "jax.disable_jit runs operations one by one, and frees what they read"
     for dtype in dtypes:
-        if dtype.itemsize > 0 and jnp.issubdtype(dtype, jnp.integer) and jnp.iinfo(dtype).bits < 8:
+        if _bits(dtype) < 8:
             return f"a row of {dtype} may begin within a byte"
     for dtype in summed:
         if dtype not in SUMMED:
             return f"gradients are added up in float32, to or from {', '.join(map(str, SUMMED))}, not {dtype}"
     return ""
+
+
+def _bits(dtype: Any) -> int:
+    if jnp.issubdtype(dtype, jnp.integer):
+        return int(jnp.iinfo(dtype).bits)
+    return int(jnp.finfo(dtype).bits) if jnp.issubdtype(dtype, jnp.floating) else 8 * dtype.itemsize
 
 
 class Exposed(NamedTuple):

@@ -74,8 +74,10 @@ def replicate(
         for leaf, to in zip(leaves, dtypes, strict=True)
     ]
     if full:
-        way = _way(transport, placement, axis_name, [leaves[i].dtype for i in full], [dtypes[i] for i in full])
-        for i, of_leaf in zip(full, _copied(way, [leaves[i] for i in full], rows), strict=True):
+        transfer = _transfer(
+            transport, placement, axis_name, [leaves[i].dtype for i in full], [dtypes[i] for i in full]
+        )
+        for i, of_leaf in zip(full, _slots(transfer, [leaves[i] for i in full], rows), strict=True):
             slots[i] = of_leaf
     return jax.tree.unflatten(tree, slots)
 
@@ -113,7 +115,7 @@ def _rows(placement: Placement, axis_name: AxisName) -> _Rows:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Way:
+class _Transfer:
     """How copies travel; static."""
 
     implementation: _ffi.Implementation  # "ffi": peers' memory; "xla": collectives; None: by platform
@@ -121,18 +123,18 @@ class _Way:
     homes_first: bool
     dtypes: tuple[Any, ...]  # of the leaves
     slot_dtypes: tuple[Any, ...]
-    # Along a topology, for collectives: the axes in the mesh's order, and the route of each column.
+    # For collectives along a topology.
     axes: AxisName
     routes: tuple[_collective.Route, ...] | None
 
     @property
-    def reverse_only(self) -> bool:
+    def is_reverse_only(self) -> bool:
         return self.implementation != "xla" or self.routes is not None
 
 
-def _way(
+def _transfer(
     transport: Transport, placement: Placement, axis_name: AxisName, dtypes: list[Any], slot_dtypes: list[Any]
-) -> _Way:
+) -> _Transfer:
     implementation: _ffi.Implementation = "xla"
     if transport != "collective":
         summed = [
@@ -149,14 +151,12 @@ def _way(
             )
         implementation = "xla" if why_not else "ffi" if transport == "peer" else None
         _say(f"weights of copies travel by collectives: {why_not}" if why_not else "weights of copies: peers' memory")
-    axes, routes, ranks = axis_name, None, placement.num_ranks
+    axes, routes = axis_name, None
     if placement.topology is not None:
-        axes, number_of = _collective.in_mesh_order(axis_name, ranks)
-        _, receiver = owners_and_receivers(placement.topology, ranks, placement.topology.num_columns)
-        routes = tuple(
-            tuple(zip(number_of.tolist(), number_of[receivers].tolist(), strict=True)) for receivers in receiver.T
-        )
-    return _Way(implementation, axis_name, _homes_first(placement), tuple(dtypes), tuple(slot_dtypes), axes, routes)
+        axes, routes = _collective.routes_of(placement.topology, axis_name, placement.num_ranks)
+    return _Transfer(
+        implementation, axis_name, _homes_first(placement), tuple(dtypes), tuple(slot_dtypes), axes, routes
+    )
 
 
 @functools.cache
@@ -165,9 +165,9 @@ def _say(message: str) -> None:
     _log.info(message)
 
 
-def _copied(way: _Way, leaves: list[jax.Array], rows: _Rows) -> list[jax.Array]:
-    if not way.reverse_only:
-        return _by_collectives(way, leaves, rows)
+def _slots(transfer: _Transfer, leaves: list[jax.Array], rows: _Rows) -> list[jax.Array]:
+    if not transfer.is_reverse_only:
+        return _by_collectives(transfer, leaves, rows)
     leaves = reverse_only(
         leaves,
         "replicate can be differentiated once, in reverse mode (jax.grad, jax.vjp), where ranks read each other's "
@@ -175,37 +175,37 @@ def _copied(way: _Way, leaves: list[jax.Array], rows: _Rows) -> list[jax.Array]:
         "transport='collective', and Placement.from_phy2log(placement.phy2log, placement.num_ranks) with weights in "
         "its home_order, which is the logical one",
     )
-    return _differentiated_once(way, leaves, rows)
+    return _differentiated_once(transfer, leaves, rows)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _differentiated_once(way: _Way, leaves: list[jax.Array], rows: _Rows) -> list[jax.Array]:
+def _differentiated_once(transfer: _Transfer, leaves: list[jax.Array], rows: _Rows) -> list[jax.Array]:
     with jax.named_scope("lplb_replicate"):
-        by_peers, by_collectives = partial(_by_peers, way), partial(_by_collectives, way)
-        return _ffi.dispatch("read_rows", way.implementation, by_peers, by_collectives, leaves, rows)
+        by_peers, by_collectives = partial(_by_peers, transfer), partial(_by_collectives, transfer)
+        return _ffi.dispatch("read_rows", transfer.implementation, by_peers, by_collectives, leaves, rows)
 
 
-def _forward(way: _Way, leaves: list[jax.Array], rows: _Rows) -> Any:
-    return _differentiated_once(way, leaves, rows), rows
+def _forward(transfer: _Transfer, leaves: list[jax.Array], rows: _Rows) -> Any:
+    return _differentiated_once(transfer, leaves, rows), rows
 
 
-def _backward(way: _Way, rows: _Rows, gradients: list[Any]) -> Any:
+def _backward(transfer: _Transfer, rows: _Rows, gradients: list[Any]) -> Any:
     places = [
         i
-        for i, (gradient, dtype) in enumerate(zip(gradients, way.dtypes, strict=True))
+        for i, (gradient, dtype) in enumerate(zip(gradients, transfer.dtypes, strict=True))
         if gradient.dtype != jax.dtypes.float0 and jnp.issubdtype(dtype, jnp.inexact)
     ]
     sums: list[Any] = [None] * len(gradients)
     if places:
         part = dataclasses.replace(
-            way,
-            dtypes=tuple(way.dtypes[i] for i in places),
-            slot_dtypes=tuple(way.slot_dtypes[i] for i in places),
+            transfer,
+            dtypes=tuple(transfer.dtypes[i] for i in places),
+            slot_dtypes=tuple(transfer.slot_dtypes[i] for i in places),
         )
         with jax.named_scope("lplb_replicate"):
             by_peers, by_collectives = partial(_add_by_peers, part), partial(_add_by_collectives, part)
             given = [gradients[i] for i in places]
-            totals = _ffi.dispatch("add_rows", way.implementation, by_peers, by_collectives, given, rows)
+            totals = _ffi.dispatch("add_rows", transfer.implementation, by_peers, by_collectives, given, rows)
         for i, total in zip(places, totals, strict=True):
             sums[i] = total
     return sums, None
@@ -214,33 +214,33 @@ def _backward(way: _Way, rows: _Rows, gradients: list[Any]) -> Any:
 _differentiated_once.defvjp(_forward, _backward)
 
 
-def _by_peers(way: _Way, leaves: list[jax.Array], rows: _Rows) -> list[jax.Array]:
-    buffers = _peer.bring(way.slot_dtypes, way.axis_name, leaves, rows.source)
-    return buffers if way.homes_first else [buffer[-len(rows.experts) :] for buffer in buffers]
+def _by_peers(transfer: _Transfer, leaves: list[jax.Array], rows: _Rows) -> list[jax.Array]:
+    buffers = _peer.bring(transfer.slot_dtypes, transfer.axis_name, leaves, rows.source)
+    return buffers if transfer.homes_first else [buffer[-len(rows.experts) :] for buffer in buffers]
 
 
-def _add_by_peers(way: _Way, gradients: list[jax.Array], rows: _Rows) -> list[jax.Array]:
-    return _peer.add_up(way.dtypes, way.axis_name, gradients, rows.replicas)
+def _add_by_peers(transfer: _Transfer, gradients: list[jax.Array], rows: _Rows) -> list[jax.Array]:
+    return _peer.add_up(transfer.dtypes, transfer.axis_name, gradients, rows.replicas)
 
 
-def _by_collectives(way: _Way, leaves: list[jax.Array], rows: _Rows) -> list[jax.Array]:
-    if way.routes is not None:
-        return _collective.bring_along(way.slot_dtypes, way.axes, way.routes, leaves, rows.sent)
+def _by_collectives(transfer: _Transfer, leaves: list[jax.Array], rows: _Rows) -> list[jax.Array]:
+    if transfer.routes is not None:
+        return _collective.bring_along(transfer.slot_dtypes, transfer.axes, transfer.routes, leaves, rows.sent)
     return [
-        _collective.rows_of_all(leaf.astype(dtype), rows.experts, way.axis_name)
-        for leaf, dtype in zip(leaves, way.slot_dtypes, strict=True)
+        _collective.rows_of_all(leaf.astype(dtype), rows.experts, transfer.axis_name)
+        for leaf, dtype in zip(leaves, transfer.slot_dtypes, strict=True)
     ]
 
 
-def _add_by_collectives(way: _Way, gradients: list[jax.Array], rows: _Rows) -> list[jax.Array]:
-    if way.routes is not None:
-        return _collective.add_up_along(way.dtypes, way.axes, way.routes, gradients, rows.sent)
+def _add_by_collectives(transfer: _Transfer, gradients: list[jax.Array], rows: _Rows) -> list[jax.Array]:
+    if transfer.routes is not None:
+        return _collective.add_up_along(transfer.dtypes, transfer.axes, transfer.routes, gradients, rows.sent)
     home = len(rows.replicas)
     leaves = [
         _ffi.vary(jnp.zeros((home, *gradient.shape[1:]), dtype), _ffi.varying(gradient))
-        for gradient, dtype in zip(gradients, way.dtypes, strict=True)
+        for gradient, dtype in zip(gradients, transfer.dtypes, strict=True)
     ]
-    (sums,) = jax.vjp(lambda leaves: _by_collectives(way, leaves, rows), leaves)[1](gradients)
+    (sums,) = jax.vjp(lambda leaves: _by_collectives(transfer, leaves, rows), leaves)[1](gradients)
     return sums
 
 
