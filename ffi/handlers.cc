@@ -1,5 +1,5 @@
-// XLA FFI handlers of count, solve and assign: they check shapes, which Python has already checked for its own
-// callers, and launch. All leading dimensions of an operand but its own are batch dimensions (vmap).
+// XLA FFI handlers of count, solve, assign and peers' memory: they check shapes, which Python has already checked for
+// its own callers, and launch. All leading dimensions of an operand but its own are batch dimensions (vmap).
 //
 // The CUDA handlers carry kCmdBufferCompatible: while executing they only launch kernels.
 #include "handlers.h"
@@ -13,6 +13,7 @@
 
 #include "assign.h"
 #include "count.h"
+#include "peer.h"
 #include "plan_solve.h"
 #include "solve.h"
 #include "solve_assign.h"
@@ -24,6 +25,7 @@ namespace {
 namespace ffi = xla::ffi;
 using Ids = ffi::Buffer<ffi::S32>;
 using Reals = ffi::Buffer<ffi::F32>;
+using Words = ffi::Buffer<ffi::U32>;
 
 // What a launcher returns: nothing on CPU, the launch's error on CUDA.
 #ifdef LPLB_CUDA
@@ -313,6 +315,137 @@ ffi::Error plan_assign(Launch launch, Ids expert_ids, Ids starts, Ids load, Ids 
                 AssignResults{physical_ids->typed_data(), assigned_rank_load->typed_data()});
 }
 
+// ---- Peers' memory
+// ---------------------------------------------------------------------------------------------------
+
+// A buffer of rows, whatever they hold, behind as many dimensions of the batch.
+PeerBuffer read_buffer(Shapes& shapes, const char* operand, const ffi::AnyBuffer& rows, size_t batch_dimensions) {
+  PeerBuffer buffer = {};
+  shapes.require(rows.dimensions().size() > batch_dimensions, [&] { return std::string(operand) + ": no rows"; });
+  if (!shapes.ok()) return buffer;
+  buffer.num_rows = shapes.last(operand, rows, rows.dimensions().size() - batch_dimensions)[0];
+  buffer.num_batches = shapes.batch();
+  const int64_t num_rows = buffer.num_rows * buffer.num_batches;
+  shapes.require(num_rows > 0 && rows.size_bytes() > 0, [&] { return std::string(operand) + " is empty"; });
+  if (!shapes.ok()) return buffer;
+  buffer.row_bytes = static_cast<int64_t>(rows.size_bytes()) / num_rows;
+  buffer.own = static_cast<unsigned char*>(rows.untyped_data());
+  return buffer;
+}
+
+// Buffer number `i` of those that the table [batch, num_ranks, num_buffers, 2 words of an address] tells of.
+PeerBuffer read_told(Shapes& shapes, const ffi::AnyBuffer& rows, const Words& table, int i) {
+  const int64_t* told = shapes.last("table", table, 3);
+  shapes.expect("table", "words", 2, told[2]);
+  shapes.require(i < told[1], [&] { return "table: no addresses of buffer " + std::to_string(i); });
+  if (!shapes.ok()) return {};
+  PeerBuffer buffer = read_buffer(shapes, "buffer", rows, table.dimensions().size() - 3);
+  buffer.num_ranks = static_cast<int>(told[0]);
+  buffer.num_buffers = static_cast<int>(told[1]);
+  buffer.buffer = i;
+  buffer.table = reinterpret_cast<const uint64_t*>(table.typed_data());
+  return buffer;
+}
+
+// visit(i, rows) of each of the first `number` buffers, up to the first error.
+template <class Visit>
+ffi::Error for_each_buffer(const ffi::RemainingArgs& buffers, size_t number, Visit visit) {
+  for (size_t i = 0; i < number; ++i) {
+    const auto rows = buffers.get<ffi::AnyBuffer>(i);
+    if (!rows) return rows.error();
+    const ffi::Error error = visit(static_cast<int>(i), *rows);
+    if (error.failure()) return error;
+  }
+  return ffi::Error::Success();
+}
+
+// Nothing reads the first operand: under vmap the others are mapped with it, and so have addresses of their own.
+template <class Launch>
+ffi::Error expose(Launch launch, ffi::AnyBuffer, ffi::RemainingArgs buffers, ffi::Result<Words> addresses,
+                  ffi::RemainingRets) {
+  return for_each_buffer(buffers, buffers.size(), [&](int i, const ffi::AnyBuffer& rows) {
+    Shapes shapes("expose");
+    const int64_t* told = shapes.last("addresses", *addresses, 2);
+    shapes.expect("addresses", "buffers", static_cast<int64_t>(buffers.size()), told[0]);
+    shapes.expect("addresses", "words", 2, told[1]);
+    if (!shapes.ok()) return shapes.error();
+    PeerBuffer buffer = read_buffer(shapes, "buffer", rows, addresses->dimensions().size() - 2);
+    if (!shapes.ok()) return shapes.error();
+    buffer.num_buffers = static_cast<int>(buffers.size());
+    buffer.buffer = i;
+    return launch(buffer, reinterpret_cast<uint64_t*>(addresses->typed_data()));
+  });
+}
+
+template <class Launch>
+ffi::Error read_rows(Launch launch, Words table, Ids source, ffi::RemainingArgs buffers, ffi::Result<Ids> done,
+                     ffi::RemainingRets) {
+  return for_each_buffer(buffers, buffers.size(), [&](int i, const ffi::AnyBuffer& rows) {
+    Shapes shapes("read_rows");
+    ReadRows read = {};
+    read.buffer = read_told(shapes, rows, table, i);
+    const int64_t reads = shapes.last("source", source, 1)[0];
+    shapes.last("done", *done, 0);
+    shapes.require(reads >= 1 && reads <= read.buffer.num_rows && reads <= kMostRowsRead, [&] {
+      return "1 to " + std::to_string(kMostRowsRead) + " rows, and no more than the buffer has, got " +
+             std::to_string(reads);
+    });
+    if (!shapes.ok()) return shapes.error();
+    read.num_reads = static_cast<int>(reads);
+    read.source = source.typed_data();
+    return launch(read, i == 0 ? done->typed_data() : nullptr);
+  });
+}
+
+// False: no floating-point type that rows are added up in.
+bool read_float(ffi::DataType type, Float* result) {
+  if (type == ffi::F32) *result = Float::kFloat32;
+  if (type == ffi::BF16) *result = Float::kBfloat16;
+  if (type == ffi::F16) *result = Float::kFloat16;
+  return type == ffi::F32 || type == ffi::BF16 || type == ffi::F16;
+}
+
+template <class Launch>
+ffi::Error add_rows(Launch launch, Words table, Ids replicas, ffi::RemainingArgs buffers, ffi::Result<Ids> done,
+                    ffi::RemainingRets sums) {
+  return for_each_buffer(buffers, buffers.size(), [&](int i, const ffi::AnyBuffer& rows) {
+    auto of_rows = sums.get<ffi::AnyBuffer>(i);
+    if (!of_rows) return of_rows.error();
+    ffi::AnyBuffer result = **of_rows;
+    Shapes shapes("add_rows");
+    AddRows add = {};
+    add.buffer = read_told(shapes, rows, table, i);
+    const PeerBuffer sum = read_buffer(shapes, "sums", result, table.dimensions().size() - 3);
+    const int64_t* listed = shapes.last("replicas", replicas, 2);
+    shapes.last("done", *done, 0);
+    shapes.expect("sums", "rows", listed[0], sum.num_rows);
+    shapes.require(read_float(rows.element_type(), &add.from) && read_float(result.element_type(), &add.to),
+                   [] { return "rows and sums of float32, bfloat16 or float16"; });
+    if (!shapes.ok()) return shapes.error();
+    add.row_elements = add.buffer.row_bytes / static_cast<int64_t>(ffi::ByteWidth(rows.element_type()));
+    shapes.expect("sums", "elements of a row", add.row_elements,
+                  sum.row_bytes / static_cast<int64_t>(ffi::ByteWidth(result.element_type())));
+    if (!shapes.ok()) return shapes.error();
+    add.num_sums = static_cast<int>(listed[0]);
+    add.max_replicas = static_cast<int>(listed[1]);
+    add.replicas = replicas.typed_data();
+    add.sums = result.untyped_data();
+    return launch(add, i == 0 ? done->typed_data() : nullptr);
+  });
+}
+
+// Does nothing: it is there so that the buffers are until all have read, which `done` says. But the first `num_told`
+// must be where the table says that they are.
+template <class Launch>
+ffi::Error release(Launch launch, Words table, Ids, ffi::RemainingArgs buffers, ffi::RemainingRets, int64_t num_told) {
+  return for_each_buffer(buffers, static_cast<size_t>(num_told), [&](int i, const ffi::AnyBuffer& rows) {
+    Shapes shapes("release");
+    const PeerBuffer buffer = read_told(shapes, rows, table, i);
+    if (!shapes.ok()) return shapes.error();
+    return launch(buffer);
+  });
+}
+
 // Appends the operands, results and attributes of each call, in the order of the functions above.
 template <class Binding>
 auto bind_chunks(Binding&& binding) {
@@ -397,6 +530,37 @@ auto bind_assign(Binding binding) {
                          .template Attr<int64_t>("num_physical"));
 }
 
+template <class Binding>
+auto bind_expose(Binding binding) {
+  return std::move(binding).template Arg<ffi::AnyBuffer>().RemainingArgs().template Ret<Words>().RemainingRets();
+}
+template <class Binding>
+auto bind_rows(Binding&& binding) {
+  return std::move(binding)
+      .template Arg<Words>()
+      .template Arg<Ids>()
+      .RemainingArgs()
+      .template Ret<Ids>()
+      .RemainingRets();
+}
+template <class Binding>
+auto bind_read_rows(Binding binding) {
+  return bind_rows(std::move(binding));
+}
+template <class Binding>
+auto bind_add_rows(Binding binding) {
+  return bind_rows(std::move(binding));
+}
+template <class Binding>
+auto bind_release(Binding binding) {
+  return std::move(binding)
+      .template Arg<Words>()
+      .template Arg<Ids>()
+      .RemainingArgs()
+      .RemainingRets()
+      .template Attr<int64_t>("num_told");
+}
+
 }  // namespace
 
 #define LPLB_CPU_HANDLER(Handler, call, launcher) \
@@ -418,6 +582,21 @@ LPLB_CPU_HANDLER(AssignCpu, assign, assign_cpu);
 LPLB_CPU_HANDLER(SolveAssignCpu, solve_assign, solve_assign_cpu);
 LPLB_CPU_HANDLER(PlanCpu, plan, plan_solve_cpu);
 LPLB_CPU_HANDLER(PlanAssignCpu, plan_assign, plan_assign_cpu);
+LPLB_CPU_HANDLER(ExposeCpu, expose, expose_cpu);
+LPLB_CPU_HANDLER(ReadRowsCpu, read_rows, read_rows_cpu);
+LPLB_CPU_HANDLER(AddRowsCpu, add_rows, add_rows_cpu);
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    ReleaseCpu,
+    [](auto... operands) {
+      return release(
+          [](const PeerBuffer& buffer) {
+            return in_place_cpu(buffer) ? ffi::Error::Success()
+                                        : ffi::Error::Internal("release: XLA has moved a buffer that others read from");
+          },
+          operands...);
+    },
+    bind_release(ffi::Ffi::Bind()));
 
 #ifdef LPLB_CUDA
 
@@ -437,6 +616,10 @@ LPLB_CUDA_HANDLER(AssignCuda, assign, assign_cuda);
 LPLB_CUDA_HANDLER(SolveAssignCuda, solve_assign, solve_assign_cuda);
 LPLB_CUDA_HANDLER(PlanCuda, plan, plan_solve_cuda);
 LPLB_CUDA_HANDLER(PlanAssignCuda, plan_assign, plan_assign_cuda);
+LPLB_CUDA_HANDLER(ExposeCuda, expose, expose_cuda);
+LPLB_CUDA_HANDLER(ReadRowsCuda, read_rows, read_rows_cuda);
+LPLB_CUDA_HANDLER(AddRowsCuda, add_rows, add_rows_cuda);
+LPLB_CUDA_HANDLER(ReleaseCuda, release, in_place_cuda);
 
 // Function attributes may not be set while a stream is captured; XLA initialises before it captures. It does so before
 // every execution, at each call site, so that only the first may cost something.

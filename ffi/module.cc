@@ -3,6 +3,7 @@
 
 #include "assign.h"
 #include "handlers.h"
+#include "peer.h"
 #include "plan.h"
 #include "solve.h"
 #ifdef LPLB_MATHDX
@@ -29,6 +30,10 @@ nb::dict handlers() {
   cpu["lplb_assign"] = execute(lplb::AssignCpu);
   cpu["lplb_plan"] = execute(lplb::PlanCpu);
   cpu["lplb_plan_assign"] = execute(lplb::PlanAssignCpu);
+  cpu["lplb_expose"] = execute(lplb::ExposeCpu);
+  cpu["lplb_read_rows"] = execute(lplb::ReadRowsCpu);
+  cpu["lplb_add_rows"] = execute(lplb::AddRowsCpu);
+  cpu["lplb_release"] = execute(lplb::ReleaseCpu);
   nb::dict platforms;
   platforms["cpu"] = cpu;
 #ifdef LPLB_CUDA
@@ -44,9 +49,22 @@ nb::dict handlers() {
   cuda["lplb_solve_assign"] = initialize_and_execute(lplb::SolveAssignCuda);
   cuda["lplb_plan"] = initialize_and_execute(lplb::PlanCuda);
   cuda["lplb_plan_assign"] = initialize_and_execute(lplb::PlanAssignCuda);
+  cuda["lplb_expose"] = execute(lplb::ExposeCuda);
+  cuda["lplb_read_rows"] = execute(lplb::ReadRowsCuda);
+  cuda["lplb_add_rows"] = execute(lplb::AddRowsCuda);
+  cuda["lplb_release"] = execute(lplb::ReleaseCuda);
   platforms["CUDA"] = cuda;
 #endif
   return platforms;
+}
+
+// Whether each GPU may access the memory of every other; true where there are no CUDA handlers.
+bool peers_reachable() {
+  bool result = true;
+#ifdef LPLB_CUDA
+  if (lplb::peers_reachable_cuda(&result) != cudaSuccess) result = false;
+#endif
+  return result;
 }
 
 // Group sizes whose solve uses cuSolverDx.
@@ -62,6 +80,7 @@ nb::tuple mathdx_sizes() {
 
 NB_MODULE(_handlers, m) {
   m.def("handlers", &handlers);
+  m.def("peers_reachable", &peers_reachable);
   m.attr("ffi_api_version") = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
   m.attr("mathdx_sizes") = mathdx_sizes();
   m.attr("max_experts") = lplb::kMaxExperts;

@@ -9,10 +9,11 @@ from jax_lplb._assign import assign
 from jax_lplb._balance import Balanced, balance
 from jax_lplb._count import count_load
 from jax_lplb._evaluate import Evaluation, evaluate
+from jax_lplb._permute_experts import from_logical, permute_experts, to_logical
 from jax_lplb._placement import Placement
+from jax_lplb._replicate import replicate
 from jax_lplb._solve import Solution, solve
 from jax_lplb._status import Status
-from jax_lplb._weights import from_logical, permute_experts, replicate, to_logical
 
 __version__ = "0.1.0"  # the one place: pyproject.toml reads it here
 

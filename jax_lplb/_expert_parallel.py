@@ -27,30 +27,13 @@ Dispatch = Literal["all_to_all", "ring"]
 # (weights of slots, rows [n, d_model] sorted by slot, group_sizes int32 [slots]) -> [n, d_model]; rows beyond those of
 # the groups are padding, for which anything may be returned.
 Experts = Callable[[Any, jax.Array, jax.Array], jax.Array]
-# (weights and what came, sent, exchange, tokens) -> weights of this rank's slots, and exchange(tokens), done meanwhile.
-Receive = Callable[[Any, Any, Callable[[Any], Any], Any], tuple[Any, Any]]
-
-
-class Bring(NamedTuple):
-    """How the weights of this rank's slots come, in three steps.
-
-    The first two are for times when links are free: what comes after that needs the value that they give back. What
-    was sent is a pytree that is not differentiated, as values are not.
-    """
-
-    # (weights, value), before the plan -> sent, value
-    send_early: Callable[[Any, Any], tuple[Any, Any]]
-    # (weights, sent, value), before tokens are gathered -> weights and what came, differentiable; sent; value
-    send_late: Callable[[Any, Any, Any], tuple[Any, Any, Any]]
-    receive: Receive
 
 
 def expert_parallel(
     tokens: jax.Array,
     physical_ids: jax.Array,
     gates: jax.Array,
-    weights: Any,
-    bring: Bring,
+    slots: Any,
     experts: Experts,
     placement: Placement,
     *,
@@ -65,9 +48,7 @@ def expert_parallel(
       tokens: [num_tokens, d_model], of this rank.
       physical_ids: int32 [num_tokens, k]; negative ids are padding.
       gates: float32 [num_tokens, k].
-      weights: a pytree, differentiable, from which `bring` makes those of this rank's slots.
-      bring: its `receive` runs once, and once more in the backward pass of several rounds; in a single round with the
-        tokens.
+      slots: a pytree, the weights of this rank's slots.
       experts: what runs on sorted rows.
       placement: the ranks' slots.
       axis_name: mesh axis, or axes, of the ranks.
@@ -82,7 +63,7 @@ def expert_parallel(
     ranks, slots_per_rank = placement.num_ranks, placement.slots_per_rank
     num_ids = physical_ids.size
     axes = {axis_name} if isinstance(axis_name, str) else set(axis_name)
-    others = tuple(sorted(_ffi.varying(tokens, physical_ids, *jax.tree.leaves(weights)) - axes))
+    others = tuple(sorted(_ffi.varying(tokens, physical_ids, *jax.tree.leaves(slots)) - axes))
     ids, rank = physical_ids.reshape(-1), lax.axis_index(axis_name)
     peers, most_ids = (ranks, num_ids) if dispatch == "all_to_all" else (1, num_ids * ranks)
     capacity = _capacity(buffer_factor * most_ids / ranks, most_ids, peers)
@@ -98,7 +79,6 @@ def expert_parallel(
     if others and capacity < most_ids:  # as many rounds for all devices that have copies of anything
         most = lax.pmax(_ffi.vary(most, frozenset(others)), others)
     num_rounds = jnp.maximum(-(-most // capacity), 1)
-    sent, (ids, gathered, rounds) = bring.send_early(weights, (ids, gathered, num_rounds))
     if dispatch == "all_to_all":
         coming = lax.dynamic_index_in_dim(gathered, rank, axis=1, keepdims=False)
         length = jnp.sum(lax.dynamic_index_in_dim(gathered, rank, axis=0, keepdims=False), axis=1, dtype=jnp.int32)
@@ -108,13 +88,12 @@ def expert_parallel(
         here = gathered // slots_per_rank == rank
         plan = _plan(gathered, jnp.where(here, 0, -1), jnp.sum(here, keepdims=True, dtype=jnp.int32), placement)
         way = _Way(partial(_ring_prepare, layout), partial(_ring, layout))
-    weights, sent, first = bring.send_late(weights, sent, way.prepare(plan, jnp.int32(0)))
+    first = way.prepare(plan, jnp.int32(0))
     if dispatch == "all_to_all":
         first = first._replace(cells=_tokens_to_cells(lax.stop_gradient(tokens), first))
     if capacity >= most_ids:
-        return _round(way, bring.receive, first, sent, weights, tokens, gates).astype(dtype), jnp.int32(1)
-    # Before JAX 0.11.1 what comes out of a barrier varies over the mesh as all that went in, so the number does not.
-    return _all_rounds(way, bring.receive, dtype, rounds, plan, first, sent, weights, tokens, gates), num_rounds
+        return way.run(first, slots, tokens, gates).astype(dtype), jnp.int32(1)
+    return _all_rounds(way, dtype, num_rounds, plan, first, slots, tokens, gates), num_rounds
 
 
 def _capacity(wanted: float, most: int, peers: int) -> int:
@@ -147,7 +126,7 @@ class _Round(NamedTuple):
     group_sizes: jax.Array  # int32 [slots], rows that come for each
     back: Any = None  # of all_to_all: int32 [cells], the place of each cell that comes among rows sorted by slot
     order: Any = None  # its inverse
-    cells: Any = None  # of all_to_all's first: the tokens in its cells, gathered before the branch, beside the copies
+    cells: Any = None  # of all_to_all's first: the tokens in its cells, gathered before the branch
 
 
 class _Plan(NamedTuple):
@@ -189,11 +168,9 @@ def _all_to_all_prepare(layout: _Layout, plan: _Plan, number: jax.Array) -> _Rou
     return _Round(*_window(plan, number, layout.capacity), group_sizes, back, _inverse(back))
 
 
-def _all_to_all(
-    layout: _Layout, round_: _Round, receive: Callable[..., Any], tokens: jax.Array, gates: jax.Array
-) -> jax.Array:
+def _all_to_all(layout: _Layout, round_: _Round, slots: Any, tokens: jax.Array, gates: jax.Array) -> jax.Array:
     exchange = partial(lax.all_to_all, axis_name=layout.axis_name, split_axis=0, concat_axis=0, tiled=True)
-    slots, received = receive(exchange, _tokens_to_cells(tokens, round_))
+    received = exchange(_tokens_to_cells(tokens, round_))
     # What the products make of these sizes comes late: nothing shall be launched before the exchange after a branch.
     received, group_sizes = lax.optimization_barrier((received, round_.group_sizes))
     done = layout.experts(slots, _permute(received, round_.order, round_.back), group_sizes)
@@ -226,11 +203,8 @@ def _ring_prepare(layout: _Layout, plan: _Plan, number: jax.Array) -> _Round:
     return _Round(pair_of_cell, cell_of_pair, _count(slot, layout.slots_per_rank))
 
 
-def _ring(
-    layout: _Layout, round_: _Round, receive: Callable[..., Any], tokens: jax.Array, gates: jax.Array
-) -> jax.Array:
-    slots, tokens = receive(partial(lax.all_gather, axis_name=layout.axis_name, tiled=True), tokens)
-    gates = lax.all_gather(gates, layout.axis_name, tiled=True)
+def _ring(layout: _Layout, round_: _Round, slots: Any, tokens: jax.Array, gates: jax.Array) -> jax.Array:
+    tokens, gates = (lax.all_gather(array, layout.axis_name, tiled=True) for array in (tokens, gates))
     done = layout.experts(slots, _tokens_to_cells(tokens, round_), round_.group_sizes)
     parts = _weighted_sum(gates, done, round_.cell_of_pair, round_.pair_of_cell)
     return lax.psum_scatter(parts, layout.axis_name, tiled=True)
@@ -311,84 +285,52 @@ _tokens_to_cells.defvjp(_tokens_to_cells_forward, _tokens_to_cells_backward)
 
 # GPUs wait for the host to learn of a condition: so there is one, before tokens travel, and then either the usual
 # single round or a loop. Then the host has to catch up, so that few launches come before what takes long.
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _all_rounds(
-    way: _Way, receive: Receive, dtype: Any, rounds: jax.Array, plan: _Plan, first: _Round, sent: Any, *operands: Any
-) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _all_rounds(way: _Way, dtype: Any, rounds: jax.Array, plan: _Plan, first: _Round, *operands: Any) -> jax.Array:
     """The sum of all rounds' results.
 
-    `first`: the first round. `operands`: weights, tokens and gates, by which it is differentiated.
+    `first`: the first round. `operands`: weights of slots, tokens and gates, by which it is differentiated.
     """
     return lax.cond(
         rounds > 1,
-        lambda: _several_rounds(way, receive, rounds, plan, sent, *operands).astype(dtype),
-        lambda: _round(way, receive, first, sent, *operands).astype(dtype),
+        lambda: _several_rounds(way, rounds, plan, *operands).astype(dtype),
+        lambda: way.run(first, *operands).astype(dtype),
     )
 
 
-def _round(way: _Way, receive: Receive, round_: _Round, sent: Any, weights: Any, *rest: Any) -> jax.Array:
-    return way.run(round_, partial(receive, weights, sent), *rest)
+def _several_rounds(way: _Way, rounds: jax.Array, plan: _Plan, *operands: Any) -> jax.Array:
+    return _sum_of(rounds, lambda number: way.run(way.prepare(plan, number), *operands))
 
 
-def _several_rounds(
-    way: _Way, receive: Receive, rounds: jax.Array, plan: _Plan, sent: Any, weights: Any, *rest: Any
-) -> jax.Array:
-    slots = _slots_alone(receive, sent, weights)
-    return _sum_of(
-        rounds, lambda number: _round(way, as_they_are.receive, way.prepare(plan, number), None, slots, *rest)
-    )
-
-
-def _slots_alone(receive: Receive, sent: Any, weights: Any) -> Any:
-    return receive(weights, sent, lambda nothing: nothing, None)[0]
-
-
-# Of slots that are here.
-as_they_are = Bring(
-    send_early=lambda slots, value: (None, value),
-    send_late=lambda slots, sent, value: (slots, sent, value),
-    receive=lambda slots, sent, exchange, tokens: (slots, exchange(tokens)),
-)
-
-
-def _all_rounds_forward(
-    way: _Way, receive: Receive, dtype: Any, rounds: jax.Array, plan: _Plan, first: _Round, sent: Any, *operands: Any
-) -> Any:
-    given = jax.tree.leaves((plan, first, sent, operands))
+def _all_rounds_forward(way: _Way, dtype: Any, rounds: jax.Array, plan: _Plan, first: _Round, *operands: Any) -> Any:
+    given = jax.tree.leaves((plan, first, operands))
     structure, places = None, []  # of what the backward pass needs; among `given`, which need not be copied
 
     def once() -> tuple[jax.Array, list[jax.Array]]:
         nonlocal structure, places
-        result, pull = jax.vjp(lambda *operands: _round(way, receive, first, sent, *operands).astype(dtype), *operands)
+        result, pull = jax.vjp(lambda *operands: way.run(first, *operands).astype(dtype), *operands)
         kept, structure = jax.tree.flatten(pull)
         places = [next((i for i, leaf in enumerate(given) if leaf is one), None) for one in kept]
         return result, [one for one, i in zip(kept, places, strict=True) if i is None]
 
     def several() -> tuple[jax.Array, list[jax.Array]]:
         kept = [_zeros_like(leaf) for leaf in jax.eval_shape(once)[1]]  # rounds are run again in the backward pass
-        return _several_rounds(way, receive, rounds, plan, sent, *operands).astype(dtype), kept
+        return _several_rounds(way, rounds, plan, *operands).astype(dtype), kept
 
     result, kept = lax.cond(rounds > 1, several, once)
     rest = iter(kept)
     pull = jax.tree.unflatten(structure, [next(rest) if i is None else given[i] for i in places])
-    return result, (rounds, plan, sent, operands, pull)  # plan and sent: for the backward pass of several rounds
+    return result, (rounds, plan, operands, pull)  # plan and operands: for the backward pass of several rounds
 
 
-def _all_rounds_backward(way: _Way, receive: Receive, dtype: Any, residuals: Any, gradient: jax.Array) -> Any:
-    rounds, plan, sent, (weights, *rest), pull = residuals
+def _all_rounds_backward(way: _Way, dtype: Any, residuals: Any, gradient: jax.Array) -> Any:
+    rounds, plan, operands, pull = residuals
 
-    def several() -> Any:
-        slots, pull_slots = jax.vjp(partial(_slots_alone, receive, sent), weights)
+    def of_round(number: jax.Array) -> Any:
+        result, pull_round = jax.vjp(partial(way.run, way.prepare(plan, number)), *operands)
+        return pull_round(gradient.astype(result.dtype))
 
-        def of_round(number: jax.Array) -> Any:
-            round_ = way.prepare(plan, number)
-            result, pull_round = jax.vjp(partial(_round, way, as_they_are.receive, round_, None), slots, *rest)
-            return pull_round(gradient.astype(result.dtype))
-
-        of_slots, *of_rest = _sum_of(rounds, of_round)
-        return *pull_slots(of_slots), *of_rest
-
-    return None, None, None, None, *lax.cond(rounds > 1, several, lambda: pull(gradient))
+    return None, None, None, *lax.cond(rounds > 1, lambda: _sum_of(rounds, of_round), lambda: pull(gradient))
 
 
 _all_rounds.defvjp(_all_rounds_forward, _all_rounds_backward)

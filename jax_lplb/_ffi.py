@@ -8,7 +8,10 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
 
 from jax_lplb import _handlers
 
@@ -55,6 +58,13 @@ def handlers() -> frozenset[str]:
     return _PLATFORMS
 
 
+def why_no_handlers(platform: str) -> str:
+    """Why no handlers are in use on a platform; empty where they are."""
+    if platform in _PLATFORMS:
+        return ""
+    return _WHY_NOT if platform == "cuda" or not _PLATFORMS else f"jax_lplb has no handlers for {platform}"
+
+
 def dispatch(
     name: str,
     implementation: Implementation,
@@ -99,20 +109,66 @@ def vary(array: Any, axes: frozenset[str]) -> Any:
     return lax.pcast(array, missing, to="varying") if missing else array
 
 
-def call(target: str, results: list[Result], *operands: Any, **attributes: Any) -> list[jax.Array]:
-    """Calls a handler; its results are typed for shard_map's `check_vma`, its batches are vmap's."""
+def call(
+    target: str, results: list[Result], *operands: Any, aliases: dict[int, int] | None = None, **attributes: Any
+) -> list[jax.Array]:
+    """Calls a handler; its results are typed for shard_map's `check_vma`, its batches are vmap's.
+
+    `aliases`: by the number of an operand, that of the result in its place. A call with aliases, be they none, has an
+    effect on memory. XLA is told, so that it does the call where it stands, and once. JAX is not: it may drop the call
+    together with all that hangs on it.
+    """
     axes = varying(*operands)
+    operands = tuple(vary(operand, axes) for operand in operands)
+    kinds = tuple((result.shape, jnp.dtype(result.dtype), varying(*result.varies_with)) for result in results)
+    if aliases is None:
+        run = jax.ffi.ffi_call(target, list(map(_struct, kinds)), vmap_method="broadcast_all")
+        return list(run(*operands, **attributes))
+    pairs, named = tuple(aliases.items()), tuple(attributes.items())
+    return list(_in_place.bind(*operands, target=target, kinds=kinds, aliases=pairs, attributes=named))
 
-    def struct(result: Result) -> jax.ShapeDtypeStruct:
-        own = varying(*result.varies_with)
-        if not own:
-            return jax.ShapeDtypeStruct(result.shape, result.dtype)
-        return jax.ShapeDtypeStruct(
-            result.shape,
-            result.dtype,
-            sharding=jax.NamedSharding(jax.sharding.get_abstract_mesh(), jax.P()),
-            manual_axis_type=jax.sharding.ManualAxisType(varying=own),
-        )
 
-    run = jax.ffi.ffi_call(target, [struct(result) for result in results], vmap_method="broadcast_all")
-    return list(run(*(vary(operand, axes) for operand in operands), **attributes))
+_Kind = tuple[tuple[int, ...], Any, frozenset[str]]  # shape, dtype and varying axes of a result
+
+
+def _struct(kind: _Kind) -> jax.ShapeDtypeStruct:
+    shape, dtype, axes = kind
+    if not axes:
+        return jax.ShapeDtypeStruct(shape, dtype)
+    return jax.ShapeDtypeStruct(
+        shape,
+        dtype,
+        sharding=jax.NamedSharding(jax.sharding.get_abstract_mesh(), jax.P()),
+        manual_axis_type=jax.sharding.ManualAxisType(varying=axes),
+    )
+
+
+# `jax.ffi.ffi_call` would tell JAX of the effect too, which then keeps calls whose results nobody uses, as those that a
+# rematerialised backward pass does not need.
+_in_place = Primitive("lplb_in_place")
+_in_place.multiple_results = True
+
+
+@_in_place.def_abstract_eval
+def _in_place_abstract_eval(*_: Any, target: str, kinds: tuple[_Kind, ...], **__: Any) -> Any:
+    return jax.make_jaxpr(jax.ffi.ffi_call(target, list(map(_struct, kinds))))().out_avals
+
+
+def _in_place_lowering(ctx: Any, *operands: Any, target: str, aliases: Any, attributes: Any, **_: Any) -> Any:
+    lower = jax.ffi.ffi_lowering(target, has_side_effect=True, operand_output_aliases=dict(aliases))
+    return lower(ctx, *operands, **dict(attributes))
+
+
+def _in_place_batched(operands: Any, axes: Any, *, kinds: tuple[_Kind, ...], **parameters: Any) -> Any:
+    (size,) = {operand.shape[axis] for operand, axis in zip(operands, axes, strict=True) if axis is not None}
+    operands = [
+        lax.broadcast(operand, (size,)) if axis is None else jnp.moveaxis(operand, axis, 0)
+        for operand, axis in zip(operands, axes, strict=True)
+    ]
+    kinds = tuple(((size, *shape), dtype, varies) for shape, dtype, varies in kinds)
+    results = _in_place.bind(*operands, kinds=kinds, **parameters)
+    return results, [0] * len(results)
+
+
+mlir.register_lowering(_in_place, _in_place_lowering)
+batching.primitive_batchers[_in_place] = _in_place_batched

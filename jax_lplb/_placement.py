@@ -807,3 +807,12 @@ def check_contents(
             f"max_replicas = {max_replicas} is too small: expert {replicas.argmax()} has {most} replicas in phy2log"
         )
     return num_experts, max_replicas
+
+
+def check_one_layer(name: str, placement: Any) -> None:
+    if not isinstance(placement, Placement):
+        raise TypeError(f"{name} must be a jax_lplb.Placement, got {type(placement).__name__}")
+    if placement.phy2log.ndim != 1:
+        raise ValueError(
+            f"{name} has leading axes {placement.phy2log.shape[:-1]}: map over them, with jax.vmap or jax.lax.scan"
+        )

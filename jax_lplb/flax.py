@@ -16,15 +16,16 @@ from jax import lax
 from jax_lplb import _ffi
 from jax_lplb._balance import Balanced, balance, check_balance_options
 from jax_lplb._checks import check_choice, check_count, check_positive
-from jax_lplb._expert_parallel import Bring, as_they_are, expert_parallel
+from jax_lplb._expert_parallel import expert_parallel
 from jax_lplb._grouped_matmul import GroupedMatmul, has_tokamax
 from jax_lplb._mesh import shard, spec_of, with_auto_axes
+from jax_lplb._permute_experts import from_logical
 from jax_lplb._placement import Placement
+from jax_lplb._replicate import TRANSPORTS, Transport, replicate
 from jax_lplb._reverse_only import reverse_only
 from jax_lplb._router import Router
 from jax_lplb._status import Status
 from jax_lplb._swiglu import dense_swiglu, swiglu
-from jax_lplb._weights import from_logical, receive, replicate, send_early, send_late
 
 Dispatch = Literal["all_to_all", "ring", "dense"]
 __all__ = ["Metrics", "MoE", "PlacementState", "RouterBias"]
@@ -121,6 +122,7 @@ class MoE(nnx.Module):
         n_shared_experts: int = 0,
         dispatch: Dispatch = "all_to_all",
         buffer_factor: float = 1.25,
+        transport: Transport = None,
         grouped_matmul: GroupedMatmul | None = None,
         balance_options: Mapping[str, Any] | None = None,
         dtype: Any = jnp.bfloat16,
@@ -159,6 +161,8 @@ class MoE(nnx.Module):
             derivatives of derivatives.
           buffer_factor: size of the dispatch's buffers over what they would hold if all ranks sent and received the
             same. Where a batch needs more, it takes several rounds; no token is dropped.
+          transport: how weights of copies travel: "peer", "collective" or None, as `jax_lplb.replicate` has it. "peer"
+            cannot be on a mesh with axes beyond `token_axes`: those are left to XLA.
           grouped_matmul: "tokamax" (https://github.com/openxla/tokamax), "ragged_dot" (jax.lax), or None: the former
             on NVIDIA GPUs, where it is installed. Or a function that is called as `jax.lax.ragged_dot_general`, with
             four arguments, for three products: rows by the weights of their groups, by those transposed, and sums of
@@ -177,6 +181,7 @@ class MoE(nnx.Module):
             check_count(name, count)
         check_count("n_shared_experts", n_shared_experts, least=0)
         check_choice("dispatch", dispatch, ("all_to_all", "ring", "dense"))
+        check_choice("transport", transport, TRANSPORTS)
         if not callable(grouped_matmul):
             check_choice("grouped_matmul", grouped_matmul, (None, "tokamax", "ragged_dot"))
         if grouped_matmul == "tokamax" and not has_tokamax():
@@ -211,7 +216,7 @@ class MoE(nnx.Module):
         self.other_axes = tuple(axis for axis in token_axes if axis not in expert_axes)
         self.slot_axes = (*self.other_axes, *expert_axes)
         self.dispatch, self.buffer_factor, self.grouped_matmul = dispatch, buffer_factor, grouped_matmul
-        self.balance_options = options
+        self.transport, self.balance_options = transport, options
         init = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=0)
         scale = nnx.initializers.lecun_normal()
 
@@ -253,7 +258,9 @@ class MoE(nnx.Module):
                 "or give it a placement whose copies are chosen before"
             )
         run = self._on_each_device(
-            lambda home, placement: replicate(self._varying(home), placement, self.axis_name, self.dtype),
+            lambda home, placement: replicate(
+                self._varying(home), placement, self.axis_name, self.dtype, self.transport
+            ),
             (jax.P(self.axis_name), jax.P()),
             jax.P(self.slot_axes),
         )
@@ -415,7 +422,7 @@ class MoE(nnx.Module):
         if self.dispatch == "dense":
             result, rounds = self._every_expert(tokens, expert_ids, gates, weights, placement), jnp.int32(1)
         else:
-            result, rounds = self._dispatch(prepared, tokens, out, gates, weights, metrics, placement, x.dtype)
+            result, rounds = self._dispatch(prepared, tokens, out, gates, weights, placement, x.dtype)
         if "shared_in" in dense:
             axes = _ffi.varying(tokens)  # first: gradients are added up over these in the parameters' dtype
             shared_in, shared_out = (
@@ -432,23 +439,17 @@ class MoE(nnx.Module):
         out: Balanced,
         gates: jax.Array,
         weights: dict[str, jax.Array],
-        metrics: Metrics,
         placement: Placement,
         dtype: Any,
     ) -> tuple[jax.Array, jax.Array]:
-        early = partial(send_early, placement=placement, axis_name=self.axis_name, dtype=self.dtype)
-        bring = as_they_are if prepared else Bring(early, send_late, receive)
-
-        def after_metrics(weights: Any, value: Any) -> tuple[Any, Any]:
-            # Their means, of which XLA makes one collective, come before what is sent: not last, and exposed.
-            return bring.send_early(weights, lax.optimization_barrier((value, metrics.moved))[0])
-
+        slots = weights
+        if not prepared:
+            slots = replicate(weights, placement, self.axis_name, self.dtype, self.transport)
         return expert_parallel(
             tokens,
             out.physical_ids,
             gates,
-            weights,
-            bring._replace(send_early=after_metrics),
+            slots,
             partial(swiglu, implementation=self.grouped_matmul),
             placement,
             axis_name=self.axis_name,

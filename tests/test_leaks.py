@@ -1,7 +1,5 @@
 """Tracing keeps nothing: `jax.checking_leaks` finds no tracer that outlives its trace."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +7,7 @@ import pytest
 from helpers import many_replicas, placement, topology
 
 import jax_lplb as lplb
-from jax_lplb import _expert_parallel, _weights
+from jax_lplb import _expert_parallel
 
 P = jax.sharding.PartitionSpec
 RANKS, EXPERTS, WIDTH = 8, 16, 4
@@ -47,9 +45,6 @@ def test_replicate_and_its_gradient(name):
 def test_balanced_experts_and_their_gradient(name, dispatch):
     """In as many rounds as it takes."""
     place = placement_of(name)
-    bring = _expert_parallel.Bring(
-        partial(_weights.send_early, placement=place, axis_name="ep", dtype=None), _weights.send_late, _weights.receive
-    )
 
     def loss(home, tokens, gates, expert_ids):
         out = lplb.balance(expert_ids, place, axis_name="ep")
@@ -57,8 +52,7 @@ def test_balanced_experts_and_their_gradient(name, dispatch):
             tokens,
             out.physical_ids,
             gates,
-            home,
-            bring,
+            lplb.replicate(home, place, "ep"),
             lambda slots, rows, sizes: jax.lax.ragged_dot(rows, slots, sizes),
             place,
             axis_name="ep",

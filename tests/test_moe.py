@@ -153,7 +153,6 @@ def test_padding(rng, dispatch, buffer_factor):
             ids,
             gates,
             weights,
-            _expert_parallel.as_they_are,
             lambda slots, rows, sizes: jax.lax.ragged_dot(rows, slots, sizes),
             place,
             axis_name="ep",
@@ -205,15 +204,16 @@ def test_kernels_leave_sigterm_to_the_program():
     assert "SIGTERM received" not in ended.stderr
 
 
-@pytest.mark.parametrize("dispatch", ["all_to_all", "ring"])
+@pytest.mark.parametrize(("dispatch", "transport"), [("all_to_all", "peer"), ("ring", "collective")])
 @pytest.mark.parametrize(
     ("name", "buffer_factor"),
     [("none", 8.0), ("repeats", 8.0), pytest.param("rings by load", 0.2, marks=pytest.mark.smoke), ("eplb", 0.2)],
 )
-def test_equals_dense(rng, name, dispatch, buffer_factor):
+def test_equals_dense(rng, name, dispatch, transport, buffer_factor):
     """With room for all, and far too little: several rounds."""
     place = placements()[name]
-    layer = make(place, mesh_of((RANKS, "ep")), dispatch=dispatch, buffer_factor=buffer_factor)
+    options = {"dispatch": dispatch, "transport": transport, "buffer_factor": buffer_factor}
+    layer = make(place, mesh_of((RANKS, "ep")), **options)
     x, weight = inputs(rng)
     metrics = check_against_dense(layer, x, weight)
     rounds = int(metrics.rounds)
@@ -556,6 +556,7 @@ def test_new_placements_do_not_recompile(rng):
         ),
         ({"n_shared_experts": -1}, ValueError, "n_shared_experts must be at least 0, got -1"),
         ({"dispatch": "mail"}, ValueError, "dispatch must be one of .*, got 'mail'"),
+        ({"transport": "mail"}, ValueError, "transport must be one of .*, got 'mail'"),
         ({"grouped_matmul": "loop"}, ValueError, "grouped_matmul must be one of .*, got 'loop'"),
         ({"buffer_factor": 0.0}, ValueError, "buffer_factor must be positive and finite, got 0.0"),
         (

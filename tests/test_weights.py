@@ -164,11 +164,12 @@ def placements(rng: np.random.Generator) -> dict[str, lplb.Placement]:
 
 
 @pytest.mark.smoke
+@pytest.mark.parametrize("transport", ["peer", "collective"])
 @pytest.mark.parametrize("axes", ["ep", ("a", "b"), ("b", "a")])
 @pytest.mark.parametrize(
     "name", ["cube", "three columns", "a column twice", "two rings by load", "repeats", "selected", "no copies", "eplb"]
 )
-def test_copies_and_their_gradients(rng, name, axes):
+def test_copies_and_their_gradients(rng, name, axes, transport):
     """Each slot has its expert's weights; at home arrives the sum of the gradients of all its slots."""
     place = placements(rng)[name]
     shape, names = ((RANKS,), ("ep",)) if axes == "ep" else ((2, 4), ("a", "b"))
@@ -179,7 +180,7 @@ def test_copies_and_their_gradients(rng, name, axes):
     @jax.jit
     @jax.shard_map(mesh=mesh, in_specs=(P(axes), P(), P(axes)), out_specs=(P(axes), P(axes)))
     def step(home, place, factor):
-        slots, pull = jax.vjp(lambda home: lplb.replicate(home, place, axes), home)
+        slots, pull = jax.vjp(lambda home: lplb.replicate(home, place, axes, transport=transport), home)
         return slots["w"], pull({"w": factor})[0]["w"]
 
     home = {"w": lplb.from_logical(logical, place)}
@@ -190,8 +191,11 @@ def test_copies_and_their_gradients(rng, name, axes):
     np.testing.assert_array_equal(lplb.to_logical(gradient, place), expected)
 
 
-@pytest.mark.parametrize("name", ["cube", "repeats", "no copies"])
-def test_copies_in_another_dtype(rng, name):
+@pytest.mark.parametrize(
+    ("name", "transport"),
+    [("cube", None), ("cube", "collective"), ("repeats", "collective"), ("no copies", None), ("eplb", None)],
+)
+def test_copies_in_another_dtype(rng, name, transport):
     """Slots are rounded, and gradients added up at home unrounded: 256 + 1 is no bfloat16."""
     place = placements(rng)[name]
     mesh = jax.make_mesh((RANKS,), ("ep",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -202,7 +206,7 @@ def test_copies_in_another_dtype(rng, name):
     @jax.jit
     @jax.shard_map(mesh=mesh, in_specs=(P("ep"), P(), P("ep")), out_specs=(P("ep"), P("ep")))
     def step(home, place, gradient):
-        slots, pull = jax.vjp(lambda home: lplb.replicate(home, place, "ep", jnp.bfloat16), home)
+        slots, pull = jax.vjp(lambda home: lplb.replicate(home, place, "ep", jnp.bfloat16, transport), home)
         return slots, *pull(gradient)
 
     slots, of_home = step(home, place, gradient)
@@ -215,10 +219,11 @@ def test_copies_in_another_dtype(rng, name):
     np.testing.assert_array_equal(of_home, np.broadcast_to(256 + copies[:, None], home.shape))
 
 
+@pytest.mark.parametrize("transport", ["peer", "collective"])
 @pytest.mark.parametrize(
     ("name", "dtype"), [("cube", None), ("cube", jnp.bfloat16), ("cube", jnp.int8), ("no copies", None), ("eplb", None)]
 )
-def test_leaves_that_have_no_gradient(rng, name, dtype):
+def test_leaves_that_have_no_gradient(rng, name, dtype, transport):
     """Masks and integers travel like weights, and weights beside them, of a dtype or not, are differentiated."""
     place = placements(rng)[name]
     mesh = jax.make_mesh((RANKS,), ("ep",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -234,7 +239,7 @@ def test_leaves_that_have_no_gradient(rng, name, dtype):
     @jax.shard_map(mesh=mesh, in_specs=(P("ep"), P()), out_specs=(P("ep"), P("ep")))
     def step(home, place):
         def loss(w):
-            slots = lplb.replicate({**home, "w": w}, place, "ep", dtype)
+            slots = lplb.replicate({**home, "w": w}, place, "ep", dtype, transport)
             return jnp.sum(slots["w"].astype(jnp.float32) * slots["q"].astype(jnp.float32)), slots
 
         (_, slots), gradient = jax.value_and_grad(loss, has_aux=True)(home["w"])
@@ -405,7 +410,7 @@ def test_gradients_of_moved_rows(rng, where):
 
 
 def test_derivatives_of_replicate(rng):
-    """Of any order without a topology; along one, what is refused names that as the cure."""
+    """Of any order by collectives without a topology; what is refused names that as the cure."""
     along = placements(rng)["cube"]
     free = lplb.Placement.from_phy2log(along.phy2log, along.num_ranks)
     mesh = jax.make_mesh((RANKS,), ("ep",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -418,11 +423,14 @@ def test_derivatives_of_replicate(rng):
         penalty = jax.jit(jax.grad(lambda weights: jnp.sum(jax.grad(loss)(weights) ** 2)))
         return [lambda: penalty(weights), lambda: jax.jit(lambda w: jax.jvp(loss, (w,), (w,)))(weights)[1]]
 
-    def by(place):
-        return jax.shard_map(lambda w: lplb.replicate(w, place, "ep"), mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
+    def by(place, transport):
+        bring = partial(lplb.replicate, placement=place, axis_name="ep", transport=transport)
+        return jax.shard_map(bring, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
 
-    for got, want in zip(derivatives(by(free)), derivatives(lambda w: w[along.phy2log]), strict=True):
+    for got, want in zip(derivatives(by(free, "collective")), derivatives(lambda w: w[along.phy2log]), strict=True):
         np.testing.assert_allclose(got(), want(), rtol=1e-5, atol=1e-5)
-    for refused in derivatives(by(along)):
-        with pytest.raises(NotImplementedError, match=r"differentiated once, .* pass Placement\.from_phy2log"):
-            refused()
+    cure = r"differentiated once, .* pass transport='collective', and Placement\.from_phy2log"
+    for place, transport in ((along, None), (along, "peer"), (along, "collective"), (free, None), (free, "peer")):
+        for refused in derivatives(by(place, transport)):
+            with pytest.raises(NotImplementedError, match=cure):
+                refused()

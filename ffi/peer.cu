@@ -1,0 +1,230 @@
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include "peer.h"
+
+namespace lplb {
+namespace {
+
+constexpr int kReadThreads = 512, kSumThreads = 256;
+constexpr int kLoads = 4;            // of 16 bytes, that a thread has in flight
+constexpr int kMostReadBlocks = 64;  // as many as NVLink needs: other multiprocessors stay free
+constexpr int kMostSumBlocks = 2048;
+
+int divide_up(int64_t value, int64_t by) { return static_cast<int>((value + by - 1) / by); }
+unsigned at_most(int64_t blocks, int most) { return static_cast<unsigned>(blocks < most ? blocks : most); }
+
+// Where row `number` of the batch element is; nullptr: there is no such row, or it is not among the first `end`.
+__device__ const unsigned char* find_row(const PeerBuffer& buffer, int batch, int64_t number, int64_t end) {
+  if (number < 0 || number >= buffer.num_ranks * buffer.num_rows) return nullptr;
+  const int rank = static_cast<int>(number / buffer.num_rows);
+  const int64_t row = number - rank * buffer.num_rows;
+  if (row >= end) return nullptr;
+  const uint64_t* of_batch = buffer.table + static_cast<int64_t>(batch) * buffer.num_ranks * buffer.num_buffers;
+  return reinterpret_cast<const unsigned char*>(of_batch[rank * buffer.num_buffers + buffer.buffer]) +
+         row * buffer.row_bytes;
+}
+
+__global__ void expose_kernel(PeerBuffer buffer, uint64_t* addresses) {
+  const int batch = blockIdx.x * blockDim.x + threadIdx.x;
+  if (batch >= buffer.num_batches) return;
+  addresses[static_cast<int64_t>(batch) * buffer.num_buffers + buffer.buffer] =
+      reinterpret_cast<uint64_t>(buffer.own + batch * buffer.num_rows * buffer.row_bytes);
+}
+
+__global__ void in_place_kernel(PeerBuffer buffer) {
+  for (int rank = 0; rank < buffer.num_ranks; ++rank) {
+    if (buffer.table[rank * buffer.num_buffers + buffer.buffer] == reinterpret_cast<uint64_t>(buffer.own)) return;
+  }
+  __trap();  // others have read from memory that is no longer this buffer
+}
+
+// The rows of a batch element, in words that divide them, a chunk of them at a time: first those that are read, side by
+// side, so that all sources send at once; then zeros for those that are not.
+template <class Word>
+__global__ void __launch_bounds__(kReadThreads) read_rows_kernel(ReadRows read, int32_t* done) {
+  extern __shared__ int order[];  // rows that are read from the front on, and the others from the back
+  __shared__ int num_found;
+  const PeerBuffer& buffer = read.buffer;
+  const int batch = blockIdx.y, lane = threadIdx.x;
+  const int64_t before = buffer.num_rows - read.num_reads;
+  const int32_t* source = read.source + static_cast<int64_t>(batch) * read.num_reads;
+  if (lane < 32) {
+    int found = 0, empty = 0;
+    for (int first = 0; first < read.num_reads; first += 32) {
+      const bool is_row = first + lane < read.num_reads;
+      const bool is_read = is_row && find_row(buffer, batch, source[first + lane], before) != nullptr;
+      const unsigned reads = __ballot_sync(~0u, is_read), rest = __ballot_sync(~0u, is_row && !is_read);
+      const unsigned lower = (1u << lane) - 1;
+      if (is_read) order[found + __popc(reads & lower)] = first + lane;
+      if (is_row && !is_read) order[read.num_reads - 1 - empty - __popc(rest & lower)] = first + lane;
+      found += __popc(reads), empty += __popc(rest);
+    }
+    if (lane == 0) num_found = found;
+    if (lane == 0 && blockIdx.x == 0 && done != nullptr) done[batch] = 0;
+  }
+  __syncthreads();
+  const int64_t words = buffer.row_bytes / sizeof(Word);
+  const int64_t chunks = (words + kReadThreads * kLoads - 1) / (kReadThreads * kLoads);
+  unsigned char* own = buffer.own + (batch * buffer.num_rows + before) * buffer.row_bytes;
+  for (int64_t unit = blockIdx.x; unit < read.num_reads * chunks; unit += gridDim.x) {
+    const bool is_read = unit < num_found * chunks;
+    const int64_t number = is_read ? unit : unit - num_found * chunks;
+    const int rows = is_read ? num_found : read.num_reads - num_found;
+    const int row = order[(is_read ? 0 : num_found) + static_cast<int>(number % rows)];
+    const int64_t begin = number / rows * (kReadThreads * kLoads) + threadIdx.x;
+    Word* to = reinterpret_cast<Word*>(own + row * buffer.row_bytes);
+    Word values[kLoads] = {};
+    if (is_read) {
+      const Word* from = reinterpret_cast<const Word*>(find_row(buffer, batch, source[row], before));
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        if (begin + i * kReadThreads < words) values[i] = from[begin + i * kReadThreads];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      if (begin + i * kReadThreads < words) to[begin + i * kReadThreads] = values[i];
+    }
+  }
+}
+
+__device__ float to_float(float value) { return value; }
+__device__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+__device__ float to_float(__half value) { return __half2float(value); }
+__device__ void store(float value, float* to) { *to = value; }
+__device__ void store(float value, __nv_bfloat16* to) { *to = __float2bfloat16_rn(value); }
+__device__ void store(float value, __half* to) { *to = __float2half_rn(value); }
+
+// Elements that are loaded or stored together.
+template <class T, int kElements>
+struct alignas(sizeof(T) * kElements) Pack {
+  T values[kElements];
+};
+
+template <class From, class To, int kElements>
+__global__ void __launch_bounds__(kSumThreads) add_rows_kernel(AddRows add, int32_t* done) {
+  const int batch = blockIdx.y;
+  if (threadIdx.x == 0 && blockIdx.x == 0 && done != nullptr) done[batch] = 0;
+  const int64_t packs = add.row_elements / kElements;
+  const int64_t chunks = (packs + kSumThreads * kLoads - 1) / (kSumThreads * kLoads);
+  for (int64_t unit = blockIdx.x; unit < add.num_sums * chunks; unit += gridDim.x) {
+    // Neighbours in time are chunks of different rows: sums over links and casts of rows without copies go on together.
+    const int64_t row = static_cast<int64_t>(batch) * add.num_sums + unit % add.num_sums;
+    const int64_t begin = unit / add.num_sums * (kSumThreads * kLoads) + threadIdx.x;
+    float total[kLoads][kElements];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+#pragma unroll
+      for (int j = 0; j < kElements; ++j) total[i][j] = -0.0f;  // -0 + x is x, and 0 + -0 were 0
+    }
+    for (int replica = 0; replica < add.max_replicas; ++replica) {
+      const int32_t number = add.replicas[row * add.max_replicas + replica];
+      const auto* from =
+          reinterpret_cast<const Pack<From, kElements>*>(find_row(add.buffer, batch, number, add.buffer.num_rows));
+      if (from == nullptr) continue;
+      Pack<From, kElements> values[kLoads] = {};
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        if (begin + i * kSumThreads < packs) values[i] = from[begin + i * kSumThreads];
+      }
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+#pragma unroll
+        for (int j = 0; j < kElements; ++j) total[i][j] += to_float(values[i].values[j]);
+      }
+    }
+    auto* to = static_cast<Pack<To, kElements>*>(add.sums) + row * packs;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      if (begin + i * kSumThreads >= packs) continue;
+      Pack<To, kElements> sums;
+#pragma unroll
+      for (int j = 0; j < kElements; ++j) store(total[i][j], &sums.values[j]);
+      to[begin + i * kSumThreads] = sums;
+    }
+  }
+}
+
+template <class Word>
+cudaError_t read_rows(cudaStream_t stream, const ReadRows& read, int32_t* done) {
+  const int64_t chunks = divide_up(read.buffer.row_bytes, sizeof(Word) * kReadThreads * kLoads);
+  const dim3 grid(at_most(read.num_reads * chunks, kMostReadBlocks), read.buffer.num_batches);
+  read_rows_kernel<Word><<<grid, kReadThreads, read.num_reads * sizeof(int), stream>>>(read, done);
+  return cudaGetLastError();
+}
+
+template <class From, class To, int kElements>
+cudaError_t add_rows(cudaStream_t stream, const AddRows& add, int32_t* done) {
+  const int64_t chunks = divide_up(add.row_elements, static_cast<int64_t>(kElements) * kSumThreads * kLoads);
+  const dim3 grid(at_most(add.num_sums * chunks, kMostSumBlocks), add.buffer.num_batches);
+  add_rows_kernel<From, To, kElements><<<grid, kSumThreads, 0, stream>>>(add, done);
+  return cudaGetLastError();
+}
+
+template <class From, class To>
+cudaError_t add_packs(cudaStream_t stream, const AddRows& add, int32_t* done) {
+  constexpr int kElements = 16 / sizeof(From);
+  if (add.row_elements % kElements == 0) return add_rows<From, To, kElements>(stream, add, done);
+  return add_rows<From, To, 1>(stream, add, done);
+}
+
+template <class From>
+cudaError_t add_rows_to(cudaStream_t stream, const AddRows& add, int32_t* done) {
+  switch (add.to) {
+    case Float::kFloat32:
+      return add_packs<From, float>(stream, add, done);
+    case Float::kBfloat16:
+      return add_packs<From, __nv_bfloat16>(stream, add, done);
+    case Float::kFloat16:
+      return add_packs<From, __half>(stream, add, done);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace
+
+cudaError_t expose_cuda(cudaStream_t stream, const PeerBuffer& buffer, uint64_t* addresses) {
+  expose_kernel<<<divide_up(buffer.num_batches, 256), 256, 0, stream>>>(buffer, addresses);
+  return cudaGetLastError();
+}
+
+cudaError_t in_place_cuda(cudaStream_t stream, const PeerBuffer& buffer) {
+  in_place_kernel<<<1, 1, 0, stream>>>(buffer);
+  return cudaGetLastError();
+}
+
+cudaError_t read_rows_cuda(cudaStream_t stream, const ReadRows& read, int32_t* done) {
+  if (read.buffer.row_bytes % 16 == 0) return read_rows<uint4>(stream, read, done);
+  if (read.buffer.row_bytes % 4 == 0) return read_rows<uint32_t>(stream, read, done);
+  return read_rows<unsigned char>(stream, read, done);
+}
+
+cudaError_t add_rows_cuda(cudaStream_t stream, const AddRows& add, int32_t* done) {
+  switch (add.from) {
+    case Float::kFloat32:
+      return add_rows_to<float>(stream, add, done);
+    case Float::kBfloat16:
+      return add_rows_to<__nv_bfloat16>(stream, add, done);
+    case Float::kFloat16:
+      return add_rows_to<__half>(stream, add, done);
+  }
+  return cudaErrorInvalidValue;
+}
+
+cudaError_t peers_reachable_cuda(bool* result) {
+  int devices = 0;
+  cudaError_t error = cudaGetDeviceCount(&devices);
+  *result = true;
+  for (int device = 0; device < devices; ++device) {
+    for (int peer = 0; peer < devices; ++peer) {
+      int reachable = 1;
+      if (error == cudaSuccess && peer != device) error = cudaDeviceCanAccessPeer(&reachable, device, peer);
+      *result = *result && reachable != 0;
+    }
+  }
+  return error;
+}
+
+}  // namespace lplb

@@ -1,0 +1,157 @@
+#include <algorithm>
+#include <cstring>
+
+#include "peer.h"
+
+namespace lplb {
+namespace {
+
+float from_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+uint32_t to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+// Floats of 16 bits, kept as they are in memory. C++17 has no types of its own for them.
+struct Bfloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+float to_float(float value) { return value; }
+float to_float(Bfloat16 value) { return from_bits(static_cast<uint32_t>(value.bits) << 16); }
+float to_float(Float16 value) {
+  const uint32_t sign = (value.bits & 0x8000u) << 16, exponent = value.bits >> 10 & 0x1f, rest = value.bits & 0x3ffu;
+  if (exponent == 0) {
+    const float magnitude = static_cast<float>(rest) * 0x1p-24f;
+    return sign != 0 ? -magnitude : magnitude;
+  }
+  return from_bits(sign | (exponent == 0x1f ? 0x7f800000u : (exponent + 112) << 23) | rest << 13);
+}
+
+// Both round to the nearest, ties to the even one.
+void store(float value, float* to) { *to = value; }
+void store(float value, Bfloat16* to) {
+  const uint32_t bits = to_bits(value);
+  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  to->bits = static_cast<uint16_t>(is_nan ? bits >> 16 | 0x40 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+void store(float value, Float16* to) {
+  const uint32_t sign = to_bits(value) >> 16 & 0x8000u, magnitude = to_bits(value) & 0x7fffffffu;
+  uint32_t bits;
+  if (magnitude > 0x7f800000u) {
+    bits = 0x7e00;
+  } else if (magnitude >= 0x477ff000u) {
+    bits = 0x7c00;  // beyond the middle between the largest number and the next
+  } else if (magnitude < 0x38800000u) {
+    bits = to_bits(from_bits(magnitude) + 0.5f) - 0x3f000000u;  // the sum rounds to multiples of 2^-24
+  } else {
+    bits = (magnitude - 0x38000000u + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  }
+  to->bits = static_cast<uint16_t>(sign | bits);
+}
+
+// Where row `number` of the batch element is; nullptr: there is no such row, or it is not among the first `end`.
+const unsigned char* find_row(const PeerBuffer& buffer, int batch, int64_t number, int64_t end) {
+  if (number < 0 || number >= buffer.num_ranks * buffer.num_rows || number % buffer.num_rows >= end) return nullptr;
+  const int64_t rank = number / buffer.num_rows;
+  const uint64_t* of_batch = buffer.table + static_cast<int64_t>(batch) * buffer.num_ranks * buffer.num_buffers;
+  return reinterpret_cast<const unsigned char*>(of_batch[rank * buffer.num_buffers + buffer.buffer]) +
+         number % buffer.num_rows * buffer.row_bytes;
+}
+
+template <class From, class To>
+void add_row(const AddRows& add, int batch, int row, To* sum) {
+  const int32_t* replicas = add.replicas + (static_cast<int64_t>(batch) * add.num_sums + row) * add.max_replicas;
+  constexpr int64_t kBlock = 512;
+  for (int64_t first = 0; first < add.row_elements; first += kBlock) {
+    const int64_t size = std::min(kBlock, add.row_elements - first);
+    float total[kBlock];
+    std::fill_n(total, size, -0.0f);  // -0 + x is x, and 0 + -0 were 0
+    for (int i = 0; i < add.max_replicas; ++i) {
+      const auto* of_replica =
+          reinterpret_cast<const From*>(find_row(add.buffer, batch, replicas[i], add.buffer.num_rows));
+      if (of_replica == nullptr) continue;
+      for (int64_t j = 0; j < size; ++j) total[j] += to_float(of_replica[first + j]);
+    }
+    for (int64_t j = 0; j < size; ++j) store(total[j], sum + first + j);
+  }
+}
+
+template <class From, class To>
+void add_rows(const AddRows& add) {
+  To* sum = static_cast<To*>(add.sums);
+  for (int batch = 0; batch < add.buffer.num_batches; ++batch) {
+    for (int row = 0; row < add.num_sums; ++row, sum += add.row_elements) add_row<From, To>(add, batch, row, sum);
+  }
+}
+
+template <class From>
+void add_rows_to(const AddRows& add) {
+  switch (add.to) {
+    case Float::kFloat32:
+      return add_rows<From, float>(add);
+    case Float::kBfloat16:
+      return add_rows<From, Bfloat16>(add);
+    case Float::kFloat16:
+      return add_rows<From, Float16>(add);
+  }
+}
+
+}  // namespace
+
+void expose_cpu(const PeerBuffer& buffer, uint64_t* addresses) {
+  for (int batch = 0; batch < buffer.num_batches; ++batch) {
+    addresses[batch * buffer.num_buffers + buffer.buffer] =
+        reinterpret_cast<uint64_t>(buffer.own + batch * buffer.num_rows * buffer.row_bytes);
+  }
+}
+
+bool in_place_cpu(const PeerBuffer& buffer) {
+  for (int rank = 0; rank < buffer.num_ranks; ++rank) {
+    if (buffer.table[rank * buffer.num_buffers + buffer.buffer] == reinterpret_cast<uint64_t>(buffer.own)) return true;
+  }
+  return false;
+}
+
+void read_rows_cpu(const ReadRows& read, int32_t* done) {
+  const PeerBuffer& buffer = read.buffer;
+  const int64_t before = buffer.num_rows - read.num_reads;
+  for (int batch = 0; batch < buffer.num_batches; ++batch) {
+    unsigned char* to = buffer.own + (batch * buffer.num_rows + before) * buffer.row_bytes;
+    for (int i = 0; i < read.num_reads; ++i, to += buffer.row_bytes) {
+      const unsigned char* from = find_row(buffer, batch, read.source[batch * read.num_reads + i], before);
+      if (from == nullptr) {
+        std::memset(to, 0, buffer.row_bytes);
+      } else {
+        std::memcpy(to, from, buffer.row_bytes);
+      }
+    }
+  }
+  if (done != nullptr) std::fill_n(done, buffer.num_batches, 0);
+}
+
+void add_rows_cpu(const AddRows& add, int32_t* done) {
+  switch (add.from) {
+    case Float::kFloat32:
+      add_rows_to<float>(add);
+      break;
+    case Float::kBfloat16:
+      add_rows_to<Bfloat16>(add);
+      break;
+    case Float::kFloat16:
+      add_rows_to<Float16>(add);
+      break;
+  }
+  if (done != nullptr) std::fill_n(done, add.buffer.num_batches, 0);
+}
+
+}  // namespace lplb

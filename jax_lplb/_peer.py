@@ -1,0 +1,199 @@
+"""Peers' memory: devices of one process read rows from each other's buffers, over NVLink between GPUs.
+
+A rank tells the others where its buffers are, they read, and nobody's buffers go before all have read:
+
+1. `expose`: a custom call writes down the addresses of the buffers, and an `all_gather` shows them to all ranks.
+2. `read_rows` and `add_rows`: custom calls read from the places that the addresses name.
+3. `release`: ranks that have read join a collective, and a custom call takes the buffers, and what that brought.
+
+This is right because of four things that XLA guarantees:
+
+- **A value is there before what is computed from it.** The addresses come from a call that has the buffers as operands,
+  so a buffer is written before its address exists; and an `all_gather` gives no rank a result before every rank has
+  joined. So all buffers are written before anyone reads. No rank gets the result of the second collective before
+  every rank has joined it, with a marker that its reading makes. So all have read when `release` runs.
+- **A result that must alias an operand is in its place.** The buffers go through these calls as operands with results
+  in their places, each with a single use: a chain that is one piece of memory, from the call that tells its address
+  to the one that releases it. `release` makes sure: on CPUs it is an error if the memory is another, on GPUs a trap.
+- **A buffer is kept until its last use**, as an operand of `release`. What the program makes of its results, such as
+  writing over them, comes after that.
+- **A call that has an effect runs once, where it stands.** Merged with its like, repeated or moved out of a loop, a
+  call would tell of one buffer while another is read, or read what is gone.
+
+JAX's transformations keep to this too, as they meet each of `bring` and `add_up` as one operation: a policy of
+`jax.checkpoint` saves or repeats all of it, and so never keeps addresses for later. Under `jax.vmap` all calls are
+mapped together, and addresses are those of the elements.
+
+While others read the first rows of a rank's buffer, the rank writes the last ones: no byte is written and read at once.
+
+The table of addresses is the one place that knows how memory is reached: here addresses are as they are, for all
+devices belong to one process.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple, NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import AxisType
+
+from jax_lplb import _ffi, _handlers
+from jax_lplb._balance import AxisName
+
+SUMMED = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))  # dtypes that `add_up` takes and gives
+
+
+def why_out_of_reach(dtypes: Sequence[Any], summed: Sequence[Any]) -> str:
+    """Why ranks cannot read each other's memory here; empty where they can.
+
+    `dtypes` are those of what is read, `summed` those that are added up, and of the sums.
+    """
+    platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+    mesh = jax.sharding.get_abstract_mesh()
+    left = [
+        name
+        for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+        if kind != AxisType.Manual and size > 1
+    ]
+    if why_not := _ffi.why_no_handlers(platform):
+        return why_not
+    if jax.process_count() > 1:
+        return f"there are {jax.process_count()} processes, and each reaches the memory of its own devices only"
+    if platform == "cuda" and not _handlers.peers_reachable():
+        return "some GPUs cannot access the memory of others (cudaDeviceCanAccessPeer)"
+    if left:
+        return f"the mesh's axes {left} are not manual here, and may cut each array in a way of its own"
+    if jax.config.jax_disable_jit:
+        return "jax.disable_jit runs operations one by one, and frees what they read"
+    for dtype in dtypes:
+        if _bits(dtype) < 8:
+            return f"a row of {dtype} may begin within a byte"
+    for dtype in summed:
+        if dtype not in SUMMED:
+            return f"gradients are added up in float32, to or from {', '.join(map(str, SUMMED))}, not {dtype}"
+    return ""
+
+
+def _bits(dtype: Any) -> int:
+    if jnp.issubdtype(dtype, jnp.integer):
+        return int(jnp.iinfo(dtype).bits)
+    return int(jnp.finfo(dtype).bits) if jnp.issubdtype(dtype, jnp.floating) else 8 * dtype.itemsize
+
+
+class Exposed(NamedTuple):
+    """Buffers [rows, ...] that other ranks read from."""
+
+    buffers: list[jax.Array]
+    table: jax.Array  # uint32 [ranks, buffers, 2], the address of each, the lower half first
+
+
+def expose(buffers: Sequence[jax.Array], mapped_with: jax.Array, axis_name: AxisName) -> Exposed:
+    """The buffers, in the same memory or in a copy, and where every rank has its own.
+
+    `mapped_with`: what they are read by. Under `jax.vmap` they have addresses for each element of it.
+    """
+    results = [_ffi.Result((len(buffers), 2), jnp.uint32, [mapped_with, *buffers]), *_like(buffers)]
+    aliases = {1 + i: 1 + i for i in range(len(buffers))}
+    addresses, *exposed = _ffi.call("lplb_expose", results, mapped_with, *buffers, aliases=aliases)
+    return Exposed(exposed, lax.all_gather(addresses, axis_name))
+
+
+def read_rows(exposed: Exposed, source: jax.Array) -> tuple[Exposed, jax.Array]:
+    """Fills the last rows of each buffer from the others of all ranks' buffers.
+
+    Args:
+      exposed: buffers of equally many rows.
+      source: int32 [n], for each of the last n rows the row to read: rank * rows + row. A row out of range, or one of
+        the last n, means zeros.
+
+    Returns:
+      The buffers, in place, and the marker for `release`.
+    """
+    results = [_ffi.Result((), jnp.int32, [exposed.table, source, *exposed.buffers]), *_like(exposed.buffers)]
+    aliases = {2 + i: 1 + i for i in range(len(exposed.buffers))}
+    operands = (exposed.table, source, *exposed.buffers)
+    done, *buffers = _ffi.call("lplb_read_rows", results, *operands, aliases=aliases)
+    return exposed._replace(buffers=buffers), done
+
+
+def add_rows(exposed: Exposed, replicas: jax.Array, dtypes: Sequence[Any]) -> tuple[list[jax.Array], jax.Array]:
+    """Sums of rows of all ranks' buffers, in float32 and in the order in which they are listed.
+
+    Args:
+      exposed: buffers of float32, bfloat16 or float16, of equally many rows.
+      replicas: int32 [n, r], for each sum the rows that it has: rank * rows + row. A row out of range adds nothing.
+      dtypes: of the sums, for each buffer.
+
+    Returns:
+      Sums [n, ...] for each buffer, and the marker for `release`.
+    """
+    operands = (exposed.table, replicas, *exposed.buffers)
+    results = [_ffi.Result((), jnp.int32, operands)]
+    for buffer, dtype in zip(exposed.buffers, dtypes, strict=True):
+        results.append(_ffi.Result((len(replicas), *buffer.shape[1:]), dtype, [replicas, buffer]))
+    done, *sums = _ffi.call("lplb_add_rows", results, *operands, aliases={})
+    return sums, done
+
+
+def release(
+    exposed: Exposed, done: jax.Array, axis_name: AxisName, made: Sequence[jax.Array] | None = None
+) -> list[jax.Array]:
+    """What was `made` of the buffers, by default they themselves, once all ranks have read."""
+    done = lax.psum(done, axis_name)
+    kept = exposed.buffers if made is None else [*exposed.buffers, *made]
+    results = exposed.buffers if made is None else made
+    aliases = {2 + len(kept) - len(results) + i: i for i in range(len(results))}
+    return _ffi.call(
+        "lplb_release",
+        _like(results),
+        exposed.table,
+        done,
+        *kept,
+        aliases=aliases,
+        num_told=np.int64(len(exposed.buffers)),
+    )
+
+
+def _like(buffers: Sequence[jax.Array]) -> list[_ffi.Result]:
+    return [_ffi.Result(buffer.shape, buffer.dtype, [buffer]) for buffer in buffers]
+
+
+def _one_operation(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as one operation for JAX, which runs and repeats all of it or nothing; two arguments are static."""
+    # Outside of jit, shard_map would otherwise run each call in it as a program of its own.
+    operation = jax.custom_jvp(jax.jit(function, static_argnums=(0, 1)), nondiff_argnums=(0, 1))
+
+    @partial(operation.defjvp)
+    def refuse(*_: Any) -> NoReturn:
+        raise NotImplementedError(f"{function.__name__} reads peers' memory and has no derivative")
+
+    return operation
+
+
+@_one_operation
+def bring(dtypes: tuple[Any, ...], axis_name: AxisName, leaves: list[jax.Array], source: jax.Array) -> list[jax.Array]:
+    """The leaves [rows, ...] in these dtypes, and below them rows of all ranks' leaves.
+
+    `source`: int32 [n], rank * (rows + n) + row of what is to come; out of range: zeros.
+    """
+    casted = [leaf.astype(dtype) for leaf, dtype in zip(leaves, dtypes, strict=True)]
+    buffers = [jnp.pad(leaf, [(0, len(source)), *[(0, 0)] * (leaf.ndim - 1)]) for leaf in casted]
+    buffers = [_ffi.vary(buffer, _ffi.varying(buffer, source)) for buffer in buffers]
+    exposed, done = read_rows(expose(buffers, source, axis_name), source)
+    return release(exposed, done, axis_name)
+
+
+@_one_operation
+def add_up(
+    dtypes: tuple[Any, ...], axis_name: AxisName, gradients: list[jax.Array], replicas: jax.Array
+) -> list[jax.Array]:
+    """Sums in these dtypes of rows of all ranks' gradients [rows, ...], added up in float32 and in the listed order.
+
+    `replicas`: int32 [n, r], rank * rows + row of what is added; out of range: nothing.
+    """
+    exposed = expose(gradients, replicas, axis_name)
+    sums, done = add_rows(exposed, replicas, dtypes)
+    return release(exposed, done, axis_name, sums)

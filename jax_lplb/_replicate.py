@@ -1,0 +1,251 @@
+"""The weights of a rank's slots, copies included, and the gradients of copies added up at home."""
+
+import dataclasses
+import functools
+import logging
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jax_lplb import _collective, _ffi, _peer
+from jax_lplb._balance import AxisName, axis_size
+from jax_lplb._checks import check_choice
+from jax_lplb._placement import Placement, check_one_layer, owners_and_receivers
+from jax_lplb._reverse_only import reverse_only
+
+Transport = Literal["peer", "collective"] | None
+TRANSPORTS = (None, "peer", "collective")
+
+_log = logging.getLogger("jax_lplb")
+
+
+def replicate(
+    home_weights: Any, placement: Placement, axis_name: AxisName, dtype: Any = None, transport: Transport = None
+) -> Any:
+    """Brings the weights of this rank's slots to it, copies included; within `shard_map`.
+
+    Differentiable: the gradients of all copies are added up at home, so that an optimiser sees each expert once. All
+    leaves of a call travel, with their gradients: leave out those that you do not use.
+
+    Args:
+      home_weights: a pytree of this rank's rows [num_experts / num_ranks, ...], in the order of `placement.home_order`.
+      placement: where the copies are; may be traced.
+      axis_name: mesh axis, or axes, of the ranks.
+      dtype: of the slots, by default that of each leaf. Copies and their gradients travel in it.
+      transport: how copies travel. "peer": ranks read them from each other's memory, those that there are and no more,
+        whatever the placement; gradients are added up in float32, in the order of `placement.log2phy`. It takes
+        devices of one process, CPUs or GPUs that can access each other's memory. "collective": by `ppermute` along the
+        columns of a topology; without one each rank takes its slots' rows from whoever has them, as all ranks show
+        theirs in turn. None: "peer" where that can be, "collective" elsewhere.
+
+    Returns:
+      The tree, with leaves [slots_per_rank, ...]: the rank's slots. Zeros in slots that hold nothing.
+
+    Raises:
+      TypeError: `placement` is not a Placement.
+      ValueError: `axis_name` is not bound or has another size than `num_ranks`, num_ranks does not divide the experts,
+        a leaf has another number of rows, or ranks cannot read each other's memory and `transport` is "peer".
+      NotImplementedError: it is differentiated in forward mode or twice, unless `transport` is "collective" and the
+        placement has no topology.
+    """
+    check_one_layer("placement", placement)
+    check_choice("transport", transport, TRANSPORTS)
+    ranks = axis_size(axis_name, placement.num_ranks)
+    home, rest = divmod(placement.num_experts, ranks)
+    if rest:
+        raise ValueError(f"placement: its {ranks} ranks do not divide the {placement.num_experts} experts evenly")
+    leaves, tree = jax.tree.flatten(home_weights)
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(home_weights)]
+    leaves = [with_rows(leaf, home, f"home_weights{path}") for path, leaf in zip(paths, leaves, strict=True)]
+    dtypes = tuple(leaf.dtype if dtype is None else jnp.dtype(dtype) for leaf in leaves)
+    if _homes_first(placement) and placement.num_physical == placement.num_experts:
+        varying = _ffi.varying(*jax.tree.leaves(placement))
+        slots = [_ffi.vary(leaf, varying).astype(dtype) for leaf, dtype in zip(leaves, dtypes, strict=True)]
+        return jax.tree.unflatten(tree, slots)
+    rows = _rows(placement, axis_name)
+    leaves = [_ffi.vary(leaf, _ffi.varying(leaf, rows.replicas)) for leaf in leaves]
+    full = [i for i, leaf in enumerate(leaves) if leaf.size > 0]
+    slots = [
+        _ffi.vary(jnp.zeros((placement.slots_per_rank, *leaf.shape[1:]), to), _ffi.varying(leaf))
+        for leaf, to in zip(leaves, dtypes, strict=True)
+    ]
+    if full:
+        transfer = _transfer(
+            transport, placement, axis_name, [leaves[i].dtype for i in full], [dtypes[i] for i in full]
+        )
+        for i, of_leaf in zip(full, _slots(transfer, [leaves[i] for i in full], rows), strict=True):
+            slots[i] = of_leaf
+    return jax.tree.unflatten(tree, slots)
+
+
+def _homes_first(placement: Placement) -> bool:
+    """Whether a rank's first slots are those of its rows of weights, whatever the contents of the others."""
+    return placement.topology is not None or placement.planning is not None
+
+
+class _Rows(NamedTuple):
+    """Which rows go where, for this rank. Rows of buffers are numbered over all ranks, rank * rows + row."""
+
+    # int32 [n], the row of each slot that is brought, in buffers of the home rows and room for n; none: out of range
+    source: jax.Array
+    replicas: jax.Array  # int32 [home rows, max_replicas], the slots of each row's expert; none: out of range
+    experts: jax.Array  # int32 [slots], what this rank's slots hold; none: negative
+    sent: Any  # along a topology: int32 [redundant experts], this rank's rows that others have copies of
+
+
+def _rows(placement: Placement, axis_name: AxisName) -> _Rows:
+    ranks, slots, topology = placement.num_ranks, placement.slots_per_rank, placement.topology
+    home = placement.num_experts // ranks
+    of_slots, log2phy = jnp.asarray(placement.phy2log).reshape(ranks, slots), jnp.asarray(placement.log2phy)
+    rank = lax.axis_index(axis_name)
+    experts = jnp.minimum(of_slots[rank], placement.num_experts - 1)
+    wanted, buffer_rows = (experts[home:], slots) if _homes_first(placement) else (experts, home + slots)
+    at_home = wanted // home * buffer_rows + wanted % home if topology is None else log2phy[wanted, 0]
+    sent = None
+    if topology is not None:
+        _, receiver = owners_and_receivers(topology, ranks, slots - home)
+        copies = of_slots[receiver, home + np.arange(slots - home)]
+        sent = (log2phy[copies, 0] % slots)[rank]
+    replicas = log2phy[jnp.asarray(placement.home_order).reshape(ranks, home)[rank]]
+    return _Rows(jnp.where(wanted < 0, -1, at_home), replicas, experts, sent)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Transfer:
+    """How copies travel; static."""
+
+    implementation: _ffi.Implementation  # "ffi": peers' memory; "xla": collectives; None: by platform
+    axis_name: AxisName
+    homes_first: bool
+    dtypes: tuple[Any, ...]  # of the leaves
+    slot_dtypes: tuple[Any, ...]
+    # For collectives along a topology.
+    axes: AxisName
+    routes: tuple[_collective.Route, ...] | None
+
+    @property
+    def is_reverse_only(self) -> bool:
+        return self.implementation != "xla" or self.routes is not None
+
+
+def _transfer(
+    transport: Transport, placement: Placement, axis_name: AxisName, dtypes: list[Any], slot_dtypes: list[Any]
+) -> _Transfer:
+    implementation: _ffi.Implementation = "xla"
+    if transport != "collective":
+        summed = [
+            dtype
+            for of_leaf in zip(dtypes, slot_dtypes, strict=True)
+            if all(jnp.issubdtype(dtype, jnp.inexact) for dtype in of_leaf)
+            for dtype in of_leaf
+        ]
+        why_not = _peer.why_out_of_reach(slot_dtypes, summed)
+        if why_not and transport == "peer":
+            raise ValueError(
+                f"transport = 'peer': ranks cannot read each other's memory here: {why_not}; pass "
+                "transport='collective', or None for whichever can be"
+            )
+        implementation = "xla" if why_not else "ffi" if transport == "peer" else None
+        _say(f"weights of copies travel by collectives: {why_not}" if why_not else "weights of copies: peers' memory")
+    axes, routes = axis_name, None
+    if placement.topology is not None:
+        axes, routes = _collective.routes_of(placement.topology, axis_name, placement.num_ranks)
+    return _Transfer(
+        implementation, axis_name, _homes_first(placement), tuple(dtypes), tuple(slot_dtypes), axes, routes
+    )
+
+
+@functools.cache
+def _say(message: str) -> None:
+    """Once in the log."""
+    _log.info(message)
+
+
+def _slots(transfer: _Transfer, leaves: list[jax.Array], rows: _Rows) -> list[jax.Array]:
+    if not transfer.is_reverse_only:
+        return _by_collectives(transfer, leaves, rows)
+    leaves = reverse_only(
+        leaves,
+        "replicate can be differentiated once, in reverse mode (jax.grad, jax.vjp), where ranks read each other's "
+        "memory or copies go along a topology; for forward mode and derivatives of derivatives pass "
+        "transport='collective', and Placement.from_phy2log(placement.phy2log, placement.num_ranks) with weights in "
+        "its home_order, which is the logical one",
+    )
+    return _differentiated_once(transfer, leaves, rows)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _differentiated_once(transfer: _Transfer, leaves: list[jax.Array], rows: _Rows) -> list[jax.Array]:
+    with jax.named_scope("lplb_replicate"):
+        by_peers, by_collectives = partial(_by_peers, transfer), partial(_by_collectives, transfer)
+        return _ffi.dispatch("read_rows", transfer.implementation, by_peers, by_collectives, leaves, rows)
+
+
+def _forward(transfer: _Transfer, leaves: list[jax.Array], rows: _Rows) -> Any:
+    return _differentiated_once(transfer, leaves, rows), rows
+
+
+def _backward(transfer: _Transfer, rows: _Rows, gradients: list[Any]) -> Any:
+    places = [
+        i
+        for i, (gradient, dtype) in enumerate(zip(gradients, transfer.dtypes, strict=True))
+        if gradient.dtype != jax.dtypes.float0 and jnp.issubdtype(dtype, jnp.inexact)
+    ]
+    sums: list[Any] = [None] * len(gradients)
+    if places:
+        part = dataclasses.replace(
+            transfer,
+            dtypes=tuple(transfer.dtypes[i] for i in places),
+            slot_dtypes=tuple(transfer.slot_dtypes[i] for i in places),
+        )
+        with jax.named_scope("lplb_replicate"):
+            by_peers, by_collectives = partial(_add_by_peers, part), partial(_add_by_collectives, part)
+            given = [gradients[i] for i in places]
+            totals = _ffi.dispatch("add_rows", transfer.implementation, by_peers, by_collectives, given, rows)
+        for i, total in zip(places, totals, strict=True):
+            sums[i] = total
+    return sums, None
+
+
+_differentiated_once.defvjp(_forward, _backward)
+
+
+def _by_peers(transfer: _Transfer, leaves: list[jax.Array], rows: _Rows) -> list[jax.Array]:
+    buffers = _peer.bring(transfer.slot_dtypes, transfer.axis_name, leaves, rows.source)
+    return buffers if transfer.homes_first else [buffer[-len(rows.experts) :] for buffer in buffers]
+
+
+def _add_by_peers(transfer: _Transfer, gradients: list[jax.Array], rows: _Rows) -> list[jax.Array]:
+    return _peer.add_up(transfer.dtypes, transfer.axis_name, gradients, rows.replicas)
+
+
+def _by_collectives(transfer: _Transfer, leaves: list[jax.Array], rows: _Rows) -> list[jax.Array]:
+    if transfer.routes is not None:
+        return _collective.bring_along(transfer.slot_dtypes, transfer.axes, transfer.routes, leaves, rows.sent)
+    return [
+        _collective.rows_of_all(leaf.astype(dtype), rows.experts, transfer.axis_name)
+        for leaf, dtype in zip(leaves, transfer.slot_dtypes, strict=True)
+    ]
+
+
+def _add_by_collectives(transfer: _Transfer, gradients: list[jax.Array], rows: _Rows) -> list[jax.Array]:
+    if transfer.routes is not None:
+        return _collective.add_up_along(transfer.dtypes, transfer.axes, transfer.routes, gradients, rows.sent)
+    home = len(rows.replicas)
+    leaves = [
+        _ffi.vary(jnp.zeros((home, *gradient.shape[1:]), dtype), _ffi.varying(gradient))
+        for gradient, dtype in zip(gradients, transfer.dtypes, strict=True)
+    ]
+    (sums,) = jax.vjp(lambda leaves: _by_collectives(transfer, leaves, rows), leaves)[1](gradients)
+    return sums
+
+
+def with_rows(leaf: Any, rows: int, where: str) -> jax.Array:
+    leaf = jnp.asarray(leaf)
+    if leaf.ndim == 0 or leaf.shape[0] != rows:
+        raise ValueError(f"{where} must have {rows} rows, one for each expert, got shape {leaf.shape}")
+    return leaf

@@ -1,0 +1,547 @@
+"""Copies that ranks read from each other's memory: the values, whatever ranks wait for, and what is refused."""
+
+import logging
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import garbage, many_replicas, placement, topology
+
+import jax_lplb as lplb
+from jax_lplb import _ffi, _handlers, _peer, _replicate
+
+P = jax.sharding.PartitionSpec
+RANKS, EXPERTS = 8, 16
+PER_BATCH = lplb.Placement.per_batch(num_experts=EXPERTS, num_ranks=RANKS, redundants_per_rank=2)
+
+
+def mesh_of(*axes: str, shape: tuple[int, ...] = (RANKS,)) -> jax.sharding.Mesh:
+    return jax.make_mesh(shape, axes or ("ep",), axis_types=(jax.sharding.AxisType.Auto,) * len(shape))
+
+
+@pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+def mesh(request) -> jax.sharding.Mesh:
+    """Of eight virtual CPU devices, or of eight, four or two GPUs."""
+    devices = jax.devices(request.param)
+    ranks = next((size for size in (8, 4, 2) if size <= len(devices)), None)
+    if ranks is None:
+        pytest.skip("needs two GPUs")
+    return jax.sharding.Mesh(devices[:ranks], ("ep",))
+
+
+def chosen(rng: np.random.Generator, ranks: int = RANKS) -> lplb.Placement:
+    """Copies chosen for a batch, some slots unused."""
+    place = lplb.Placement.per_batch(num_experts=EXPERTS, num_ranks=ranks, redundants_per_rank=2)
+    place = jax.tree.map(np.asarray, place.choose(jnp.asarray(rng.lognormal(0, 1, EXPERTS), jnp.float32)))
+    assert 0 < np.sum(place.phy2log < 0) < ranks * 2
+    return place
+
+
+def placements(rng: np.random.Generator, ranks: int = RANKS) -> dict[str, lplb.Placement]:
+    along = topology.cube() if ranks == RANKS else topology.ring(ranks)
+    return {
+        "topology": placement(along, EXPERTS, ranks, 2),
+        "any": many_replicas(rng, num_experts=EXPERTS, num_ranks=ranks, redundants=2),
+        "per batch": chosen(rng, ranks),
+    }
+
+
+def summed(place: lplb.Placement, gradient: np.ndarray, dtype) -> np.ndarray:
+    """Gradients of slots, in logical order: added up in float32, in the order of `log2phy`."""
+    total = np.zeros((place.num_experts, *gradient.shape[1:]), np.float32)
+    for expert, slots in enumerate(np.asarray(place.log2phy)):
+        first, *rest = slots[slots >= 0]
+        total[expert] = gradient[first].astype(np.float32)
+        for slot in rest:
+            total[expert] += gradient[slot].astype(np.float32)
+    return total.astype(dtype)
+
+
+def held(place: lplb.Placement, logical: np.ndarray) -> np.ndarray:
+    """What slots hold, zeros in unused ones."""
+    phy2log = np.asarray(place.phy2log)
+    return np.where(
+        (phy2log >= 0).reshape(-1, *[1] * (logical.ndim - 1)), logical[phy2log], np.zeros((), logical.dtype)
+    )
+
+
+def assert_same_bits(one, two) -> None:
+    one, two = np.asarray(one), np.asarray(two)
+    assert one.dtype == two.dtype
+    np.testing.assert_array_equal(one.view(np.uint8), two.view(np.uint8))
+
+
+def slots_and_gradient(dtype=None, transport="peer", mesh=None, axes="ep", check_vma=True):
+    """A jitted (home weights, placement, gradient of slots) -> slots, gradient of home weights."""
+
+    @jax.jit
+    @partial(
+        jax.shard_map,
+        mesh=mesh or mesh_of(),
+        in_specs=(P(axes), P(), P(axes)),
+        out_specs=P(axes),
+        check_vma=check_vma,
+    )
+    def step(home, place, gradient):
+        slots, pull = jax.vjp(lambda home: lplb.replicate(home, place, axes, dtype, transport), home)
+        return slots, pull(gradient)[0]
+
+    return step
+
+
+# ---- Values ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("name", ["topology", "any", "per batch"])
+def test_sums_are_those_of_numpy_bit_by_bit(rng, mesh, name, dtype):
+    """In float32 and one order, from and to each dtype, for rows of whole words and of single elements."""
+    place = placements(rng, mesh.size)[name]
+    shapes = {"a": (3,), "b": (4, 8), "c": ()}
+    if mesh.devices.flat[0].platform != "cpu":  # rows of several chunks
+        shapes |= {"d": (3, 8192), "e": (16391,), "f": (16398,)}
+    logical = {
+        f"{leaf} {of}": rng.normal(size=(EXPERTS, *shape)).astype(of)
+        for leaf, shape in shapes.items()
+        for of in (jnp.float32, jnp.bfloat16, jnp.float16)
+    }
+    gradient = {
+        leaf: (rng.normal(size=(place.num_physical, *rows.shape[1:])) * 300).astype(dtype or rows.dtype)
+        for leaf, rows in logical.items()
+    }
+    slots, sums = slots_and_gradient(dtype, mesh=mesh)(lplb.from_logical(logical, place), place, gradient)
+    sums = lplb.to_logical(sums, place)
+    for leaf, rows in logical.items():
+        assert_same_bits(slots[leaf], held(place, rows.astype(dtype or rows.dtype)))
+        assert_same_bits(sums[leaf], summed(place, gradient[leaf], rows.dtype))
+
+
+def test_float16_and_bfloat16_round_like_numpy(rng):
+    """Every float16 there is, and float32 of all magnitudes: ties, subnormals, infinities, beyond the largest."""
+    place = lplb.Placement.from_phy2log(np.r_[0, 1, 1, 0], 2)
+    mesh = jax.make_mesh((2,), ("ep",), axis_types=(jax.sharding.AxisType.Auto,))
+    every = np.arange(2**16, dtype=np.uint16)
+    bits = rng.integers(0, 2**32, 2**16, np.uint32)
+    bits[: 2**15] = (every[: 2**15].astype(np.uint32) << 16) | rng.choice([0, 0x8000, 0x1000, 0xFFFF], 2**15)
+    single = bits.view(np.float32)
+    tiny = np.float32(2) ** rng.integers(-27, -13, 2**16).astype(np.float32) * rng.choice([1, 1.5, 1.25, 1.0001], 2**16)
+    for of, to, values in (
+        (np.float16, np.float32, every.view(np.float16)),
+        (jnp.bfloat16, np.float32, every.view(jnp.bfloat16)),
+        (np.float32, np.float16, single),
+        (np.float32, np.float16, tiny.astype(np.float32)),
+        (np.float32, jnp.bfloat16, single),
+    ):
+        gradient = np.zeros((4, 2**16), of)
+        gradient[0] = values
+        home = np.zeros((2, 2**16), to)
+        _, total = slots_and_gradient(of, mesh=mesh)(home, place, gradient)
+        with np.errstate(over="ignore", invalid="ignore"):
+            expected = (values.astype(np.float32) + np.float32(0)).astype(to)
+        normal = ~np.isnan(expected) & (np.abs(values.astype(np.float32)) >= np.finfo(np.float32).tiny)
+        assert normal.sum() > 2**15
+        assert_same_bits(np.asarray(total)[0][normal], expected[normal])
+        assert np.isnan(np.asarray(total)[0][np.isnan(values.astype(np.float32))]).all()
+
+
+def test_any_contents_of_a_placement(rng):
+    """One executable for many contents: unused slots anywhere are zeros, and nothing else is read."""
+    step = slots_and_gradient()
+    logical = rng.normal(size=(EXPERTS, 4)).astype(np.float32)
+    for seed in range(20):
+        place = chosen(np.random.default_rng(seed))
+        gradient = rng.normal(size=(place.num_physical, 4)).astype(np.float32)
+        slots, total = step(logical, place, gradient)
+        assert_same_bits(slots, held(place, logical))
+        assert_same_bits(total, summed(place, gradient, np.float32))
+    assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize("name", ["topology", "any", "per batch"])
+def test_contents_out_of_range_read_nothing(rng, name):
+    place = placements(rng)[name]
+    step = slots_and_gradient()
+    home = rng.normal(size=(EXPERTS, 4)).astype(np.float32)
+    for contents in garbage(place, rng).values():
+        jax.block_until_ready(step(home, contents, np.ones((place.num_physical, 4), np.float32)))
+
+
+def test_empty_leaves_and_one_rank(rng):
+    """Leaves without elements have slots without elements; a rank alone reads its own rows."""
+    mesh = jax.make_mesh((1,), ("ep",), axis_types=(jax.sharding.AxisType.Auto,))
+    place = lplb.Placement.from_phy2log([2, 0, 1], 1)
+    home = {"w": rng.normal(size=(3, 2)).astype(np.float32), "none": np.zeros((3, 0), np.float32)}
+    slots, total = slots_and_gradient(mesh=mesh)(home, place, home)
+    np.testing.assert_array_equal(slots["w"], home["w"][[2, 0, 1]])
+    np.testing.assert_array_equal(total["w"], home["w"][[1, 2, 0]])
+    assert slots["none"].shape == total["none"].shape == (3, 0)
+
+
+# ---- Transforms ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mapped", ["weights", "placement", "both"])
+@pytest.mark.parametrize("name", ["topology", "any"])
+def test_layers_by_vmap(rng, name, mapped):
+    """Each layer's rows are read from its own memory, also where layers share weights or a placement."""
+    places = [placements(rng)[name]] * 2
+    if mapped != "weights":
+        places = [placements(rng)[name], placements(np.random.default_rng(3))[name]]
+        if name == "topology":
+            places = [place.select(rng.permutation(EXPERTS).astype(np.float32)) for place in places]
+        room = max(place.max_replicas for place in places)
+        places = [
+            jax.tree.map(np.asarray, lplb.Placement.from_phy2log(p.phy2log, RANKS, max_replicas=room))
+            if name == "any"
+            else p
+            for p in places
+        ]
+    logical = rng.normal(size=(2, EXPERTS, 4)).astype(np.float32)
+    logical = logical if mapped != "placement" else np.broadcast_to(logical[:1], logical.shape)
+    gradient = rng.normal(size=(2, places[0].num_physical, 4)).astype(np.float32)
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *places)
+
+    @jax.jit
+    @partial(jax.shard_map, mesh=mesh_of(), in_specs=(P(None, "ep"), P(), P(None, "ep")), out_specs=P(None, "ep"))
+    def step(home, stacked, gradient):
+        def one(home, place, gradient):
+            slots, pull = jax.vjp(lambda home: lplb.replicate(home, place, "ep", transport="peer"), home)
+            return slots, pull(gradient)[0]
+
+        axes = (None if mapped == "placement" else 0, None if mapped == "weights" else 0, 0)
+        given = (home[0] if axes[0] is None else home, stacked, gradient)
+        if axes[1] is None:
+            given = (given[0], jax.tree.map(lambda leaf: leaf[0], stacked), gradient)
+        return jax.vmap(one, axes)(*given)
+
+    home = np.stack([lplb.from_logical(rows, place) for rows, place in zip(logical, places, strict=True)])
+    slots, total = step(home, stacked, gradient)
+    for layer, place in enumerate(places):
+        assert_same_bits(slots[layer], held(place, logical[layer]))
+        assert_same_bits(lplb.to_logical(total[layer], place), summed(place, gradient[layer], np.float32))
+
+
+def saves_collectives(primitive, *_, **__):
+    return "all_gather" in primitive.name or "psum" in primitive.name
+
+
+@pytest.mark.parametrize("policy", ["none", "nothing", "everything", "collectives"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_layers_by_scan_and_remat(rng, policy, shared):
+    """No checkpoint policy keeps addresses for later, nor does a loop over layers that share their weights."""
+    places = [chosen(np.random.default_rng(seed)) for seed in range(3)]
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *places)
+    logical = rng.normal(size=(3, EXPERTS, 4)).astype(np.float32)
+    factor = rng.integers(1, 9, (3, PER_BATCH.num_physical, 4)).astype(np.float32)
+    policies = {
+        "nothing": jax.checkpoint_policies.nothing_saveable,
+        "everything": jax.checkpoint_policies.everything_saveable,
+        "collectives": saves_collectives,
+    }
+
+    @jax.jit
+    @partial(
+        jax.shard_map, mesh=mesh_of(), in_specs=(P(None, "ep"), P(), P(None, "ep")), out_specs=(P(), P(None, "ep"))
+    )
+    def step(home, stacked, factor):
+        def layer(total, inputs):
+            weights, place, of_slots = inputs
+            slots = lplb.replicate(home[0] if shared else weights, place, "ep", transport="peer")
+            return total + jnp.sum(jnp.sin(slots) * of_slots), None
+
+        def loss(weights):
+            nonlocal home
+            home = weights
+            body = layer if policy == "none" else jax.checkpoint(layer, policy=policies[policy])
+            zero = jax.lax.pcast(jnp.float32(0), ("ep",), to="varying")
+            return jax.lax.scan(body, zero, (weights, stacked, factor))[0]
+
+        value, gradient = jax.value_and_grad(loss)(home)
+        return jax.lax.psum(value, "ep"), gradient
+
+    value, gradient = step(logical, stacked, factor)
+    expected = np.zeros_like(logical)
+    total = 0.0
+    for layer, place in enumerate(places):
+        rows = logical[0 if shared else layer]
+        used = factor[layer] * (np.asarray(place.phy2log) >= 0)[:, None]
+        total += np.sum(np.sin(held(place, rows)) * used)
+        expected[0 if shared else layer] += summed(place, used * np.cos(held(place, rows)), np.float32)
+    np.testing.assert_allclose(value, total, rtol=1e-5)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_checkpoint_keeps_no_addresses():
+    """A policy saves or repeats all of a gradient that is not differentiated further: never the table alone."""
+
+    @jax.jit
+    @partial(jax.shard_map, mesh=mesh_of(), in_specs=P("ep"), out_specs=P("ep"))
+    def step(home, factor):
+        @partial(jax.checkpoint, policy=saves_collectives)
+        def loss(factor):
+            bring = partial(lplb.replicate, placement=PER_BATCH, axis_name="ep", transport="peer")
+            slots, pull = jax.vjp(bring, home)
+            return jnp.sum(jnp.sin(pull(slots)[0] * factor))
+
+        return jax.grad(loss)(factor)
+
+    text = step.lower(*[np.ones((EXPERTS, 3), np.float32)] * 2).as_text()
+    calls = [text.count(f"@{target}(") for target in ("lplb_expose", "lplb_release")]
+    assert calls[0] == calls[1] == text.count('"stablehlo.all_gather"') > 0
+
+
+def test_the_same_copies_twice(rng):
+    """XLA merges nothing: each time the ranks read from buffers of their own, which both are written over."""
+    place, logical = chosen(rng), rng.normal(size=(EXPERTS, 3)).astype(np.float32)
+
+    @jax.jit
+    @partial(jax.shard_map, mesh=mesh_of(), in_specs=P("ep"), out_specs=P("ep"))
+    def step(home):
+        slots = [lplb.replicate(home, place, "ep", transport="peer") for _ in range(2)]
+        return [jax.lax.dynamic_update_slice(one, home * i, (0, 0)) for i, one in enumerate(slots)]
+
+    compiled = step.lower(logical).compile()
+    assert compiled.as_text().count('custom_call_target="lplb_expose"') == 2
+    for i, slots in enumerate(compiled(jax.device_put(logical, jax.NamedSharding(mesh_of(), P("ep"))))):
+        slots, expected = (np.asarray(one).reshape(RANKS, -1, 3) for one in (slots, held(place, logical)))
+        np.testing.assert_array_equal(slots[:, 2:], expected[:, 2:])
+        np.testing.assert_array_equal(slots[:, :2], expected[:, :2] * i)
+
+
+@pytest.mark.parametrize("axes", ["ep", ("a", "b"), ("b", "a")])
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_axes_in_any_order(rng, axes, check_vma):
+    mesh = mesh_of() if axes == "ep" else mesh_of("a", "b", shape=(2, 4))
+    place, logical = chosen(rng), rng.normal(size=(EXPERTS, 4)).astype(np.float32)
+    gradient = rng.normal(size=(place.num_physical, 4)).astype(np.float32)
+    step = slots_and_gradient(mesh=mesh, axes=axes, check_vma=check_vma)
+    slots, total = step(logical, place, gradient)
+    assert_same_bits(slots, held(place, logical))
+    assert_same_bits(total, summed(place, gradient, np.float32))
+
+
+def test_without_jit(rng):
+    """Within shard_map outside of jit too, where operations are programs of their own, this is one."""
+    place, logical = chosen(rng), rng.normal(size=(EXPERTS, 4)).astype(np.float32)
+    bring = jax.shard_map(
+        lambda home: lplb.replicate(home, place, "ep", transport="peer"),
+        mesh=mesh_of(),
+        in_specs=P("ep"),
+        out_specs=P("ep"),
+    )
+    slots, pull = jax.vjp(bring, logical)
+    assert_same_bits(slots, held(place, logical))
+    gradient = rng.normal(size=(place.num_physical, 4)).astype(np.float32)
+    assert_same_bits(pull(jnp.asarray(gradient))[0], summed(place, gradient, np.float32))
+
+
+def test_ranks_of_a_mapped_axis(rng):
+    """`jax.vmap` with an axis name: the ranks are elements on one device."""
+    place, logical = chosen(rng), rng.normal(size=(EXPERTS, 4)).astype(np.float32)
+    home = logical.reshape(RANKS, -1, 4)
+    slots = jax.jit(jax.vmap(lambda home: lplb.replicate(home, place, "ep", transport="peer"), axis_name="ep"))(home)
+    assert_same_bits(slots.reshape(-1, 4), held(place, logical))
+
+
+def test_data_axis_with_placements_of_its_own(rng):
+    """Ranks read within their row of the mesh; gradients of all rows are added up."""
+    mesh = mesh_of("data", "ep", shape=(2, 4))
+    place = lplb.Placement.per_batch(num_experts=EXPERTS, num_ranks=4, redundants_per_rank=2)
+    loads = rng.lognormal(0, 1, (2, EXPERTS)).astype(np.float32)
+    places = [jax.tree.map(np.asarray, place.choose(jnp.asarray(load))) for load in loads]
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *places)
+    logical = rng.normal(size=(EXPERTS, 3)).astype(np.float32)
+
+    @jax.jit
+    @partial(jax.shard_map, mesh=mesh, in_specs=(P("ep"), P("data")), out_specs=(P(("data", "ep")), P("ep")))
+    def step(home, stacked):
+        mine = jax.tree.map(lambda leaf: leaf[0], stacked)
+        slots, pull = jax.vjp(lambda home: lplb.replicate(home, mine, "ep", transport="peer"), home)
+        return slots, pull(jnp.ones_like(slots))[0]
+
+    slots, gradient = step(logical, stacked)
+    np.testing.assert_array_equal(slots, np.concatenate([held(place, logical) for place in places]))
+    replicas = sum(np.sum(np.asarray(place.log2phy) >= 0, axis=1) for place in places)
+    np.testing.assert_array_equal(gradient, np.broadcast_to(replicas[:, None], logical.shape))
+
+
+# ---- Where it can be -------------------------------------------------------------------------------------------------
+
+
+def brought(transport, mesh, leaf=np.float32, names=("ep",)):
+    """The compiled text of a program on this mesh."""
+    place = placement(topology.ring(mesh.shape["ep"]), EXPERTS, mesh.shape["ep"], 2)
+    run = jax.shard_map(
+        lambda home: lplb.replicate(home, place, "ep", transport=transport),
+        mesh=mesh,
+        in_specs=P("ep"),
+        out_specs=P("ep"),
+        axis_names=set(names),
+    )
+    return jax.jit(run).lower(jnp.zeros((EXPERTS, 4), leaf)).as_text()
+
+
+def many_processes(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    return "there are 2 processes", mesh_of(), np.float32
+
+
+def axes_that_are_not_manual(_):
+    return r"axes \['tp'\] are not manual", mesh_of("ep", "tp", shape=(4, 2)), np.float32
+
+
+def gradients_of_other_dtypes(_):
+    return "gradients are added up in float32, .* not float8_e4m3fn", mesh_of(), jnp.float8_e4m3fn
+
+
+def parts_of_bytes(_):
+    return "a row of int4 may begin within a byte", mesh_of(), jnp.int4
+
+
+def no_access(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(_ffi, "_PLATFORMS", frozenset({"cpu", "cuda"}))
+    monkeypatch.setattr(_handlers, "peers_reachable", lambda: False)
+    return "some GPUs cannot access the memory of others", mesh_of(), np.float32
+
+
+@pytest.mark.parametrize(
+    "case", [many_processes, axes_that_are_not_manual, gradients_of_other_dtypes, parts_of_bytes, no_access]
+)
+def test_out_of_reach(monkeypatch, caplog, case):
+    """Asked for, it is refused with the reason; else collectives take over, and the log says so once."""
+    _replicate._say.cache_clear()
+    why_not, mesh, leaf = case(monkeypatch)
+    with pytest.raises(ValueError, match=f"transport = 'peer': .*{why_not}.*; pass transport='collective'"):
+        brought("peer", mesh, leaf)
+    with caplog.at_level(logging.INFO, "jax_lplb"):
+        for _ in range(2):
+            text = brought(None, mesh, leaf)
+    assert "lplb_read_rows" not in text
+    assert "collective_permute" in text
+    assert brought("collective", mesh, leaf) == text
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert re.search(f"by collectives: .*{why_not}", said)
+
+
+def test_within_reach(caplog):
+    _replicate._say.cache_clear()
+    with caplog.at_level(logging.INFO, "jax_lplb"):
+        texts = [brought(transport, mesh_of()) for transport in (None, "peer", "collective")]
+    assert [("lplb_read_rows" in text, "collective_permute" in text) for text in texts] == [
+        (True, False),
+        (True, False),
+        (False, True),
+    ]
+    assert [record.getMessage() for record in caplog.records] == ["weights of copies: peers' memory"]
+    with pytest.raises(ValueError, match=r"transport must be one of \(None, 'peer', 'collective'\), got 'nvlink'"):
+        brought("nvlink", mesh_of())
+
+
+def test_without_jit_at_all(rng):
+    """What disable_jit runs one by one travels by collectives."""
+    place, logical = chosen(rng), rng.normal(size=(EXPERTS, 4)).astype(np.float32)
+    bring = jax.shard_map(
+        lambda home: lplb.replicate(home, place, "ep"), mesh=mesh_of(), in_specs=P("ep"), out_specs=P("ep")
+    )
+    with jax.disable_jit():
+        np.testing.assert_array_equal(bring(jnp.asarray(logical)), held(place, logical))
+
+
+# ---- The rules -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh():
+    """`bring` and `add_up` are traced anew, with what a test puts in place of their parts."""
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+def late(value: jax.Array, turns: jax.Array) -> jax.Array:
+    """The integers, once a loop has turned as often."""
+    last = jax.lax.fori_loop(0, turns, lambda _, x: x * jnp.uint32(1664525) + jnp.uint32(1013904223), jnp.uint32(1))
+    return value + (last == 0).astype(value.dtype)
+
+
+def delayed(monkeypatch, before, after) -> None:
+    """Readers wait before they read, and after; both are functions of the rank and of the rows, that give turns."""
+
+    def slow(read):
+        def run(exposed, rows, *rest):
+            rank = jax.lax.axis_index("ep")
+            made, done = read(exposed, late(rows, before(rank, rows)), *rest)
+            return made, late(done, after(rank, rows))
+
+        return run
+
+    monkeypatch.setattr(_peer, "read_rows", slow(_peer.read_rows))
+    monkeypatch.setattr(_peer, "add_rows", slow(_peer.add_rows))
+
+
+def turns(mesh: jax.sharding.Mesh) -> int:
+    """Of a loop, in about a hundredth of a second."""
+    return 8000 if mesh.devices.flat[0].platform == "cpu" else 500
+
+
+def test_any_delays_and_memory_that_is_used_again_at_once(monkeypatch, fresh, rng, mesh):
+    """Steps in a loop, donated weights, slots and gradients written over in place: each step's values are right."""
+
+    def before(rank, rows):
+        return jnp.maximum((jnp.sum(rows) * 7 + rank * 5) % 8 - 4, 0) * turns(mesh)
+
+    def after(rank, rows):
+        return before(rank + 3, rows)
+
+    delayed(monkeypatch, before, after)
+    places = [chosen(np.random.default_rng(seed), mesh.size) for seed in range(6)]
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *places)
+    factor = rng.integers(-2, 3, (places[0].num_physical, 5)).astype(np.float32)
+
+    @partial(jax.jit, donate_argnums=0)
+    @partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(P("ep"), P(), P("ep")),
+        out_specs=(P("ep"), P(None, "ep")),
+        check_vma=False,
+    )
+    def steps(home, stacked, factor):
+        def one(home, place):
+            slots, pull = jax.vjp(lambda home: lplb.replicate(home, place, "ep", transport="peer"), home)
+            overwritten = jax.lax.dynamic_update_slice(slots, factor, (0, 0))
+            return home + pull(overwritten)[0], slots
+
+        return jax.lax.scan(one, home, stacked)
+
+    home = rng.integers(-9, 9, (EXPERTS, 5)).astype(np.float32)
+    got = jax.device_put(home, jax.NamedSharding(mesh, P("ep")))
+    for _ in range(2):
+        got, slots = steps(got, stacked, factor)
+        for step, place in enumerate(places):
+            np.testing.assert_array_equal(slots[step], held(place, home))
+            home = home + summed(place, factor, np.float32)
+        np.testing.assert_array_equal(got, home)
+
+
+@pytest.mark.parametrize("released", [True, False])
+def test_release_is_what_keeps_buffers_until_all_have_read(monkeypatch, fresh, mesh, released):
+    """Rank 0 reads late, and the others write over their rows no sooner. They do without the end of reading."""
+    delayed(monkeypatch, lambda rank, _: jnp.where(rank == 0, 100 * turns(mesh), 0), lambda *_: 0)
+    if not released:
+        monkeypatch.setattr(_peer, "release", lambda exposed, done, axis_name, made=None: made or exposed.buffers)
+    place = placement(topology.ring(mesh.size), EXPERTS, mesh.size, 2)
+
+    @jax.jit
+    @partial(jax.shard_map, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"), check_vma=False)
+    def run(home):
+        slots = lplb.replicate(home, place, "ep", transport="peer")
+        return jax.lax.dynamic_update_slice(slots, jnp.full_like(home, -1), (0, 0))
+
+    slots = np.asarray(run(np.ones((EXPERTS, 6), np.float32))).reshape(mesh.size, -1, 6)
+    copies = slots[:, EXPERTS // mesh.size :]
+    assert (copies == 1).all() == released
