@@ -9,6 +9,7 @@ in the long run: of the whole recording, or by the popularity that the batch was
   even        round-robin, no copies, no balance: as fast as the layer can be
   unbalanced  no copies, no balance
   balanced    copies travel in the layer, at each call
+  batch       copies are chosen by the batch itself, nothing is known of the past
   prepared    copies (and weights in bfloat16) are there before: what further micro-batches of a step cost. Beside it
               `even prepared` and `unbalanced prepared`, likewise without the cast to bfloat16
 
@@ -39,7 +40,7 @@ from jax_lplb.flax import Metrics, MoE
 
 EXPERTS, TOP_K, REDUNDANTS = 64, 6, 2
 FACTORS = (1.0, 1.01, 1.02, 1.03, 1.05, 1.1, 1.15, 1.2, 1.25, 1.3, 1.4, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
-MODES = ("even", "unbalanced", "balanced", "even prepared", "unbalanced prepared", "prepared")
+MODES = ("even", "unbalanced", "balanced", "batch", "even prepared", "unbalanced prepared", "prepared")
 PASSES = ("forward", "forward+backward")
 BATCH_MS = 80.0
 
@@ -125,11 +126,12 @@ class Runner:
     def __init__(self, mesh: jax.sharding.Mesh, d_model: int, d_expert: int, options: dict[str, Any]) -> None:
         self.mesh, self.d_model, self.d_expert, self.options = mesh, d_model, d_expert, options
         self.compiled: dict[Any, Any] = {}
-        self.layers: dict[int, MoE] = {}  # by slots of a rank
+        self.layers: dict[Any, MoE] = {}  # by what of a placement is static
 
     def split(self, placement: lplb.Placement, factor: float) -> tuple[Any, Any]:
         """Graph and state of the layer, which is made once."""
-        if placement.slots_per_rank not in self.layers:
+        key = (placement.slots_per_rank, placement.planning)
+        if key not in self.layers:
             layer = MoE(
                 self.d_model,
                 EXPERTS,
@@ -143,8 +145,8 @@ class Runner:
             )
             router = layer.router[...]  # reads the first columns of its tokens
             layer.router[...] = jax.device_put(jnp.eye(*router.shape, dtype=router.dtype), router.sharding)
-            self.layers[placement.slots_per_rank] = layer
-        layer = self.layers[placement.slots_per_rank]
+            self.layers[key] = layer
+        layer = self.layers[key]
         layer.placement.set_value(jax.device_put(placement, jax.NamedSharding(self.mesh, jax.P())))
         layer.buffer_factor = factor
         graph, state = nnx.split(layer)
@@ -152,7 +154,7 @@ class Runner:
 
     def passes(self, placement: lplb.Placement, factor: float, x: jax.Array, prepared: bool) -> dict[str, Pass]:
         graph, state = self.split(placement, factor)
-        sizes = (placement.slots_per_rank, factor, prepared, x.shape)
+        sizes = (placement.slots_per_rank, placement.planning, factor, prepared, x.shape)
         slots = None
         if prepared:
             prepare = Pass(("prepare", *sizes[:1]), jax.jit(lambda state: nnx.merge(graph, state).prepare()), (state,))
@@ -225,11 +227,18 @@ def measure(
     for load in loads:
         x = inputs(load.ids, runner.d_model, sharding)
         ids = jax.device_put(load.ids, sharding)
-        for mode in ("unbalanced", "balanced") if load.name != "even" else ("even", "balanced")[: 2 - baseline_only]:
+        balanced = () if load.name == "even" and baseline_only else ("balanced", "batch")
+        for mode in ("even" if load.name == "even" else "unbalanced", *balanced):
+            if not {mode, {"balanced": "prepared"}.get(mode, f"{mode} prepared")} & set(modes):
+                continue
             placement = placement_for(load.past, REDUNDANTS if mode == "balanced" else 0)
+            if mode == "batch":
+                placement = lplb.Placement.per_batch(
+                    num_experts=EXPERTS, num_ranks=jax.device_count(), redundants_per_rank=REDUNDANTS
+                )
             smallest = smallest_factor(ids, placement, runner.mesh)
             factor = next((factor for factor in FACTORS if factor >= smallest), float(placement.num_ranks))
-            for prepared in (False, True):
+            for prepared in (False,) if mode == "batch" else (False, True):
                 name = {"balanced": "prepared"}.get(mode, f"{mode} prepared") if prepared else mode
                 if name not in modes:
                     continue
