@@ -8,6 +8,7 @@ from helpers import many_replicas, placement, topology
 
 import jax_lplb as lplb
 from jax_lplb import _expert_parallel
+from jax_lplb._replicate import begin
 
 P = jax.sharding.PartitionSpec
 RANKS, EXPERTS, WIDTH = 8, 16, 4
@@ -52,7 +53,7 @@ def test_balanced_experts_and_their_gradient(name, dispatch):
             tokens,
             out.physical_ids,
             gates,
-            lplb.replicate(home, place, "ep"),
+            begin(home, place, "ep"),
             lambda slots, rows, sizes: jax.lax.ragged_dot(rows, slots, sizes),
             place,
             axis_name="ep",
