@@ -172,7 +172,7 @@ __device__ void store_wide_shares(const AssignShape& shape, const AssignOperands
       const uint32_t mine = even ? 1 : weight(read[k].positive(), scale);
       return begin + k * kWideLanes + lane < count ? mine : 0;
     };
-    const bool in_registers = __all_sync(kFullWarp, count <= kRow);
+    const bool in_registers = __all_sync(kFullWarp, count < kRow);  // at kRow the next have been read
     uint32_t total = 0;
     for (int begin = 0; __any_sync(kFullWarp, begin < count); begin += kRow) {
       if (!in_registers) read_row(begin, count);

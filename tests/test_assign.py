@@ -469,6 +469,7 @@ def test_rows_of_any_width(exact, rng, width):
     log2phy = rng.integers(0, slots, (3, experts, width), np.int32)
     lengths = np.where(rng.random((3, experts)) < 0.6, rng.integers(1, 4, (3, experts)), width)
     lengths[:, ::7] = rng.integers(1, width, lengths[:, ::7].shape, endpoint=True)
+    lengths[2] = max(1, width // 2)  # may end just where a thread block stops reading a row for the first time
     nothing = rng.choice(np.array([-1, slots, INT32.min, INT32.max], np.int32), (3, experts))
     log2phy = np.where(np.arange(width) == lengths[..., None], nothing[..., None], log2phy)
     split = rng.lognormal(0, 2, log2phy.shape).astype(np.float32)
