@@ -1,6 +1,6 @@
-// What peer_roads.py builds and calls: custom calls that tell a buffer's address, read rows of peers, and meet peers, and
-// the host's side of the roads. It is compiled against the oldest supported FFI headers; XLA's Collectives extension is
-// looked up by its number at run time, the driver and NCCL by name, so that it loads without any of them.
+// What peer_roads.py builds and calls: custom calls that tell a buffer's address, read rows of peers, and meet peers,
+// and the host's side of the roads. It is compiled against the oldest supported FFI headers; XLA's Collectives
+// extension is looked up by its number at run time, the driver and NCCL by name, so that it loads without any of them.
 
 #include <cuda.h>
 #include <cuda_runtime.h>
@@ -412,14 +412,14 @@ ffi::Error initialize(Raw raw, int32_t device, ffi::RemainingArgs args, ffi::Rem
     if (result != 0 || window == nullptr) {
       return ffi::Error::Internal(std::string(text) + ": " + (last_error ? last_error(comm) : ""));
     }
-    if (auto* pointer = nccl<int(NcclWindow, size_t, int, void**)>("ncclGetLsaDevicePointer")) {
+    if (auto* pointer = nccl<int(NcclWindow, size_t, int, void**)>("ncclGetPeerDevicePointer")) {
       void* peer = nullptr;
       int error = pointer(window, at - region.base, 0, &peer);
-      std::snprintf(text, sizeof text, "ncclGetLsaDevicePointer(0) on device %d: result %d, %p for %llx", device, error,
-                    peer, static_cast<unsigned long long>(at));
+      std::snprintf(text, sizeof text, "ncclGetPeerDevicePointer(0) on device %d: result %d, %p for %llx", device,
+                    error, peer, static_cast<unsigned long long>(at));
       note(text);
     } else {
-      note("no ncclGetLsaDevicePointer");
+      note("no ncclGetPeerDevicePointer");
     }
   }
   std::lock_guard lock(windows_mutex);
@@ -437,9 +437,10 @@ struct DeviceWindow {
 };
 
 __global__ void window_kernel(const DeviceWindow* window, uint64_t offset, int num_ranks, uint64_t* out) {
-  if (threadIdx.x < num_ranks) {
-    out[threadIdx.x] =
-        reinterpret_cast<uint64_t>(window->base) + (uint64_t(threadIdx.x * window->stride_4g) << 32) + offset;
+  const int peer = threadIdx.x;
+  if (peer < num_ranks) {
+    const uint64_t place = window->lsa_rank + peer - window->world_rank;  // among those that load and store directly
+    out[peer] = reinterpret_cast<uint64_t>(window->base) + (place * window->stride_4g << 32) + offset;
   }
 }
 
@@ -594,7 +595,7 @@ SYMBOL int roads_late(int device) {
   return int(late);
 }
 
-#define CALL(Name, implementation, binding) \
+#define CALL(Name, implementation, binding)       \
   SYMBOL XLA_FFI_Error* Name(XLA_FFI_CallFrame*); \
   XLA_FFI_DEFINE_HANDLER_SYMBOL(Name, implementation, binding, {ffi::Traits::kCmdBufferCompatible})
 #define STREAM ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>()
@@ -602,18 +603,22 @@ SYMBOL int roads_late(int device) {
 
 CALL(Address, address, STREAM.Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>());
 CALL(Pull, pull,
-     STREAM.Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
-         .Ret<ffi::AnyBuffer>().Attr<int64_t>("blocks"));
+     STREAM.Arg<ffi::AnyBuffer>()
+         .Arg<ffi::AnyBuffer>()
+         .Arg<ffi::AnyBuffer>()
+         .Arg<ffi::AnyBuffer>()
+         .Ret<ffi::AnyBuffer>()
+         .Attr<int64_t>("blocks"));
 CALL(Meet, meet, STREAM_OF_DEVICE.Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>());
 CALL(Send, send, STREAM_OF_DEVICE.Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>().Attr<int64_t>("nanoseconds"));
 CALL(Receive, receive, STREAM_OF_DEVICE.Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>());
 CALL(WindowTable, window_table,
      STREAM_OF_DEVICE.Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>().Attr<int64_t>("num_ranks").Attr<int64_t>("whole"));
 
-#define STAGE(Name, implementation, binding) \
+#define STAGE(Name, implementation, binding)      \
   SYMBOL XLA_FFI_Error* Name(XLA_FFI_CallFrame*); \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL( \
-      Name, implementation, \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(                  \
+      Name, implementation,                       \
       ffi::Ffi::binding.RemainingArgs().RemainingRets().Attr<int64_t>("num_ranks").Attr<int64_t>("whole"))
 
 STAGE(WindowPrepare, prepare, BindPrepare().Ctx<Raw>());

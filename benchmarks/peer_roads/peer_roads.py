@@ -89,6 +89,7 @@ def run_probe(probe: dict[str, Any], num_gpus: int, limit: float) -> dict[str, A
     for rank in range(world):
         config = probe | {"rank": rank, "world": world, "port": port, "token": token, "limit": limit}
         env = os.environ | ALLOCATORS[probe["allocator"]] | {"XLA_FLAGS": flags}
+        env.setdefault("NCCL_DEBUG", "WARN")
         if probe["visible"]:
             env["CUDA_VISIBLE_DEVICES"] = str(rank)
         file = tempfile.TemporaryFile("w+")  # noqa: SIM115
@@ -111,6 +112,7 @@ def run_probe(probe: dict[str, Any], num_gpus: int, limit: float) -> dict[str, A
         file.seek(0)
         text = file.read()
         found = re.findall(r"^RESULT (.*)$", text, re.M)
+        errors += [f"NCCL: {w[:200]}" for w in dict.fromkeys(re.findall(r"NCCL WARN (.*)$", text, re.M))][:3]
         if found:
             said.append(json.loads(found[-1]))
         else:
@@ -326,7 +328,7 @@ class Child:
         import jax
         import numpy as np
 
-        def part(index: tuple[slice, ...]) -> Any:
+        def part(index: Any) -> Any:
             return np.asarray(values[index[0].start or 0], dtype).reshape(1, *shape)
 
         return jax.make_array_from_callback((self.G, *shape), self.split, part)
@@ -641,8 +643,8 @@ class Child:
         for rank, device in self.local:
             for peer, place in all_places.items():
                 if peer != rank:
-                    handle = bytes.fromhex(place["handle"]) if self.config["processes"] else None
-                    error = self.lib.roads_peer_place(device, peer, place["device"], place["at"], handle)
+                    shared = bytes.fromhex(place["handle"]) if self.config["processes"] else None
+                    error = self.lib.roads_peer_place(device, peer, place["device"], place["at"], shared)
                     if error:
                         raise RuntimeError(f"the place of rank {peer} for device {device}: error {error}")
 
