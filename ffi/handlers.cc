@@ -397,12 +397,6 @@ ffi::Error read_rows(Launch launch, Words table, Ids source, ffi::RemainingArgs 
   });
 }
 
-// Waits until rows have been read. Its operands are those of the reading, which are so kept until then.
-template <class Launch>
-ffi::Error await_rows(Launch launch, Words, Ids, Ids, ffi::RemainingArgs, ffi::Result<Ids>, ffi::RemainingRets) {
-  return launch();
-}
-
 // False: no floating-point type that rows are added up in.
 bool read_float(ffi::DataType type, Float* result) {
   if (type == ffi::F32) *result = Float::kFloat32;
@@ -554,16 +548,6 @@ auto bind_read_rows(Binding binding) {
   return bind_rows(std::move(binding));
 }
 template <class Binding>
-auto bind_await_rows(Binding binding) {
-  return std::move(binding)
-      .template Arg<Words>()
-      .template Arg<Ids>()
-      .template Arg<Ids>()
-      .RemainingArgs()
-      .template Ret<Ids>()
-      .RemainingRets();
-}
-template <class Binding>
 auto bind_add_rows(Binding binding) {
   return bind_rows(std::move(binding));
 }
@@ -600,7 +584,6 @@ LPLB_CPU_HANDLER(PlanCpu, plan, plan_solve_cpu);
 LPLB_CPU_HANDLER(PlanAssignCpu, plan_assign, plan_assign_cpu);
 LPLB_CPU_HANDLER(ExposeCpu, expose, expose_cpu);
 LPLB_CPU_HANDLER(ReadRowsCpu, read_rows, read_rows_cpu);
-LPLB_CPU_HANDLER(AwaitRowsCpu, await_rows, [] {});
 LPLB_CPU_HANDLER(AddRowsCpu, add_rows, add_rows_cpu);
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
@@ -617,7 +600,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
 
 #ifdef LPLB_CUDA
 
-#define LPLB_CUDA_HANDLER(Handler, call, launcher, ...)                                                         \
+#define LPLB_CUDA_HANDLER(Handler, call, launcher)                                                              \
   XLA_FFI_DEFINE_HANDLER_SYMBOL(                                                                                \
       Handler,                                                                                                  \
       [](cudaStream_t stream, auto... operands) {                                                               \
@@ -625,20 +608,18 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
             [stream](const auto&... arguments) { return check_launch(#call, launcher(stream, arguments...)); }, \
             operands...);                                                                                       \
       },                                                                                                        \
-      bind_##call(ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>()), __VA_ARGS__)
+      bind_##call(ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>()), {ffi::Traits::kCmdBufferCompatible})
 
-LPLB_CUDA_HANDLER(CountCuda, count, count_cuda, {ffi::Traits::kCmdBufferCompatible});
-LPLB_CUDA_HANDLER(SolveCuda, solve, solve_cuda, {ffi::Traits::kCmdBufferCompatible});
-LPLB_CUDA_HANDLER(AssignCuda, assign, assign_cuda, {ffi::Traits::kCmdBufferCompatible});
-LPLB_CUDA_HANDLER(SolveAssignCuda, solve_assign, solve_assign_cuda, {ffi::Traits::kCmdBufferCompatible});
-LPLB_CUDA_HANDLER(PlanCuda, plan, plan_solve_cuda, {ffi::Traits::kCmdBufferCompatible});
-LPLB_CUDA_HANDLER(PlanAssignCuda, plan_assign, plan_assign_cuda, {ffi::Traits::kCmdBufferCompatible});
-LPLB_CUDA_HANDLER(ExposeCuda, expose, expose_cuda, {ffi::Traits::kCmdBufferCompatible});
-// Not for command buffers: what these begin and end is on another stream.
-LPLB_CUDA_HANDLER(ReadRowsCuda, read_rows, read_rows_cuda, {});
-LPLB_CUDA_HANDLER(AwaitRowsCuda, await_rows, await_rows_cuda, {});
-LPLB_CUDA_HANDLER(AddRowsCuda, add_rows, add_rows_cuda, {ffi::Traits::kCmdBufferCompatible});
-LPLB_CUDA_HANDLER(ReleaseCuda, release, in_place_cuda, {ffi::Traits::kCmdBufferCompatible});
+LPLB_CUDA_HANDLER(CountCuda, count, count_cuda);
+LPLB_CUDA_HANDLER(SolveCuda, solve, solve_cuda);
+LPLB_CUDA_HANDLER(AssignCuda, assign, assign_cuda);
+LPLB_CUDA_HANDLER(SolveAssignCuda, solve_assign, solve_assign_cuda);
+LPLB_CUDA_HANDLER(PlanCuda, plan, plan_solve_cuda);
+LPLB_CUDA_HANDLER(PlanAssignCuda, plan_assign, plan_assign_cuda);
+LPLB_CUDA_HANDLER(ExposeCuda, expose, expose_cuda);
+LPLB_CUDA_HANDLER(ReadRowsCuda, read_rows, read_rows_cuda);
+LPLB_CUDA_HANDLER(AddRowsCuda, add_rows, add_rows_cuda);
+LPLB_CUDA_HANDLER(ReleaseCuda, release, in_place_cuda);
 
 // Function attributes may not be set while a stream is captured; XLA initialises before it captures. It does so before
 // every execution, at each call site, so that only the first may cost something.
@@ -650,7 +631,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
       int device = 0;
       cudaError_t error = cudaGetDevice(&device);
       if (error == cudaSuccess && device < kMaxDevices && prepared[device].load()) return ffi::Error::Success();
-      for (const auto prepare : {prepare_plan_cuda, prepare_solve_cuda, prepare_assign_cuda, prepare_peer_cuda}) {
+      for (const auto prepare : {prepare_plan_cuda, prepare_solve_cuda, prepare_assign_cuda}) {
         if (error == cudaSuccess) error = prepare();
       }
       if (error == cudaSuccess && device < kMaxDevices) prepared[device].store(true);

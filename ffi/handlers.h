@@ -14,7 +14,6 @@ XLA_FFI_Error* PlanCpu(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* PlanAssignCpu(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* ExposeCpu(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* ReadRowsCpu(XLA_FFI_CallFrame* call_frame);
-XLA_FFI_Error* AwaitRowsCpu(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* AddRowsCpu(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* ReleaseCpu(XLA_FFI_CallFrame* call_frame);
 #ifdef LPLB_CUDA
@@ -27,7 +26,6 @@ XLA_FFI_Error* PlanCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* PlanAssignCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* ExposeCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* ReadRowsCuda(XLA_FFI_CallFrame* call_frame);
-XLA_FFI_Error* AwaitRowsCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* AddRowsCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* ReleaseCuda(XLA_FFI_CallFrame* call_frame);
 #endif

@@ -32,7 +32,6 @@ nb::dict handlers() {
   cpu["lplb_plan_assign"] = execute(lplb::PlanAssignCpu);
   cpu["lplb_expose"] = execute(lplb::ExposeCpu);
   cpu["lplb_read_rows"] = execute(lplb::ReadRowsCpu);
-  cpu["lplb_await_rows"] = execute(lplb::AwaitRowsCpu);
   cpu["lplb_add_rows"] = execute(lplb::AddRowsCpu);
   cpu["lplb_release"] = execute(lplb::ReleaseCpu);
   nb::dict platforms;
@@ -51,8 +50,7 @@ nb::dict handlers() {
   cuda["lplb_plan"] = initialize_and_execute(lplb::PlanCuda);
   cuda["lplb_plan_assign"] = initialize_and_execute(lplb::PlanAssignCuda);
   cuda["lplb_expose"] = execute(lplb::ExposeCuda);
-  cuda["lplb_read_rows"] = initialize_and_execute(lplb::ReadRowsCuda);
-  cuda["lplb_await_rows"] = initialize_and_execute(lplb::AwaitRowsCuda);
+  cuda["lplb_read_rows"] = execute(lplb::ReadRowsCuda);
   cuda["lplb_add_rows"] = execute(lplb::AddRowsCuda);
   cuda["lplb_release"] = execute(lplb::ReleaseCuda);
   platforms["CUDA"] = cuda;

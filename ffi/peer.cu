@@ -2,8 +2,6 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <mutex>
-
 #include "peer.h"
 
 namespace lplb {
@@ -42,41 +40,48 @@ __global__ void in_place_kernel(PeerBuffer buffer) {
   __trap();  // others have read from memory that is no longer this buffer
 }
 
-// The rows of a batch element, in words that divide them, a chunk of them at a time: rows side by side, so that all
-// sources send at once.
+// The rows of a batch element, in words that divide them, a chunk of them at a time: first those that are read, side by
+// side, so that all sources send at once; then zeros for those that are not.
 template <class Word>
 __global__ void __launch_bounds__(kReadThreads) read_rows_kernel(ReadRows read, int32_t* done) {
-  extern __shared__ int found[];  // the rows that are read
+  extern __shared__ int order[];  // rows that are read from the front on, and the others from the back
   __shared__ int num_found;
   const PeerBuffer& buffer = read.buffer;
   const int batch = blockIdx.y, lane = threadIdx.x;
   const int64_t before = buffer.num_rows - read.num_reads;
   const int32_t* source = read.source + static_cast<int64_t>(batch) * read.num_reads;
   if (lane < 32) {
-    int count = 0;
+    int found = 0, empty = 0;
     for (int first = 0; first < read.num_reads; first += 32) {
-      const int row = first + lane;
-      const bool is_read = row < read.num_reads && find_row(buffer, batch, source[row], before) != nullptr;
-      const unsigned reads = __ballot_sync(~0u, is_read);
-      if (is_read) found[count + __popc(reads & ((1u << lane) - 1))] = row;
-      count += __popc(reads);
+      const bool is_row = first + lane < read.num_reads;
+      const bool is_read = is_row && find_row(buffer, batch, source[first + lane], before) != nullptr;
+      const unsigned reads = __ballot_sync(~0u, is_read), rest = __ballot_sync(~0u, is_row && !is_read);
+      const unsigned lower = (1u << lane) - 1;
+      if (is_read) order[found + __popc(reads & lower)] = first + lane;
+      if (is_row && !is_read) order[read.num_reads - 1 - empty - __popc(rest & lower)] = first + lane;
+      found += __popc(reads), empty += __popc(rest);
     }
-    if (lane == 0) num_found = count;
+    if (lane == 0) num_found = found;
     if (lane == 0 && blockIdx.x == 0 && done != nullptr) done[batch] = 0;
   }
   __syncthreads();
   const int64_t words = buffer.row_bytes / sizeof(Word);
   const int64_t chunks = (words + kReadThreads * kLoads - 1) / (kReadThreads * kLoads);
   unsigned char* own = buffer.own + (batch * buffer.num_rows + before) * buffer.row_bytes;
-  for (int64_t unit = blockIdx.x; unit < num_found * chunks; unit += gridDim.x) {
-    const int row = found[unit % num_found];
-    const int64_t begin = unit / num_found * (kReadThreads * kLoads) + threadIdx.x;
-    const Word* from = reinterpret_cast<const Word*>(find_row(buffer, batch, source[row], before));
+  for (int64_t unit = blockIdx.x; unit < read.num_reads * chunks; unit += gridDim.x) {
+    const bool is_read = unit < num_found * chunks;
+    const int64_t number = is_read ? unit : unit - num_found * chunks;
+    const int rows = is_read ? num_found : read.num_reads - num_found;
+    const int row = order[(is_read ? 0 : num_found) + static_cast<int>(number % rows)];
+    const int64_t begin = number / rows * (kReadThreads * kLoads) + threadIdx.x;
     Word* to = reinterpret_cast<Word*>(own + row * buffer.row_bytes);
-    Word values[kLoads];
+    Word values[kLoads] = {};
+    if (is_read) {
+      const Word* from = reinterpret_cast<const Word*>(find_row(buffer, batch, source[row], before));
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      if (begin + i * kReadThreads < words) values[i] = from[begin + i * kReadThreads];
+      for (int i = 0; i < kLoads; ++i) {
+        if (begin + i * kReadThreads < words) values[i] = from[begin + i * kReadThreads];
+      }
     }
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
@@ -118,7 +123,7 @@ __global__ void __launch_bounds__(kSumThreads) add_rows_kernel(AddRows add, int3
       const int32_t number = add.replicas[row * add.max_replicas + replica];
       const auto* from =
           reinterpret_cast<const Pack<From, kElements>*>(find_row(add.buffer, batch, number, add.buffer.num_rows));
-      if (from == nullptr) break;
+      if (from == nullptr) continue;
       Pack<From, kElements> values[kLoads] = {};
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
@@ -140,29 +145,6 @@ __global__ void __launch_bounds__(kSumThreads) add_rows_kernel(AddRows add, int3
       to[begin + i * kSumThreads] = sums;
     }
   }
-}
-
-// Where a device reads rows, beside what its other streams do. It lives as long as the process.
-struct Reading {
-  std::mutex mutex;  // of what is recorded by the event
-  cudaStream_t stream = nullptr;
-  cudaEvent_t event;
-};
-constexpr int kMaxDevices = 64;
-Reading g_reading[kMaxDevices];
-
-cudaError_t reading_of_device(Reading** result) {
-  int device = 0;
-  const cudaError_t error = cudaGetDevice(&device);
-  *result = &g_reading[device < kMaxDevices ? device : 0];
-  return error == cudaSuccess && (*result)->stream == nullptr ? cudaErrorInitializationError : error;
-}
-
-// What comes next on a stream begins after what the other has been given so far.
-cudaError_t follow(cudaStream_t stream, cudaStream_t other, Reading& reading) {
-  const std::lock_guard<std::mutex> lock(reading.mutex);
-  const cudaError_t error = cudaEventRecord(reading.event, other);
-  return error != cudaSuccess ? error : cudaStreamWaitEvent(stream, reading.event, 0);
 }
 
 template <class Word>
@@ -213,35 +195,10 @@ cudaError_t in_place_cuda(cudaStream_t stream, const PeerBuffer& buffer) {
   return cudaGetLastError();
 }
 
-cudaError_t prepare_peer_cuda() {
-  int device = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess && device >= kMaxDevices) error = cudaErrorInvalidDevice;
-  if (error != cudaSuccess) return error;
-  Reading& reading = g_reading[device];
-  const std::lock_guard<std::mutex> lock(reading.mutex);
-  if (reading.stream != nullptr) return cudaSuccess;
-  error = cudaEventCreateWithFlags(&reading.event, cudaEventDisableTiming);
-  // First in the queue for multiprocessors: what it is beside may take all of them, and needs no links.
-  int least, greatest;
-  if (error == cudaSuccess) error = cudaDeviceGetStreamPriorityRange(&least, &greatest);
-  return error != cudaSuccess ? error : cudaStreamCreateWithPriority(&reading.stream, cudaStreamNonBlocking, greatest);
-}
-
 cudaError_t read_rows_cuda(cudaStream_t stream, const ReadRows& read, int32_t* done) {
-  Reading* reading;
-  cudaError_t error = reading_of_device(&reading);
-  if (error == cudaSuccess) error = follow(reading->stream, stream, *reading);
-  if (error != cudaSuccess) return error;
-  if (read.buffer.row_bytes % 16 == 0) return read_rows<uint4>(reading->stream, read, done);
-  if (read.buffer.row_bytes % 4 == 0) return read_rows<uint32_t>(reading->stream, read, done);
-  return read_rows<unsigned char>(reading->stream, read, done);
-}
-
-cudaError_t await_rows_cuda(cudaStream_t stream) {
-  Reading* reading;
-  const cudaError_t error = reading_of_device(&reading);
-  return error != cudaSuccess ? error : follow(stream, reading->stream, *reading);
+  if (read.buffer.row_bytes % 16 == 0) return read_rows<uint4>(stream, read, done);
+  if (read.buffer.row_bytes % 4 == 0) return read_rows<uint32_t>(stream, read, done);
+  return read_rows<unsigned char>(stream, read, done);
 }
 
 cudaError_t add_rows_cuda(cudaStream_t stream, const AddRows& add, int32_t* done) {

@@ -32,7 +32,7 @@ struct PeerBuffer {
 struct ReadRows {
   PeerBuffer buffer;
   int num_reads;
-  const int32_t* source;  // [batch, num_reads], the rows to read; none: the row stays as it is
+  const int32_t* source;  // [batch, num_reads], the rows to read; none: the row becomes zeros
 };
 
 // Sums of rows in float32, each in the order in which `replicas` names its rows.
@@ -42,7 +42,7 @@ struct AddRows {
   int64_t row_elements;
   int num_sums;
   int max_replicas;
-  const int32_t* replicas;  // [batch, num_sums, max_replicas], up to the first that is none
+  const int32_t* replicas;  // [batch, num_sums, max_replicas]; none: nothing is added
   void* sums;               // [batch, num_sums, row_elements]
 };
 
@@ -58,13 +58,7 @@ void add_rows_cpu(const AddRows& add, int32_t* done);
 cudaError_t expose_cuda(cudaStream_t stream, const PeerBuffer& buffer, uint64_t* addresses);
 // Stops the program (a trap in the kernel) where the buffer is elsewhere.
 cudaError_t in_place_cuda(cudaStream_t stream, const PeerBuffer& buffer);
-// Creates the stream of the current device on which rows are read. Before the others, and not while a stream is
-// captured.
-cudaError_t prepare_peer_cuda();
-// Begins to read what is there when the stream gets there, beside what comes next on it, until await_rows_cuda.
 cudaError_t read_rows_cuda(cudaStream_t stream, const ReadRows& read, int32_t* done);
-// What comes next on the stream waits for all that is read.
-cudaError_t await_rows_cuda(cudaStream_t stream);
 cudaError_t add_rows_cuda(cudaStream_t stream, const AddRows& add, int32_t* done);
 // Whether each GPU that this process sees may access the memory of every other.
 cudaError_t peers_reachable_cuda(bool* result);

@@ -22,7 +22,6 @@ from jax_lplb import _ffi
 from jax_lplb._balance import AxisName
 from jax_lplb._count import count
 from jax_lplb._placement import Placement
-from jax_lplb._replicate import Arriving, finish, together
 
 Dispatch = Literal["all_to_all", "ring"]
 # (weights of slots, rows [n, d_model] sorted by slot, group_sizes int32 [slots]) -> [n, d_model]; rows beyond those of
@@ -34,7 +33,7 @@ def expert_parallel(
     tokens: jax.Array,
     physical_ids: jax.Array,
     gates: jax.Array,
-    weights: Arriving,
+    slots: Any,
     experts: Experts,
     placement: Placement,
     *,
@@ -49,7 +48,7 @@ def expert_parallel(
       tokens: [num_tokens, d_model], of this rank.
       physical_ids: int32 [num_tokens, k]; negative ids are padding.
       gates: float32 [num_tokens, k].
-      weights: of this rank's slots, on their way. They come beside the gathering of the tokens to send.
+      slots: a pytree, the weights of this rank's slots.
       experts: what runs on sorted rows.
       placement: the ranks' slots.
       axis_name: mesh axis, or axes, of the ranks.
@@ -64,7 +63,7 @@ def expert_parallel(
     ranks, slots_per_rank = placement.num_ranks, placement.slots_per_rank
     num_ids = physical_ids.size
     axes = {axis_name} if isinstance(axis_name, str) else set(axis_name)
-    others = tuple(sorted(_ffi.varying(tokens, physical_ids, *weights.arrays) - axes))
+    others = tuple(sorted(_ffi.varying(tokens, physical_ids, *jax.tree.leaves(slots)) - axes))
     ids, rank = physical_ids.reshape(-1), lax.axis_index(axis_name)
     peers, most_ids = (ranks, num_ids) if dispatch == "all_to_all" else (1, num_ids * ranks)
     capacity = _capacity(buffer_factor * most_ids / ranks, most_ids, peers)
@@ -89,11 +88,9 @@ def expert_parallel(
         here = gathered // slots_per_rank == rank
         plan = _plan(gathered, jnp.where(here, 0, -1), jnp.sum(here, keepdims=True, dtype=jnp.int32), placement)
         way = _Way(partial(_ring_prepare, layout), partial(_ring, layout))
-    weights, first = together(weights, way.prepare(plan, jnp.int32(0)))
+    first = way.prepare(plan, jnp.int32(0))
     if dispatch == "all_to_all":
-        weights, cells = together(weights, _tokens_to_cells(lax.stop_gradient(tokens), first))
-        first = first._replace(cells=cells)
-    slots = finish(weights)
+        first = first._replace(cells=_tokens_to_cells(lax.stop_gradient(tokens), first))
     if capacity >= most_ids:
         return way.run(first, slots, tokens, gates).astype(dtype), jnp.int32(1)
     return _all_rounds(way, dtype, num_rounds, plan, first, slots, tokens, gates), num_rounds
@@ -317,7 +314,7 @@ def _all_rounds_forward(way: _Way, dtype: Any, rounds: jax.Array, plan: _Plan, f
         return result, [one for one, i in zip(kept, places, strict=True) if i is None]
 
     def several() -> tuple[jax.Array, list[jax.Array]]:
-        kept = [_ffi.zeros_like(leaf) for leaf in jax.eval_shape(once)[1]]  # rounds are run again in the backward pass
+        kept = [_zeros_like(leaf) for leaf in jax.eval_shape(once)[1]]  # rounds are run again in the backward pass
         return _several_rounds(way, rounds, plan, *operands).astype(dtype), kept
 
     result, kept = lax.cond(rounds > 1, several, once)
@@ -345,5 +342,11 @@ def _sum_of(rounds: jax.Array, of_round: Callable[[jax.Array], Any]) -> Any:
         return round_ + 1, jax.tree.map(jnp.add, sums, of_round(round_))
 
     first = _ffi.vary(jnp.int32(0), _ffi.varying(rounds))
-    zeros = jax.tree.map(_ffi.zeros_like, jax.eval_shape(of_round, first))
+    zeros = jax.tree.map(_zeros_like, jax.eval_shape(of_round, first))
     return lax.while_loop(lambda state: state[0] < rounds, add, (first, zeros))[1]
+
+
+def _zeros_like(array: jax.ShapeDtypeStruct) -> jax.Array:
+    # Not `jax.typeof(array)`: on a mesh with axes that are not manual that wants a sharding too.
+    kind = array.manual_axis_type
+    return _ffi.vary(jnp.zeros(array.shape, array.dtype), kind.varying if kind else frozenset())

@@ -109,13 +109,6 @@ def vary(array: Any, axes: frozenset[str]) -> Any:
     return lax.pcast(array, missing, to="varying") if missing else array
 
 
-def zeros_like(array: jax.ShapeDtypeStruct) -> jax.Array:
-    """Zeros that vary over the mesh as the array does."""
-    # Not `jax.typeof(array)`: on a mesh with axes that are not manual that wants a sharding too.
-    kind = array.manual_axis_type
-    return vary(jnp.zeros(array.shape, array.dtype), kind.varying if kind else frozenset())
-
-
 def call(
     target: str, results: list[Result], *operands: Any, aliases: dict[int, int] | None = None, **attributes: Any
 ) -> list[jax.Array]:

@@ -3,8 +3,7 @@
 A rank tells the others where its buffers are, they read, and nobody's buffers go before all have read:
 
 1. `expose`: a custom call writes down the addresses of the buffers, and an `all_gather` shows them to all ranks.
-2. `read_rows` and `add_rows`: custom calls read from the places that the addresses name. `read_rows` only begins to: on
-   GPUs rows come beside what the program does next, until `await_rows`.
+2. `read_rows` and `add_rows`: custom calls read from the places that the addresses name.
 3. `release`: ranks that have read join a collective, and a custom call takes the buffers, and what that brought.
 
 This is right because of four things that XLA guarantees:
@@ -16,14 +15,14 @@ This is right because of four things that XLA guarantees:
 - **A result that must alias an operand is in its place.** The buffers go through these calls as operands with results
   in their places, each with a single use: a chain that is one piece of memory, from the call that tells its address
   to the one that releases it. `release` makes sure: on CPUs it is an error if the memory is another, on GPUs a trap.
-- **A buffer is kept until its last use**, as an operand of `release`; and the addresses and what is to be read, as
-  operands of `await_rows`. What the program makes of its results, such as writing over them, comes after that.
+- **A buffer is kept until its last use**, as an operand of `release`. What the program makes of its results, such as
+  writing over them, comes after that.
 - **A call that has an effect runs once, where it stands.** Merged with its like, repeated or moved out of a loop, a
   call would tell of one buffer while another is read, or read what is gone.
 
-JAX's transformations keep to this too, as they meet each of `begin`, `finish` and `add_up` as one operation: a policy
-of `jax.checkpoint` saves what `finish` gives, or repeats both, and so never keeps addresses for later. Under `jax.vmap`
-all calls are mapped together, and addresses are those of the elements.
+JAX's transformations keep to this too, as they meet each of `bring` and `add_up` as one operation: a policy of
+`jax.checkpoint` saves or repeats all of it, and so never keeps addresses for later. Under `jax.vmap` all calls are
+mapped together, and addresses are those of the elements.
 
 While others read the first rows of a rank's buffer, the rank writes the last ones: no byte is written and read at once.
 
@@ -102,37 +101,22 @@ def expose(buffers: Sequence[jax.Array], mapped_with: jax.Array, axis_name: Axis
     return Exposed(exposed, lax.all_gather(addresses, axis_name))
 
 
-class Coming(NamedTuple):
-    """Buffers whose last rows are on their way, and what that takes: kept until `await_rows`."""
-
-    exposed: Exposed
-    source: jax.Array
-    done: jax.Array  # whose contents nobody may read before
-
-
-def read_rows(exposed: Exposed, source: jax.Array) -> Coming:
-    """Begins to fill the last rows of each buffer, in place, from the others of all ranks' buffers.
+def read_rows(exposed: Exposed, source: jax.Array) -> tuple[Exposed, jax.Array]:
+    """Fills the last rows of each buffer from the others of all ranks' buffers.
 
     Args:
       exposed: buffers of equally many rows.
-      source: int32 [n], for each of the last n rows the row to read: rank * rows + row. Where that is out of range, or
-        one of the last n, the row stays as it is.
+      source: int32 [n], for each of the last n rows the row to read: rank * rows + row. A row out of range, or one of
+        the last n, means zeros.
+
+    Returns:
+      The buffers, in place, and the marker for `release`.
     """
     results = [_ffi.Result((), jnp.int32, [exposed.table, source, *exposed.buffers]), *_like(exposed.buffers)]
     aliases = {2 + i: 1 + i for i in range(len(exposed.buffers))}
     operands = (exposed.table, source, *exposed.buffers)
     done, *buffers = _ffi.call("lplb_read_rows", results, *operands, aliases=aliases)
-    return Coming(exposed._replace(buffers=buffers), source, done)
-
-
-def await_rows(coming: Coming) -> tuple[Exposed, jax.Array]:
-    """The buffers, in place, once their rows have come, and the marker for `release`."""
-    buffers = coming.exposed.buffers
-    results = [_ffi.Result((), jnp.int32, [coming.done]), *_like(buffers)]
-    aliases = {2 + i: i for i in range(1 + len(buffers))}
-    operands = (coming.exposed.table, coming.source, coming.done, *buffers)
-    done, *buffers = _ffi.call("lplb_await_rows", results, *operands, aliases=aliases)
-    return coming.exposed._replace(buffers=buffers), done
+    return exposed._replace(buffers=buffers), done
 
 
 def add_rows(exposed: Exposed, replicas: jax.Array, dtypes: Sequence[Any]) -> tuple[list[jax.Array], jax.Array]:
@@ -140,7 +124,7 @@ def add_rows(exposed: Exposed, replicas: jax.Array, dtypes: Sequence[Any]) -> tu
 
     Args:
       exposed: buffers of float32, bfloat16 or float16, of equally many rows.
-      replicas: int32 [n, r], for each sum the rows that it has: rank * rows + row, up to the first out of range.
+      replicas: int32 [n, r], for each sum the rows that it has: rank * rows + row. A row out of range adds nothing.
       dtypes: of the sums, for each buffer.
 
     Returns:
@@ -190,21 +174,16 @@ def _one_operation(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @_one_operation
-def begin(dtypes: tuple[Any, ...], axis_name: AxisName, leaves: list[jax.Array], source: jax.Array) -> Coming:
-    """Begins to bring: the leaves [rows, ...] in these dtypes, and below them rows of all ranks' leaves.
+def bring(dtypes: tuple[Any, ...], axis_name: AxisName, leaves: list[jax.Array], source: jax.Array) -> list[jax.Array]:
+    """The leaves [rows, ...] in these dtypes, and below them rows of all ranks' leaves.
 
     `source`: int32 [n], rank * (rows + n) + row of what is to come; out of range: zeros.
     """
     casted = [leaf.astype(dtype) for leaf, dtype in zip(leaves, dtypes, strict=True)]
     buffers = [jnp.pad(leaf, [(0, len(source)), *[(0, 0)] * (leaf.ndim - 1)]) for leaf in casted]
     buffers = [_ffi.vary(buffer, _ffi.varying(buffer, source)) for buffer in buffers]
-    return read_rows(expose(buffers, source, axis_name), source)
-
-
-@_one_operation
-def finish(_: tuple[()], axis_name: AxisName, coming: Coming) -> list[jax.Array]:
-    """The buffers [rows + n, ...] of `begin`, with what has come."""
-    return release(*await_rows(coming), axis_name)
+    exposed, done = read_rows(expose(buffers, source, axis_name), source)
+    return release(exposed, done, axis_name)
 
 
 @_one_operation
@@ -213,7 +192,7 @@ def add_up(
 ) -> list[jax.Array]:
     """Sums in these dtypes of rows of all ranks' gradients [rows, ...], added up in float32 and in the listed order.
 
-    `replicas`: int32 [n, r], rank * rows + row of what is added, up to the first out of range.
+    `replicas`: int32 [n, r], rank * rows + row of what is added; out of range: nothing.
     """
     exposed = expose(gradients, replicas, axis_name)
     sums, done = add_rows(exposed, replicas, dtypes)

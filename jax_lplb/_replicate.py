@@ -53,42 +53,6 @@ def replicate(
         placement has no topology.
     """
     check_one_layer("placement", placement)
-    axis_size(axis_name, placement.num_ranks)
-    return _at_once(home_weights, placement, axis_name, None if dtype is None else jnp.dtype(dtype), transport)
-
-
-# Outside of jit, what is begun would be another program's than what is finished, and in other memory.
-@partial(jax.jit, static_argnums=(2, 3, 4))
-def _at_once(home_weights: Any, placement: Placement, axis_name: AxisName, dtype: Any, transport: Transport) -> Any:
-    return finish(begin(home_weights, placement, axis_name, dtype, transport))
-
-
-@dataclasses.dataclass(frozen=True)
-class Arriving:
-    """The weights of a rank's slots, on their way; within one trace."""
-
-    tree: Any  # structure of the weights
-    slots: tuple[jax.Array | None, ...]  # of each leaf, where nothing is on its way
-    leaves: tuple[jax.Array, ...]  # of the others the home rows,
-    transfer: "_Transfer | None"  # how they come,
-    rows: "_Rows | None"  # which,
-    coming: _peer.Coming | None  # and what has been begun
-
-    @property
-    def arrays(self) -> list[jax.Array]:
-        return [leaf for leaf in (*self.slots, *self.leaves) if leaf is not None]
-
-    @staticmethod
-    def there(slots: Any) -> "Arriving":
-        """Slots that are there already."""
-        leaves, tree = jax.tree.flatten(slots)
-        return Arriving(tree, tuple(leaves), (), None, None, None)
-
-
-def begin(
-    home_weights: Any, placement: Placement, axis_name: AxisName, dtype: Any = None, transport: Transport = None
-) -> Arriving:
-    """Begins to `replicate`: from peers' memory rows come beside what follows, until `finish`. Under jit, as one."""
     check_choice("transport", transport, TRANSPORTS)
     ranks = axis_size(axis_name, placement.num_ranks)
     home, rest = divmod(placement.num_experts, ranks)
@@ -101,46 +65,21 @@ def begin(
     if _homes_first(placement) and placement.num_physical == placement.num_experts:
         varying = _ffi.varying(*jax.tree.leaves(placement))
         slots = [_ffi.vary(leaf, varying).astype(dtype) for leaf, dtype in zip(leaves, dtypes, strict=True)]
-        return Arriving.there(jax.tree.unflatten(tree, slots))
+        return jax.tree.unflatten(tree, slots)
     rows = _rows(placement, axis_name)
     leaves = [_ffi.vary(leaf, _ffi.varying(leaf, rows.replicas)) for leaf in leaves]
     full = [i for i, leaf in enumerate(leaves) if leaf.size > 0]
     slots = [
-        None
-        if leaf.size > 0
-        else _ffi.vary(jnp.zeros((placement.slots_per_rank, *leaf.shape[1:]), to), _ffi.varying(leaf))
+        _ffi.vary(jnp.zeros((placement.slots_per_rank, *leaf.shape[1:]), to), _ffi.varying(leaf))
         for leaf, to in zip(leaves, dtypes, strict=True)
     ]
-    if not full:
-        return Arriving.there(jax.tree.unflatten(tree, slots))
-    transfer = _transfer(transport, placement, axis_name, [leaves[i].dtype for i in full], [dtypes[i] for i in full])
-    leaves = [leaves[i] for i in full]
-    coming = None
-    if transfer.implementation != "xla":
-        with jax.named_scope("lplb_replicate"):
-            by_peers = partial(_begin_by_peers, transfer)
-            by_collectives = partial(_as_by_peers, transfer, by_peers)
-            implementation = transfer.implementation
-            given = lax.stop_gradient(leaves)
-            coming = _ffi.dispatch("read_rows", implementation, by_peers, by_collectives, given, rows)
-    return Arriving(tree, tuple(slots), tuple(leaves), transfer, rows, coming)
-
-
-def together(arriving: Arriving, value: Any) -> tuple[Arriving, Any]:
-    """What is made of the value comes after what has begun, and `finish` after the value; that has no gradient."""
-    if arriving.coming is None:
-        return arriving, value
-    done, value = lax.optimization_barrier((arriving.coming.done, value))
-    return dataclasses.replace(arriving, coming=arriving.coming._replace(done=done)), value
-
-
-def finish(arriving: Arriving) -> Any:
-    """What `replicate` returns."""
-    slots = list(arriving.slots)
-    if arriving.transfer is not None:
-        came = iter(_slots(arriving.transfer, list(arriving.leaves), arriving.rows, arriving.coming))
-        slots = [next(came) if leaf is None else leaf for leaf in slots]
-    return jax.tree.unflatten(arriving.tree, slots)
+    if full:
+        transfer = _transfer(
+            transport, placement, axis_name, [leaves[i].dtype for i in full], [dtypes[i] for i in full]
+        )
+        for i, of_leaf in zip(full, _slots(transfer, [leaves[i] for i in full], rows), strict=True):
+            slots[i] = of_leaf
+    return jax.tree.unflatten(tree, slots)
 
 
 def _homes_first(placement: Placement) -> bool:
@@ -226,7 +165,7 @@ def _say(message: str) -> None:
     _log.info(message)
 
 
-def _slots(transfer: _Transfer, leaves: list[jax.Array], rows: Any, coming: _peer.Coming | None) -> list[jax.Array]:
+def _slots(transfer: _Transfer, leaves: list[jax.Array], rows: _Rows) -> list[jax.Array]:
     if not transfer.is_reverse_only:
         return _by_collectives(transfer, leaves, rows)
     leaves = reverse_only(
@@ -236,25 +175,18 @@ def _slots(transfer: _Transfer, leaves: list[jax.Array], rows: Any, coming: _pee
         "transport='collective', and Placement.from_phy2log(placement.phy2log, placement.num_ranks) with weights in "
         "its home_order, which is the logical one",
     )
-    return _differentiated_once(transfer, leaves, rows, coming)
+    return _differentiated_once(transfer, leaves, rows)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _differentiated_once(
-    transfer: _Transfer, leaves: list[jax.Array], rows: _Rows, coming: _peer.Coming | None
-) -> list[jax.Array]:
+def _differentiated_once(transfer: _Transfer, leaves: list[jax.Array], rows: _Rows) -> list[jax.Array]:
     with jax.named_scope("lplb_replicate"):
-        if coming is None:
-            return _by_collectives(transfer, leaves, rows)
-        by_peers = partial(_peer.finish, (), transfer.axis_name)
-        buffers = _ffi.dispatch(
-            "await_rows", transfer.implementation, by_peers, lambda coming: coming.exposed.buffers, coming
-        )
-        return buffers if transfer.homes_first else [buffer[-len(rows.experts) :] for buffer in buffers]
+        by_peers, by_collectives = partial(_by_peers, transfer), partial(_by_collectives, transfer)
+        return _ffi.dispatch("read_rows", transfer.implementation, by_peers, by_collectives, leaves, rows)
 
 
-def _forward(transfer: _Transfer, leaves: list[jax.Array], rows: _Rows, coming: _peer.Coming | None) -> Any:
-    return _differentiated_once(transfer, leaves, rows, coming), rows
+def _forward(transfer: _Transfer, leaves: list[jax.Array], rows: _Rows) -> Any:
+    return _differentiated_once(transfer, leaves, rows), rows
 
 
 def _backward(transfer: _Transfer, rows: _Rows, gradients: list[Any]) -> Any:
@@ -276,25 +208,15 @@ def _backward(transfer: _Transfer, rows: _Rows, gradients: list[Any]) -> Any:
             totals = _ffi.dispatch("add_rows", transfer.implementation, by_peers, by_collectives, given, rows)
         for i, total in zip(places, totals, strict=True):
             sums[i] = total
-    return sums, None, None
+    return sums, None
 
 
 _differentiated_once.defvjp(_forward, _backward)
 
 
-def _begin_by_peers(transfer: _Transfer, leaves: list[jax.Array], rows: _Rows) -> _peer.Coming:
-    return _peer.begin(transfer.slot_dtypes, transfer.axis_name, leaves, rows.source)
-
-
-def _as_by_peers(transfer: _Transfer, by_peers: Any, leaves: list[jax.Array], rows: _Rows) -> _peer.Coming:
-    """What collectives bring, in the place of what would come from peers' memory, on platforms without handlers."""
-    like = jax.tree.map(_ffi.zeros_like, jax.eval_shape(by_peers, leaves, rows))
-    slots = _by_collectives(transfer, leaves, rows)
-    buffers = [
-        _ffi.vary(jnp.pad(of_leaf, [(len(zeros) - len(of_leaf), 0), *[(0, 0)] * (zeros.ndim - 1)]), _ffi.varying(zeros))
-        for of_leaf, zeros in zip(slots, like.exposed.buffers, strict=True)
-    ]
-    return like._replace(exposed=like.exposed._replace(buffers=buffers))
+def _by_peers(transfer: _Transfer, leaves: list[jax.Array], rows: _Rows) -> list[jax.Array]:
+    buffers = _peer.bring(transfer.slot_dtypes, transfer.axis_name, leaves, rows.source)
+    return buffers if transfer.homes_first else [buffer[-len(rows.experts) :] for buffer in buffers]
 
 
 def _add_by_peers(transfer: _Transfer, gradients: list[jax.Array], rows: _Rows) -> list[jax.Array]:

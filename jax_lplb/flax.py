@@ -21,7 +21,7 @@ from jax_lplb._grouped_matmul import GroupedMatmul, has_tokamax
 from jax_lplb._mesh import shard, spec_of, with_auto_axes
 from jax_lplb._permute_experts import from_logical
 from jax_lplb._placement import Placement
-from jax_lplb._replicate import TRANSPORTS, Arriving, Transport, begin, replicate
+from jax_lplb._replicate import TRANSPORTS, Transport, replicate
 from jax_lplb._reverse_only import reverse_only
 from jax_lplb._router import Router
 from jax_lplb._status import Status
@@ -422,7 +422,7 @@ class MoE(nnx.Module):
         if self.dispatch == "dense":
             result, rounds = self._every_expert(tokens, expert_ids, gates, weights, placement), jnp.int32(1)
         else:
-            result, rounds = self._dispatch(prepared, tokens, out, gates, weights, metrics, placement, x.dtype)
+            result, rounds = self._dispatch(prepared, tokens, out, gates, weights, placement, x.dtype)
         if "shared_in" in dense:
             axes = _ffi.varying(tokens)  # first: gradients are added up over these in the parameters' dtype
             shared_in, shared_out = (
@@ -439,24 +439,20 @@ class MoE(nnx.Module):
         out: Balanced,
         gates: jax.Array,
         weights: dict[str, jax.Array],
-        metrics: Metrics,
         placement: Placement,
         dtype: Any,
     ) -> tuple[jax.Array, jax.Array]:
-        # The metrics' means, of which XLA makes one collective, come before what the experts are for: not last, and
-        # exposed, nor between the weights and the tokens.
-        physical_ids, _ = lax.optimization_barrier((out.physical_ids, metrics.moved))
-        return _through_experts(
-            weights,
+        slots = weights
+        if not prepared:
+            slots = replicate(weights, placement, self.axis_name, self.dtype, self.transport)
+        return expert_parallel(
             tokens,
-            physical_ids,
+            out.physical_ids,
             gates,
+            slots,
+            partial(swiglu, implementation=self.grouped_matmul),
             placement,
-            prepared=prepared,
             axis_name=self.axis_name,
-            weights_dtype=self.dtype,
-            transport=self.transport,
-            grouped_matmul=self.grouped_matmul,
             dispatch="ring" if self.dispatch == "ring" else "all_to_all",
             buffer_factor=self.buffer_factor,
             dtype=dtype,
@@ -527,34 +523,6 @@ class MoE(nnx.Module):
             load=total,
             aux_loss=len(chosen) * jnp.sum(lax.stop_gradient(chosen) * probability / num_tokens),
         )
-
-
-# Under jit, as `begin` asks.
-@partial(
-    jax.jit,
-    static_argnames=(
-        *("prepared", "axis_name", "weights_dtype", "transport", "grouped_matmul", "dispatch", "buffer_factor"),
-        "dtype",
-    ),
-)
-def _through_experts(
-    weights: dict[str, jax.Array],
-    tokens: jax.Array,
-    physical_ids: jax.Array,
-    gates: jax.Array,
-    placement: Placement,
-    *,
-    prepared: bool,
-    weights_dtype: Any,
-    transport: Transport,
-    grouped_matmul: Any,
-    axis_name: Any,
-    **options: Any,
-) -> tuple[jax.Array, jax.Array]:
-    """`expert_parallel` with the weights of this rank's slots, if they are `prepared`, or of its home rows."""
-    arriving = Arriving.there(weights) if prepared else begin(weights, placement, axis_name, weights_dtype, transport)
-    experts = partial(swiglu, implementation=grouped_matmul)
-    return expert_parallel(tokens, physical_ids, gates, arriving, experts, placement, axis_name=axis_name, **options)
 
 
 def _copied(placement: Any) -> Any:

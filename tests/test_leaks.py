@@ -8,7 +8,6 @@ from helpers import many_replicas, placement, topology
 
 import jax_lplb as lplb
 from jax_lplb import _expert_parallel
-from jax_lplb._replicate import begin
 
 P = jax.sharding.PartitionSpec
 RANKS, EXPERTS, WIDTH = 8, 16, 4
@@ -53,7 +52,7 @@ def test_balanced_experts_and_their_gradient(name, dispatch):
             tokens,
             out.physical_ids,
             gates,
-            begin(home, place, "ep"),
+            lplb.replicate(home, place, "ep"),
             lambda slots, rows, sizes: jax.lax.ragged_dot(rows, slots, sizes),
             place,
             axis_name="ep",

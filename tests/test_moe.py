@@ -18,7 +18,6 @@ from hypothesis.extra.numpy import arrays
 
 import jax_lplb as lplb
 from jax_lplb import _expert_parallel
-from jax_lplb._replicate import Arriving
 from jax_lplb.flax import MoE
 
 P = jax.sharding.PartitionSpec
@@ -153,7 +152,7 @@ def test_padding(rng, dispatch, buffer_factor):
             tokens,
             ids,
             gates,
-            Arriving.there(weights),
+            weights,
             lambda slots, rows, sizes: jax.lax.ragged_dot(rows, slots, sizes),
             place,
             axis_name="ep",

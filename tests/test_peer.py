@@ -411,7 +411,7 @@ def no_access(monkeypatch):
 @pytest.mark.parametrize(
     "case", [many_processes, axes_that_are_not_manual, gradients_of_other_dtypes, parts_of_bytes, no_access]
 )
-def test_out_of_reach(monkeypatch, fresh, caplog, case):
+def test_out_of_reach(monkeypatch, caplog, case):
     """Asked for, it is refused with the reason; else collectives take over, and the log says so once."""
     _replicate._say.cache_clear()
     why_not, mesh, leaf = case(monkeypatch)
@@ -427,7 +427,7 @@ def test_out_of_reach(monkeypatch, fresh, caplog, case):
     assert re.search(f"by collectives: .*{why_not}", said)
 
 
-def test_within_reach(fresh, caplog):
+def test_within_reach(caplog):
     _replicate._say.cache_clear()
     with caplog.at_level(logging.INFO, "jax_lplb"):
         texts = [brought(transport, mesh_of()) for transport in (None, "peer", "collective")]
@@ -456,7 +456,7 @@ def test_without_jit_at_all(rng):
 
 @pytest.fixture
 def fresh():
-    """`begin`, `finish` and `add_up` are traced anew, with what a test puts in place of their parts."""
+    """`bring` and `add_up` are traced anew, with what a test puts in place of their parts."""
     jax.clear_caches()
     yield
     jax.clear_caches()
@@ -470,23 +470,17 @@ def late(value: jax.Array, turns: jax.Array) -> jax.Array:
 
 def delayed(monkeypatch, before, after) -> None:
     """Readers wait before they read, and after; both are functions of the rank and of the rows, that give turns."""
-    read_rows, await_rows, add_rows = _peer.read_rows, _peer.await_rows, _peer.add_rows
 
-    def late_reading(exposed, source):
-        return read_rows(exposed, late(source, before(jax.lax.axis_index("ep"), source)))
+    def slow(read):
+        def run(exposed, rows, *rest):
+            rank = jax.lax.axis_index("ep")
+            made, done = read(exposed, late(rows, before(rank, rows)), *rest)
+            return made, late(done, after(rank, rows))
 
-    def late_end(coming):
-        exposed, done = await_rows(coming)
-        return exposed, late(done, after(jax.lax.axis_index("ep"), coming.source))
+        return run
 
-    def late_sums(exposed, replicas, dtypes):
-        rank = jax.lax.axis_index("ep")
-        sums, done = add_rows(exposed, late(replicas, before(rank, replicas)), dtypes)
-        return sums, late(done, after(rank, replicas))
-
-    monkeypatch.setattr(_peer, "read_rows", late_reading)
-    monkeypatch.setattr(_peer, "await_rows", late_end)
-    monkeypatch.setattr(_peer, "add_rows", late_sums)
+    monkeypatch.setattr(_peer, "read_rows", slow(_peer.read_rows))
+    monkeypatch.setattr(_peer, "add_rows", slow(_peer.add_rows))
 
 
 def turns(mesh: jax.sharding.Mesh) -> int:
