@@ -40,48 +40,41 @@ __global__ void in_place_kernel(PeerBuffer buffer) {
   __trap();  // others have read from memory that is no longer this buffer
 }
 
-// The rows of a batch element, in words that divide them, a chunk of them at a time: first those that are read, side by
-// side, so that all sources send at once; then zeros for those that are not.
+// The rows of a batch element, in words that divide them, a chunk of them at a time: rows side by side, so that all
+// sources send at once.
 template <class Word>
 __global__ void __launch_bounds__(kReadThreads) read_rows_kernel(ReadRows read, int32_t* done) {
-  extern __shared__ int order[];  // rows that are read from the front on, and the others from the back
+  extern __shared__ int found[];  // the rows that are read
   __shared__ int num_found;
   const PeerBuffer& buffer = read.buffer;
   const int batch = blockIdx.y, lane = threadIdx.x;
   const int64_t before = buffer.num_rows - read.num_reads;
   const int32_t* source = read.source + static_cast<int64_t>(batch) * read.num_reads;
   if (lane < 32) {
-    int found = 0, empty = 0;
+    int count = 0;
     for (int first = 0; first < read.num_reads; first += 32) {
-      const bool is_row = first + lane < read.num_reads;
-      const bool is_read = is_row && find_row(buffer, batch, source[first + lane], before) != nullptr;
-      const unsigned reads = __ballot_sync(~0u, is_read), rest = __ballot_sync(~0u, is_row && !is_read);
-      const unsigned lower = (1u << lane) - 1;
-      if (is_read) order[found + __popc(reads & lower)] = first + lane;
-      if (is_row && !is_read) order[read.num_reads - 1 - empty - __popc(rest & lower)] = first + lane;
-      found += __popc(reads), empty += __popc(rest);
+      const int row = first + lane;
+      const bool is_read = row < read.num_reads && find_row(buffer, batch, source[row], before) != nullptr;
+      const unsigned reads = __ballot_sync(~0u, is_read);
+      if (is_read) found[count + __popc(reads & ((1u << lane) - 1))] = row;
+      count += __popc(reads);
     }
-    if (lane == 0) num_found = found;
+    if (lane == 0) num_found = count;
     if (lane == 0 && blockIdx.x == 0 && done != nullptr) done[batch] = 0;
   }
   __syncthreads();
   const int64_t words = buffer.row_bytes / sizeof(Word);
   const int64_t chunks = (words + kReadThreads * kLoads - 1) / (kReadThreads * kLoads);
   unsigned char* own = buffer.own + (batch * buffer.num_rows + before) * buffer.row_bytes;
-  for (int64_t unit = blockIdx.x; unit < read.num_reads * chunks; unit += gridDim.x) {
-    const bool is_read = unit < num_found * chunks;
-    const int64_t number = is_read ? unit : unit - num_found * chunks;
-    const int rows = is_read ? num_found : read.num_reads - num_found;
-    const int row = order[(is_read ? 0 : num_found) + static_cast<int>(number % rows)];
-    const int64_t begin = number / rows * (kReadThreads * kLoads) + threadIdx.x;
+  for (int64_t unit = blockIdx.x; unit < num_found * chunks; unit += gridDim.x) {
+    const int row = found[unit % num_found];
+    const int64_t begin = unit / num_found * (kReadThreads * kLoads) + threadIdx.x;
+    const Word* from = reinterpret_cast<const Word*>(find_row(buffer, batch, source[row], before));
     Word* to = reinterpret_cast<Word*>(own + row * buffer.row_bytes);
-    Word values[kLoads] = {};
-    if (is_read) {
-      const Word* from = reinterpret_cast<const Word*>(find_row(buffer, batch, source[row], before));
+    Word values[kLoads];
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
-        if (begin + i * kReadThreads < words) values[i] = from[begin + i * kReadThreads];
-      }
+    for (int i = 0; i < kLoads; ++i) {
+      if (begin + i * kReadThreads < words) values[i] = from[begin + i * kReadThreads];
     }
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
@@ -123,7 +116,7 @@ __global__ void __launch_bounds__(kSumThreads) add_rows_kernel(AddRows add, int3
       const int32_t number = add.replicas[row * add.max_replicas + replica];
       const auto* from =
           reinterpret_cast<const Pack<From, kElements>*>(find_row(add.buffer, batch, number, add.buffer.num_rows));
-      if (from == nullptr) continue;
+      if (from == nullptr) break;
       Pack<From, kElements> values[kLoads] = {};
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {

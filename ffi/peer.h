@@ -32,7 +32,7 @@ struct PeerBuffer {
 struct ReadRows {
   PeerBuffer buffer;
   int num_reads;
-  const int32_t* source;  // [batch, num_reads], the rows to read; none: the row becomes zeros
+  const int32_t* source;  // [batch, num_reads], the rows to read; none: the row stays as it is
 };
 
 // Sums of rows in float32, each in the order in which `replicas` names its rows.
@@ -42,7 +42,7 @@ struct AddRows {
   int64_t row_elements;
   int num_sums;
   int max_replicas;
-  const int32_t* replicas;  // [batch, num_sums, max_replicas]; none: nothing is added
+  const int32_t* replicas;  // [batch, num_sums, max_replicas], up to the first that is none
   void* sums;               // [batch, num_sums, row_elements]
 };
 

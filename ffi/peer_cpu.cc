@@ -79,7 +79,7 @@ void add_row(const AddRows& add, int batch, int row, To* sum) {
     for (int i = 0; i < add.max_replicas; ++i) {
       const auto* of_replica =
           reinterpret_cast<const From*>(find_row(add.buffer, batch, replicas[i], add.buffer.num_rows));
-      if (of_replica == nullptr) continue;
+      if (of_replica == nullptr) break;
       for (int64_t j = 0; j < size; ++j) total[j] += to_float(of_replica[first + j]);
     }
     for (int64_t j = 0; j < size; ++j) store(total[j], sum + first + j);
@@ -129,11 +129,7 @@ void read_rows_cpu(const ReadRows& read, int32_t* done) {
     unsigned char* to = buffer.own + (batch * buffer.num_rows + before) * buffer.row_bytes;
     for (int i = 0; i < read.num_reads; ++i, to += buffer.row_bytes) {
       const unsigned char* from = find_row(buffer, batch, read.source[batch * read.num_reads + i], before);
-      if (from == nullptr) {
-        std::memset(to, 0, buffer.row_bytes);
-      } else {
-        std::memcpy(to, from, buffer.row_bytes);
-      }
+      if (from != nullptr) std::memcpy(to, from, buffer.row_bytes);
     }
   }
   if (done != nullptr) std::fill_n(done, buffer.num_batches, 0);

@@ -106,8 +106,8 @@ def read_rows(exposed: Exposed, source: jax.Array) -> tuple[Exposed, jax.Array]:
 
     Args:
       exposed: buffers of equally many rows.
-      source: int32 [n], for each of the last n rows the row to read: rank * rows + row. A row out of range, or one of
-        the last n, means zeros.
+      source: int32 [n], for each of the last n rows the row to read: rank * rows + row. Where that is out of
+        range, or one of the last n, the row stays as it is.
 
     Returns:
       The buffers, in place, and the marker for `release`.
@@ -124,7 +124,7 @@ def add_rows(exposed: Exposed, replicas: jax.Array, dtypes: Sequence[Any]) -> tu
 
     Args:
       exposed: buffers of float32, bfloat16 or float16, of equally many rows.
-      replicas: int32 [n, r], for each sum the rows that it has: rank * rows + row. A row out of range adds nothing.
+      replicas: int32 [n, r], for each sum the rows that it has: rank * rows + row, up to the first out of range.
       dtypes: of the sums, for each buffer.
 
     Returns:
@@ -192,7 +192,7 @@ def add_up(
 ) -> list[jax.Array]:
     """Sums in these dtypes of rows of all ranks' gradients [rows, ...], added up in float32 and in the listed order.
 
-    `replicas`: int32 [n, r], rank * rows + row of what is added; out of range: nothing.
+    `replicas`: int32 [n, r], rank * rows + row of what is added, up to the first out of range.
     """
     exposed = expose(gradients, replicas, axis_name)
     sums, done = add_rows(exposed, replicas, dtypes)
