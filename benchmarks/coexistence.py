@@ -7,8 +7,8 @@ count, solve and assign in the other.
    beside products, for several limits of its thread blocks (`num_sms`), with products planned for the whole GPU and for
    the multiprocessors that the limit leaves. The balancer runs back to back, as the worst neighbour, or once for each
    product. Baselines take turns with what they are compared with.
-2. Determinism: 1,000 repetitions of several problems while products keep the GPU busy; all results, workspaces
-   included, are compared with those of the first, on an idle GPU. Ends with exit code 1 where a bit differs.
+2. Determinism: 1,000 repetitions of several problems while products keep the GPU busy; all results
+   are compared with those of the first, on an idle GPU. Ends with exit code 1 where a bit differs.
 """
 
 import argparse

@@ -150,7 +150,15 @@ def _transfer(
                 "transport='collective', or None for whichever can be"
             )
         implementation = "xla" if why_not else "ffi" if transport == "peer" else None
-        _say(f"weights of copies travel by collectives: {why_not}" if why_not else "weights of copies: peers' memory")
+        if why_not and placement.topology is None:
+            _say(
+                f"weights of copies travel by slow collectives, every rank's rows past every other rank: {why_not}",
+                True,
+            )
+        else:
+            _say(
+                f"weights of copies travel by collectives: {why_not}" if why_not else "weights of copies: peers' memory"
+            )
     axes, routes = axis_name, None
     if placement.topology is not None:
         axes, routes = _collective.routes_of(placement.topology, axis_name, placement.num_ranks)
@@ -160,9 +168,9 @@ def _transfer(
 
 
 @functools.cache
-def _say(message: str) -> None:
+def _say(message: str, warns: bool = False) -> None:
     """Once in the log."""
-    _log.info(message)
+    _log.log(logging.WARNING if warns else logging.INFO, message)
 
 
 def _slots(transfer: _Transfer, leaves: list[jax.Array], rows: _Rows) -> list[jax.Array]:

@@ -33,7 +33,7 @@ import loop
 import report
 import train
 from checkpoint import Checkpoints, require_space
-from config import PRESETS, Compute, Config, Data, Model, Optimiser, Placing, check, parse
+from config import PRESETS, Compute, Config, Data, Model, Optimiser, Placing, check, parse, settle
 from data import Corpus, on_devices, read, unigram_entropy
 from jax_lplb._router import Router
 from jax_lplb.flax import Metrics, MoE
@@ -635,8 +635,10 @@ def test_placements_have_equal_shapes(rng, ranks, kind):
 def test_presets_fit_their_devices():
     for name, devices in (("tiny", 8), ("tiny-gpu", 1), ("small", 4), ("base", 8)):
         assert check(parse([name]), devices) == devices
-        assert parse([name]) == PRESETS[name][1]
-    assert parse(["small", "--copies", "past"]).placing.copies == "past"
+        assert parse([name]) == settle(PRESETS[name][1])
+    assert parse(["small"]).placing.copies == "batch"
+    assert parse(["small", "--distributed"]).placing.copies == "past"
+    assert parse(["small", "--distributed", "--copies", "none"]).placing.copies == "none"
 
 
 # ---- Routing in turn, and model FLOPs --------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """What a run is made of: its settings, the presets and the command line. Imports no JAX."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,8 +75,9 @@ class Placing:
 
     expert_ranks: int | None = None
     """Ranks that share the experts; by default all devices. The others are data parallel."""
-    copies: Literal["batch", "past", "none"] = "batch"
-    """Chosen by each batch, on the device; or by past load, for many steps, with experts that move; or none."""
+    copies: Literal["batch", "past", "none"] | None = None
+    """Chosen by each batch, on the device; or by past load, for many steps, with experts that move; or none. By default
+    by each batch, and with --distributed by the past: processes cannot read each other's memory yet."""
     redundants: int = 2
     """Slots of each rank for copies."""
     placement: Literal["topology", "eplb"] = "topology"
@@ -171,13 +173,22 @@ PRESETS: dict[str, tuple[str, Config]] = {
 
 def parse(arguments: Sequence[str] | None = None) -> Config:
     """The settings that a command line asks for: a preset, and what differs from it."""
-    return tyro.extras.overridable_config_cli(
+    config = tyro.extras.overridable_config_cli(
         PRESETS,
         prog="train.py",
         description="Pretrains a Mixture-of-Experts transformer whose experts are balanced by jax_lplb.",
         args=arguments,
         config=(tyro.conf.OmitArgPrefixes,),
     )
+    return settle(config)
+
+
+def settle(config: Config) -> Config:
+    """The settings with what is left open decided."""
+    if config.placing.copies is not None:
+        return config
+    placing = dataclasses.replace(config.placing, copies="past" if config.compute.distributed else "batch")
+    return dataclasses.replace(config, placing=placing)
 
 
 def check(config: Config, devices: int) -> int:
