@@ -166,10 +166,10 @@ __device__ void store_wide_shares(const AssignShape& shape, const AssignOperands
 #pragma unroll
     for (int step = 1; step < kWideLanes; step *= 2)
       largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, step));
-    const float scale = weight_scale(largest);
+    const Weigher weigher(largest, shape.max_replicas);
     bool even = false;
     const auto weight_at = [&](int k, int begin) {
-      const uint32_t mine = even ? 1 : weight(read[k].positive(), scale);
+      const uint32_t mine = even ? 1 : weigher.weight(read[k]);
       return begin + k * kWideLanes + lane < count ? mine : 0;
     };
     const bool in_registers = __all_sync(kFullWarp, count < kRow);  // at kRow the next have been read

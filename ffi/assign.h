@@ -84,17 +84,24 @@ LPLB_INLINE uint32_t ratio(uint32_t quota, uint32_t left) {
   return high + static_cast<uint32_t>(static_cast<float>(rest) * (inverse * kDown));
 }
 
-// The split's parts as integers, the largest of an expert's of 24 bits, unless it is tiny: these add up exactly, in any
-// order.
-LPLB_INLINE float weight_scale(float largest_part) {
-  const int exponent = 23 - exponent_of(largest_part);
-  return power_of_two(exponent < 127 ? exponent : 127);
-}
-LPLB_INLINE uint32_t weight(float part, float scale) {
-  constexpr float kMost = 0x1p24f;  // of infinity
-  const float scaled = part * scale;
-  return static_cast<uint32_t>(scaled < kMost ? scaled : kMost);
-}
+// The split's parts as integers, the largest of an expert's of 24 bits, unless it is tiny, or of fewer, so that 32 bits
+// hold the sum of all: these add up exactly, in any order.
+struct Weigher {
+  float scale, most;
+
+  Weigher() = default;
+  LPLB_INLINE Weigher(float largest_part, int max_replicas) {
+    int bits = 24;
+    while (static_cast<uint32_t>(max_replicas) > 1u << (32 - bits)) --bits;
+    const int exponent = bits - 1 - exponent_of(largest_part);
+    scale = power_of_two(exponent < 127 ? exponent : 127);
+    most = power_of_two(bits) - 1.0f;  // of infinity
+  }
+  LPLB_INLINE uint32_t weight(const Replica& replica) const {
+    const float scaled = replica.positive() * scale;
+    return static_cast<uint32_t>(scaled < most ? scaled : most);
+  }
+};
 
 // Of `load` tokens, those of the replicas up to one, given the sum of the weights of these and of all: a fraction in
 // units of 2^-30, rounded to whole tokens, so that quotas sum to the load whatever the split's unit and rounding.
@@ -129,11 +136,11 @@ class Shares {
       ++count_;
       largest = replica.positive() > largest ? replica.positive() : largest;
     }
-    scale_ = weight_scale(largest);
+    weigher_ = Weigher(largest, max_replicas);
     LPLB_UNROLL
     for (int r = 0; r < (kMost > 0 ? kMost : count_); ++r) {
       if (r >= count_) break;
-      total_ += weight(read(r).positive(), scale_);
+      total_ += weigher_.weight(read(r));
     }
     even_ = total_ == 0;
     if (even_) total_ = static_cast<uint32_t>(count_);
@@ -144,7 +151,7 @@ class Shares {
   LPLB_INLINE Share next(int r) {
     if (count_ == 0) return make_share(-1, 0, 0, 0);
     const Replica replica = read_(r);
-    sum_ += even_ ? 1 : weight(replica.positive(), scale_);
+    sum_ += even_ ? 1 : weigher_.weight(replica);
     const uint32_t begin = end_;
     end_ = r + 1 < count_ ? tokens_upto(sum_, total_, tokens_) : tokens_;
     return make_share(replica.slot, begin, end_, tokens_);
@@ -154,7 +161,7 @@ class Shares {
   Read read_;
   uint32_t tokens_, end_ = 0;
   int count_ = 0;
-  float scale_;
+  Weigher weigher_;
   bool even_;
   uint32_t total_ = 0, sum_ = 0;  // of weights
 };

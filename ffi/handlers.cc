@@ -315,8 +315,7 @@ ffi::Error plan_assign(Launch launch, Ids expert_ids, Ids starts, Ids load, Ids 
                 AssignResults{physical_ids->typed_data(), assigned_rank_load->typed_data()});
 }
 
-// ---- Peers' memory
-// ---------------------------------------------------------------------------------------------------
+// ---- Peers' memory --------------------------------------------------------------------------------------------------
 
 // A buffer of rows, whatever they hold, behind as many dimensions of the batch.
 PeerBuffer read_buffer(Shapes& shapes, const char* operand, const ffi::AnyBuffer& rows, size_t batch_dimensions) {

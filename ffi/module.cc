@@ -58,7 +58,7 @@ nb::dict handlers() {
   return platforms;
 }
 
-// Whether each GPU may access the memory of every other; true where there are no CUDA handlers.
+// Whether each GPU may access the memory of every other; true where there are none, or no CUDA handlers.
 bool peers_reachable() {
   bool result = true;
 #ifdef LPLB_CUDA
@@ -81,6 +81,7 @@ nb::tuple mathdx_sizes() {
 NB_MODULE(_handlers, m) {
   m.def("handlers", &handlers);
   m.def("peers_reachable", &peers_reachable);
+  m.attr("max_rows_read") = lplb::kMostRowsRead;
   m.attr("ffi_api_version") = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
   m.attr("mathdx_sizes") = mathdx_sizes();
   m.attr("max_experts") = lplb::kMaxExperts;

@@ -210,6 +210,7 @@ cudaError_t peers_reachable_cuda(bool* result) {
   int devices = 0;
   cudaError_t error = cudaGetDeviceCount(&devices);
   *result = true;
+  if (error == cudaErrorNoDevice || error == cudaErrorInsufficientDriver) return cudaSuccess;
   for (int device = 0; device < devices; ++device) {
     for (int peer = 0; peer < devices; ++peer) {
       int reachable = 1;

@@ -265,7 +265,7 @@ class Planner {
     });
     const int num_givers = warp_.count([&](int k, int) { return load.of[k] > limit; });
     const int step = candidate.busiest_last ? -1 : 1;
-    const Giver* place = loads_.busiest + (candidate.busiest_last ? num_givers - 1 : 0);
+    const Giver* place = loads_.busiest + (candidate.busiest_last && num_givers > 0 ? num_givers - 1 : 0);
     warp_.sync();
     num_copies_ = 0;
     bool stuck = false;

@@ -175,10 +175,12 @@ def _quotas(split: jax.Array, load: jax.Array, log2phy: jax.Array, num_physical:
         return jnp.where(present, jnp.maximum(load, 0)[:, None], 0).astype(jnp.uint32)
     replicas = jnp.sum(present, axis=1, keepdims=True, dtype=jnp.int32)
     part = jnp.where(present & (split > 0), split, 0)
-    # As integers, the largest of a row of 24 bits, unless it is tiny: these add up exactly, in any order.
+    # As integers, the largest of a row of 24 bits, unless it is tiny, or of fewer, so that 32 bits hold the sum of all:
+    # these add up exactly, in any order.
+    bits = 24 - max(0, (part.shape[1] - 1).bit_length() - 8)
     exponent = (lax.bitcast_convert_type(jnp.max(part, axis=1, keepdims=True), jnp.int32) >> 23) - 127
-    scaled = part * power_of_two(jnp.minimum(23 - exponent, 127))
-    weight = jnp.minimum(scaled, 2.0**24).astype(jnp.uint32)
+    scaled = part * power_of_two(jnp.minimum(bits - 1 - exponent, 127))
+    weight = jnp.minimum(scaled, 2.0**bits - 1).astype(jnp.uint32)
     # Evenly where there is nothing for any of them.
     weight = jnp.where(jnp.any(weight > 0, axis=1, keepdims=True), weight, present.astype(jnp.uint32))
     sums = jnp.cumsum(weight, axis=1, dtype=jnp.uint32)

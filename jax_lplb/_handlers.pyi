@@ -3,12 +3,12 @@ from typing import Any
 ffi_api_version: tuple[int, int]
 mathdx_sizes: tuple[int, ...]
 max_experts: int
+max_rows_read: int
 max_group_ranks: int
 max_group_slots: int
 max_edge_ranks: int
 max_colours: int
 max_candidates: int
 
-def assign_workspace_words(num_experts: int, max_replicas: int) -> int: ...
 def peers_reachable() -> bool: ...
 def handlers() -> dict[str, dict[str, dict[str, Any]]]: ...

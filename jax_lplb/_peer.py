@@ -46,11 +46,12 @@ from jax_lplb._balance import AxisName
 SUMMED = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))  # dtypes that `add_up` takes and gives
 
 
-def why_out_of_reach(dtypes: Sequence[Any], summed: Sequence[Any]) -> str:
+def why_out_of_reach(axis_name: AxisName, num_rows: int, dtypes: Sequence[Any], summed: Sequence[Any]) -> str:
     """Why ranks cannot read each other's memory here; empty where they can.
 
-    `dtypes` are those of what is read, `summed` those that are added up, and of the sums.
+    `num_rows` are read by a rank, `dtypes` are those of what is read, `summed` those that are added up, and of sums.
     """
+    axes = {axis_name} if isinstance(axis_name, str) else set(axis_name)
     platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
     mesh = jax.sharding.get_abstract_mesh()
     left = [
@@ -62,12 +63,17 @@ def why_out_of_reach(dtypes: Sequence[Any], summed: Sequence[Any]) -> str:
         return why_not
     if jax.process_count() > 1:
         return f"there are {jax.process_count()} processes, and each reaches the memory of its own devices only"
-    if platform == "cuda" and not _handlers.peers_reachable():
+    if not axes <= set(mesh.manual_axes):
+        return f"axis_name = {axis_name!r} is not of a mesh that jax.shard_map maps over"
+    # Whatever the default platform is: the mesh may be another's.
+    if not _handlers.peers_reachable():
         return "some GPUs cannot access the memory of others (cudaDeviceCanAccessPeer)"
     if left:
         return f"the mesh's axes {left} are not manual here, and may cut each array in a way of its own"
     if jax.config.jax_disable_jit:
         return "jax.disable_jit runs operations one by one, and frees what they read"
+    if num_rows > _handlers.max_rows_read:
+        return f"a rank reads {num_rows} rows, and custom calls at most {_handlers.max_rows_read}"
     for dtype in dtypes:
         if _bits(dtype) < 8:
             return f"a row of {dtype} may begin within a byte"
@@ -168,7 +174,10 @@ def _one_operation(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @partial(operation.defjvp)
     def refuse(*_: Any) -> NoReturn:
-        raise NotImplementedError(f"{function.__name__} reads peers' memory and has no derivative")
+        raise NotImplementedError(
+            "what is read from peers' memory can be differentiated once, in reverse mode; for more pass "
+            "transport='collective' to replicate"
+        )
 
     return operation
 

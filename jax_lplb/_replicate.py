@@ -143,14 +143,16 @@ def _transfer(
             if all(jnp.issubdtype(dtype, jnp.inexact) for dtype in of_leaf)
             for dtype in of_leaf
         ]
-        why_not = _peer.why_out_of_reach(slot_dtypes, summed)
+        slots = placement.slots_per_rank
+        num_rows = slots - placement.num_experts // placement.num_ranks if _homes_first(placement) else slots
+        why_not = _peer.why_out_of_reach(axis_name, num_rows, slot_dtypes, summed)
         if why_not and transport == "peer":
             raise ValueError(
                 f"transport = 'peer': ranks cannot read each other's memory here: {why_not}; pass "
                 "transport='collective', or None for whichever can be"
             )
         implementation = "xla" if why_not else "ffi" if transport == "peer" else None
-        if why_not and placement.topology is None:
+        if why_not and placement.topology is None and placement.num_ranks > 1:
             _say(
                 f"weights of copies travel by slow collectives, every rank's rows past every other rank: {why_not}",
                 True,
@@ -176,12 +178,16 @@ def _say(message: str, warns: bool = False) -> None:
 def _slots(transfer: _Transfer, leaves: list[jax.Array], rows: _Rows) -> list[jax.Array]:
     if not transfer.is_reverse_only:
         return _by_collectives(transfer, leaves, rows)
+    cure = "transport='collective'"
+    if transfer.routes is not None:
+        cure += (
+            ", and Placement.from_phy2log(placement.phy2log, placement.num_ranks) with weights in its home_order, "
+            "which is the logical one"
+        )
     leaves = reverse_only(
         leaves,
         "replicate can be differentiated once, in reverse mode (jax.grad, jax.vjp), where ranks read each other's "
-        "memory or copies go along a topology; for forward mode and derivatives of derivatives pass "
-        "transport='collective', and Placement.from_phy2log(placement.phy2log, placement.num_ranks) with weights in "
-        "its home_order, which is the logical one",
+        f"memory or copies go along a topology; for forward mode and derivatives of derivatives pass {cure}",
     )
     return _differentiated_once(transfer, leaves, rows)
 

@@ -1,6 +1,7 @@
 """`assign`: which replica each token goes to, against a reference in plain Python and what the split promises."""
 
 import contextlib
+import itertools
 import math
 from fractions import Fraction
 from functools import cache, partial
@@ -26,14 +27,15 @@ SHAPE = (1500, 2)  # of ids wherever no other is called for: pure JAX takes seco
 def quotas(split: np.ndarray, num_replicas: int, load: int) -> list[int]:
     """Whole tokens for each replica, near load * split / sum(split): the bounds between replicas, as fractions of the
     load in units of 2**-30, rounded to whole tokens. Negative and NaN entries count as nothing, nothing as even. Parts
-    count as integers, the largest of which has 24 bits.
+    count as integers, the largest of which has 24 bits, or fewer, so that 32 bits hold their sum.
     """
+    bits = min(24, 32 - (len(split) - 1).bit_length())
     parts = [v.item() if v > 0 else 0.0 for v in split[:num_replicas]]
     largest = max(parts, default=0.0)
-    exponent = 24 - math.frexp(largest)[1] if math.isfinite(largest) else -105
-    weights = [min(math.ldexp(part, min(exponent, 127)), 2**24) // 1 for part in parts]
+    exponent = bits - math.frexp(largest)[1] if math.isfinite(largest) else bits - 129
+    weights = [int(min(math.ldexp(part, min(exponent, 127)), 2**bits - 1)) for part in parts]
     weights = weights if any(weights) else [1] * num_replicas
-    sums = np.cumsum(weights, dtype=np.uint32).astype(np.float32)
+    sums = np.float32(list(itertools.accumulate(weights)))
     shares = [v / sums[-1] for v in sums]
     bounds = [0]
     for share in shares[:-1]:
@@ -459,7 +461,7 @@ def test_vmapped(platform, implementation, rng):
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("width", [3, 4, 22, 64, 128])
+@pytest.mark.parametrize("width", [3, 4, 22, 64, 128, 600])
 def test_rows_of_any_width(exact, rng, width):
     """A batch of placements, most rows much shorter than the widest: an entry that is no slot ends a row, whatever
     follows; parts may be anything; loads, nothing or the largest. Ids, and the rank load of the quotas.

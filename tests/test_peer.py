@@ -339,11 +339,17 @@ def test_without_jit(rng):
 
 
 def test_ranks_of_a_mapped_axis(rng):
-    """`jax.vmap` with an axis name: the ranks are elements on one device."""
+    """`jax.vmap` with an axis name: the ranks are elements, wherever they are, and have no memory of their own."""
     place, logical = chosen(rng), rng.normal(size=(EXPERTS, 4)).astype(np.float32)
-    home = logical.reshape(RANKS, -1, 4)
-    slots = jax.jit(jax.vmap(lambda home: lplb.replicate(home, place, "ep", transport="peer"), axis_name="ep"))(home)
-    assert_same_bits(slots.reshape(-1, 4), held(place, logical))
+    home = jax.device_put(logical.reshape(RANKS, -1, 4), jax.NamedSharding(mesh_of(), P("ep")))
+
+    def run(transport):
+        bring = partial(lplb.replicate, placement=place, axis_name="ep", transport=transport)
+        return jax.jit(jax.vmap(bring, axis_name="ep"))(home)
+
+    assert_same_bits(run(None).reshape(-1, 4), held(place, logical))
+    with pytest.raises(ValueError, match=r"axis_name = 'ep' is not of a mesh .* pass transport='collective'"):
+        run("peer")
 
 
 def test_data_axis_with_placements_of_its_own(rng):
@@ -542,6 +548,9 @@ def test_release_is_what_keeps_buffers_until_all_have_read(monkeypatch, fresh, m
         slots = lplb.replicate(home, place, "ep", transport="peer")
         return jax.lax.dynamic_update_slice(slots, jnp.full_like(home, -1), (0, 0))
 
-    slots = np.asarray(run(np.ones((EXPERTS, 6), np.float32))).reshape(mesh.size, -1, 6)
-    copies = slots[:, EXPERTS // mesh.size :]
-    assert (copies == 1).all() == released
+    def right():
+        slots = np.asarray(run(np.ones((EXPERTS, 6), np.float32))).reshape(mesh.size, -1, 6)
+        return (slots[:, EXPERTS // mesh.size :] == 1).all()
+
+    # Where the others are held up longer than rank 0, they write late without being told to: not every time.
+    assert all(right() for _ in range(1 if released else 5)) == released
