@@ -64,11 +64,38 @@ def routes_of(topology: Topology, axis_name: AxisName, num_ranks: int) -> tuple[
     return axes, tuple(tuple(zip(number_of.tolist(), number_of[to].tolist(), strict=True)) for to in receiver.T)
 
 
-def rows_of_all(leaf: jax.Array, source: jax.Array, axis_name: AxisName) -> jax.Array:
-    """The rows `source` of all ranks' rows: all ranks show one of theirs at a time, and each takes what it needs.
+def rows_by_slot(leaf: jax.Array, wanted: jax.Array, axis_name: AxisName) -> jax.Array:
+    """The rows that this rank wants of all ranks' rows [rows, ...]: for one slot after the other an `all_to_all`.
 
-    Zeros, which have no gradient, where the source is negative: slots that hold nothing.
+    `wanted`: int32 [ranks, slots], what each rank wants for each slot, rank * rows + row; negative: zeros, which have
+    no gradient. Where there are gradients no row is gathered by an index: that of a gather is a scatter, whose order
+    shows on GPUs.
     """
+
+    def run(leaf: jax.Array, wanted: jax.Array) -> jax.Array:
+        rows, rank = leaf.shape[0], lax.axis_index(axis_name)
+
+        def chosen(choices: jax.Array, choice: jax.Array) -> jax.Array:
+            """[n, ...], choices[choice] for each of n, or zeros."""
+            if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+                return choices.at[choice].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+            is_it = choice[:, None] == jnp.arange(len(choices), dtype=jnp.int32)[None]
+            is_it = is_it.reshape(*is_it.shape, *[1] * (leaf.ndim - 1))
+            return jnp.sum(jnp.where(is_it, choices[None], 0), axis=1, dtype=leaf.dtype)
+
+        def bring(of_ranks: jax.Array) -> jax.Array:
+            sent = chosen(leaf, of_ranks - rank * rows)
+            came = lax.all_to_all(sent, axis_name, split_axis=0, concat_axis=0, tiled=True)
+            own = of_ranks[rank]
+            return chosen(came, jnp.where(own < 0, -1, own // rows)[None])[0]
+
+        return lax.map(bring, wanted.T)
+
+    return with_auto_axes(run, spec_of(leaf), leaf, wanted)
+
+
+def rows_of_all(leaf: jax.Array, source: jax.Array, axis_name: AxisName) -> jax.Array:
+    """The rows `source` of all ranks' rows: all ranks show one of theirs at a time, and each takes what it needs."""
 
     def run(leaf: jax.Array, source: jax.Array) -> jax.Array:
         rows = leaf.shape[0]
@@ -77,7 +104,7 @@ def rows_of_all(leaf: jax.Array, source: jax.Array, axis_name: AxisName) -> jax.
         @jax.checkpoint  # else the backward pass would keep a mask of the result's size for each row
         def show(row: jax.Array, result: jax.Array) -> jax.Array:
             shown = lax.all_gather(lax.dynamic_index_in_dim(leaf, row, keepdims=False), axis_name)
-            taken = ((source >= 0) & (source % rows == row)).reshape(-1, *[1] * (leaf.ndim - 1))
+            taken = (source % rows == row).reshape(-1, *[1] * (leaf.ndim - 1))
             return jnp.where(taken, shown[source // rows], result)
 
         return lax.fori_loop(0, rows, show, _ffi.vary(result, _ffi.varying(leaf, source)))

@@ -39,8 +39,8 @@ def replicate(
       transport: how copies travel. "peer": ranks read them from each other's memory, those that there are and no more,
         whatever the placement; gradients are added up in float32, in the order of `placement.log2phy`. It takes
         devices of one process, CPUs or GPUs that can access each other's memory. "collective": by `ppermute` along the
-        columns of a topology; without one each rank takes its slots' rows from whoever has them, as all ranks show
-        theirs in turn. None: "peer" where that can be, "collective" elsewhere.
+        columns of a topology; without one, slot by slot, each rank sends every other a row of weights, or of zeros
+        where that wants none of its. None: "peer" where that can be, "collective" elsewhere.
 
     Returns:
       The tree, with leaves [slots_per_rank, ...]: the rank's slots. Zeros in slots that hold nothing.
@@ -93,7 +93,9 @@ class _Rows(NamedTuple):
     # int32 [n], the row of each slot that is brought, in buffers of the home rows and room for n; none: out of range
     source: jax.Array
     replicas: jax.Array  # int32 [home rows, max_replicas], the slots of each row's expert; none: out of range
-    experts: jax.Array  # int32 [slots], what this rank's slots hold; none: negative
+    wanted: (
+        jax.Array
+    )  # int32 [ranks, n], the home rows, numbered over all ranks, of what is brought to each; or negative
     sent: Any  # along a topology: int32 [redundant experts], this rank's rows that others have copies of
 
 
@@ -102,8 +104,9 @@ def _rows(placement: Placement, axis_name: AxisName) -> _Rows:
     home = placement.num_experts // ranks
     of_slots, log2phy = jnp.asarray(placement.phy2log).reshape(ranks, slots), jnp.asarray(placement.log2phy)
     rank = lax.axis_index(axis_name)
-    experts = jnp.minimum(of_slots[rank], placement.num_experts - 1)
-    wanted, buffer_rows = (experts[home:], slots) if _homes_first(placement) else (experts, home + slots)
+    experts = jnp.minimum(of_slots, placement.num_experts - 1)
+    brought, buffer_rows = (experts[:, home:], slots) if _homes_first(placement) else (experts, home + slots)
+    wanted = brought[rank]
     at_home = wanted // home * buffer_rows + wanted % home if topology is None else log2phy[wanted, 0]
     sent = None
     if topology is not None:
@@ -111,7 +114,7 @@ def _rows(placement: Placement, axis_name: AxisName) -> _Rows:
         copies = of_slots[receiver, home + np.arange(slots - home)]
         sent = (log2phy[copies, 0] % slots)[rank]
     replicas = log2phy[jnp.asarray(placement.home_order).reshape(ranks, home)[rank]]
-    return _Rows(jnp.where(wanted < 0, -1, at_home), replicas, experts, sent)
+    return _Rows(jnp.where(wanted < 0, -1, at_home), replicas, brought, sent)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +157,7 @@ def _transfer(
         implementation = "xla" if why_not else "ffi" if transport == "peer" else None
         if why_not and placement.topology is None and placement.num_ranks > 1:
             _say(
-                f"weights of copies travel by slow collectives, every rank's rows past every other rank: {why_not}",
+                f"weights of copies travel by slow collectives, for each slot a row from each rank to each: {why_not}",
                 True,
             )
         else:
@@ -230,7 +233,7 @@ _differentiated_once.defvjp(_forward, _backward)
 
 def _by_peers(transfer: _Transfer, leaves: list[jax.Array], rows: _Rows) -> list[jax.Array]:
     buffers = _peer.bring(transfer.slot_dtypes, transfer.axis_name, leaves, rows.source)
-    return buffers if transfer.homes_first else [buffer[-len(rows.experts) :] for buffer in buffers]
+    return buffers if transfer.homes_first else [buffer[-len(rows.source) :] for buffer in buffers]
 
 
 def _add_by_peers(transfer: _Transfer, gradients: list[jax.Array], rows: _Rows) -> list[jax.Array]:
@@ -240,10 +243,11 @@ def _add_by_peers(transfer: _Transfer, gradients: list[jax.Array], rows: _Rows) 
 def _by_collectives(transfer: _Transfer, leaves: list[jax.Array], rows: _Rows) -> list[jax.Array]:
     if transfer.routes is not None:
         return _collective.bring_along(transfer.slot_dtypes, transfer.axes, transfer.routes, leaves, rows.sent)
-    return [
-        _collective.rows_of_all(leaf.astype(dtype), rows.experts, transfer.axis_name)
-        for leaf, dtype in zip(leaves, transfer.slot_dtypes, strict=True)
-    ]
+    casted = [leaf.astype(dtype) for leaf, dtype in zip(leaves, transfer.slot_dtypes, strict=True)]
+    brought = [_collective.rows_by_slot(leaf, rows.wanted, transfer.axis_name) for leaf in casted]
+    if not transfer.homes_first:
+        return brought
+    return [jnp.concatenate([leaf, below]) for leaf, below in zip(casted, brought, strict=True)]
 
 
 def _add_by_collectives(transfer: _Transfer, gradients: list[jax.Array], rows: _Rows) -> list[jax.Array]:
