@@ -66,7 +66,7 @@ def text(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def config(text) -> Config:
-    return Config(
+    run = Config(
         steps=STEPS,
         checkpoint_every=8,
         validate_every=100,
@@ -75,6 +75,7 @@ def config(text) -> Config:
         optimiser=Optimiser(learning_rate=2e-2, warmup_steps=2),
         compute=Compute(dtype="float32", remat=False),
     )
+    return settle(run)
 
 
 class Elementwise(Trainer):
