@@ -93,9 +93,8 @@ class _Rows(NamedTuple):
     # int32 [n], the row of each slot that is brought, in buffers of the home rows and room for n; none: out of range
     source: jax.Array
     replicas: jax.Array  # int32 [home rows, max_replicas], the slots of each row's expert; none: out of range
-    wanted: (
-        jax.Array
-    )  # int32 [ranks, n], the home rows, numbered over all ranks, of what is brought to each; or negative
+    # int32 [ranks, n], of what is brought to each rank the home row, in buffers of home rows alone; none: negative
+    wanted: jax.Array
     sent: Any  # along a topology: int32 [redundant experts], this rank's rows that others have copies of
 
 
