@@ -1,5 +1,6 @@
 """Copies that ranks read from each other's memory: the values, whatever ranks wait for, and what is refused."""
 
+import itertools
 import logging
 import re
 from functools import partial
@@ -167,6 +168,34 @@ def test_contents_out_of_range_read_nothing(rng, name):
     home = rng.normal(size=(EXPERTS, 4)).astype(np.float32)
     for contents in garbage(place, rng).values():
         jax.block_until_ready(step(home, contents, np.ones((place.num_physical, 4), np.float32)))
+
+
+def test_any_row_numbers(rng):
+    """Rows are read that there are, where they are; of sums all up to the first that there is not."""
+    rows, reads, mesh = 3, 4, mesh_of()
+    leaf = rng.integers(-9, 9, (RANKS, rows, 5)).astype(np.float32)
+    numbers = partial(rng.integers, -9, RANKS * (rows + reads) + 9, dtype=np.int32)
+    source, replicas = numbers((RANKS, reads)), numbers((RANKS, 2, 6))
+    replicas[:, :, :3] %= RANKS * (rows + reads)
+    source[0], replicas[0, 0] = [-(2**31), 2**31 - 1, 0, rows], [5, -(2**31), 5, 5, 5, 5]
+
+    @jax.jit
+    @partial(jax.shard_map, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
+    def run(leaf, source, replicas):
+        (filled,) = _peer.bring((jnp.dtype("float32"),), "ep", [leaf[0]], source[0])
+        return filled[None], _peer.add_up((jnp.dtype("float32"),), "ep", [filled], replicas[0])[0][None]
+
+    filled, sums = run(leaf, source, replicas)
+    expected = np.concatenate([leaf, np.zeros((RANKS, reads, 5), np.float32)], axis=1)
+    for rank, number in itertools.product(range(RANKS), range(reads)):
+        of, row = divmod(int(source[rank, number]), rows + reads)
+        if 0 <= of < RANKS and row < rows:
+            expected[rank, rows + number] = leaf[of, row]
+    np.testing.assert_array_equal(filled, expected)
+    flat = expected.reshape(-1, 5)
+    for rank, number in itertools.product(range(RANKS), range(2)):
+        there = list(itertools.takewhile(lambda row: 0 <= row < len(flat), replicas[rank, number].tolist()))
+        np.testing.assert_array_equal(sums[rank, number], flat[there].sum(axis=0))
 
 
 def test_empty_leaves_and_one_rank(rng):
