@@ -69,17 +69,17 @@ def replicate(
     rows = _rows(placement, axis_name)
     leaves = [_ffi.vary(leaf, _ffi.varying(leaf, rows.replicas)) for leaf in leaves]
     full = [i for i, leaf in enumerate(leaves) if leaf.size > 0]
-    slots = [
-        _ffi.vary(jnp.zeros((placement.slots_per_rank, *leaf.shape[1:]), to), _ffi.varying(leaf))
-        for leaf, to in zip(leaves, dtypes, strict=True)
-    ]
+    brought = {}
     if full:
-        transfer = _transfer(
-            transport, placement, axis_name, [leaves[i].dtype for i in full], [dtypes[i] for i in full]
-        )
-        for i, of_leaf in zip(full, _slots(transfer, [leaves[i] for i in full], rows), strict=True):
-            slots[i] = of_leaf
-    return jax.tree.unflatten(tree, slots)
+        of_leaves, of_slots = [leaves[i].dtype for i in full], [dtypes[i] for i in full]
+        transfer = _transfer(transport, placement, axis_name, len(rows.source), of_leaves, of_slots)
+        brought = dict(zip(full, _slots(transfer, [leaves[i] for i in full], rows), strict=True))
+
+    def empty(i: int) -> jax.Array:
+        zeros = jnp.zeros((placement.slots_per_rank, *leaves[i].shape[1:]), dtypes[i])
+        return _ffi.vary(zeros, _ffi.varying(leaves[i]))
+
+    return jax.tree.unflatten(tree, [brought[i] if i in brought else empty(i) for i in range(len(leaves))])
 
 
 def _homes_first(placement: Placement) -> bool:
@@ -135,8 +135,14 @@ class _Transfer:
 
 
 def _transfer(
-    transport: Transport, placement: Placement, axis_name: AxisName, dtypes: list[Any], slot_dtypes: list[Any]
+    transport: Transport,
+    placement: Placement,
+    axis_name: AxisName,
+    num_rows: int,
+    dtypes: list[Any],
+    slot_dtypes: list[Any],
 ) -> _Transfer:
+    """`num_rows`: that are brought to a rank."""
     implementation: _ffi.Implementation = "xla"
     if transport != "collective":
         summed = [
@@ -145,8 +151,6 @@ def _transfer(
             if all(jnp.issubdtype(dtype, jnp.inexact) for dtype in of_leaf)
             for dtype in of_leaf
         ]
-        slots = placement.slots_per_rank
-        num_rows = slots - placement.num_experts // placement.num_ranks if _homes_first(placement) else slots
         why_not = _peer.why_out_of_reach(axis_name, num_rows, slot_dtypes, summed)
         if why_not and transport == "peer":
             raise ValueError(
@@ -154,15 +158,13 @@ def _transfer(
                 "transport='collective', or None for whichever can be"
             )
         implementation = "xla" if why_not else "ffi" if transport == "peer" else None
-        if why_not and placement.topology is None and placement.num_ranks > 1:
-            _say(
-                f"weights of copies travel by slow collectives, for each slot a row from each rank to each: {why_not}",
-                True,
-            )
+        if not why_not:
+            _say(logging.INFO, "weights of copies: peers' memory")
+        elif placement.topology is not None or placement.num_ranks == 1:
+            _say(logging.INFO, f"weights of copies travel by collectives: {why_not}")
         else:
-            _say(
-                f"weights of copies travel by collectives: {why_not}" if why_not else "weights of copies: peers' memory"
-            )
+            slow = "weights of copies travel by slow collectives, for each slot a row from each rank to each"
+            _say(logging.WARNING, f"{slow}: {why_not}")
     axes, routes = axis_name, None
     if placement.topology is not None:
         axes, routes = _collective.routes_of(placement.topology, axis_name, placement.num_ranks)
@@ -172,9 +174,9 @@ def _transfer(
 
 
 @functools.cache
-def _say(message: str, warns: bool = False) -> None:
+def _say(level: int, message: str) -> None:
     """Once in the log."""
-    _log.log(logging.WARNING if warns else logging.INFO, message)
+    _log.log(level, message)
 
 
 def _slots(transfer: _Transfer, leaves: list[jax.Array], rows: _Rows) -> list[jax.Array]:
