@@ -454,18 +454,27 @@ template <class Binding>
 auto bind_count(Binding binding) {
   return bind_chunks(std::move(binding).template Arg<Ids>().template Ret<Ids>().template Ret<Ids>());
 }
+// A split: fraction, rank_load, gap, iterations and status.
 template <class Binding>
-auto bind_solve_results(Binding&& binding) {
+auto bind_split(Binding&& binding) {
   return std::move(binding)
       .template Ret<Reals>()
       .template Ret<Reals>()
       .template Ret<Reals>()
       .template Ret<Ids>()
-      .template Ret<Ids>()
-      .template Attr<int64_t>("num_physical")
+      .template Ret<Ids>();
+}
+// When to stop.
+template <class Binding>
+auto bind_limits(Binding&& binding) {
+  return std::move(binding)
       .template Attr<float>("tol")
       .template Attr<float>("threshold")
-      .template Attr<int64_t>("max_iterations")
+      .template Attr<int64_t>("max_iterations");
+}
+template <class Binding>
+auto bind_solve_results(Binding&& binding) {
+  return bind_limits(bind_split(std::move(binding)).template Attr<int64_t>("num_physical"))
       .template Attr<ffi::Span<const int32_t>>("partners");
 }
 template <class Binding>
@@ -491,17 +500,7 @@ auto bind_solve_assign(Binding binding) {
 }
 template <class Binding>
 auto bind_plan_results(Binding&& binding) {
-  return std::move(binding)
-      .template Ret<Ids>()
-      .template Ret<Ids>()
-      .template Ret<Reals>()
-      .template Ret<Reals>()
-      .template Ret<Reals>()
-      .template Ret<Ids>()
-      .template Ret<Ids>()
-      .template Attr<float>("tol")
-      .template Attr<float>("threshold")
-      .template Attr<int64_t>("max_iterations")
+  return bind_limits(bind_split(std::move(binding).template Ret<Ids>().template Ret<Ids>()))
       .template Attr<float>("slack")
       .template Attr<int64_t>("max_sends")
       .template Attr<ffi::Span<const float>>("slacks")
