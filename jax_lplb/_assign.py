@@ -9,7 +9,7 @@ from jax import lax
 
 from jax_lplb import _ffi
 from jax_lplb._count import check_expert_ids, check_num_sms, chunking, count, flat_ids
-from jax_lplb._load import power_of_two
+from jax_lplb._load import exponent_of, power_of_two
 from jax_lplb._mesh import spec_of, with_auto_axes
 from jax_lplb._placement import Placement
 from jax_lplb._solve import check_load, check_placement
@@ -178,8 +178,8 @@ def _quotas(split: jax.Array, load: jax.Array, log2phy: jax.Array, num_physical:
     # As integers, the largest of a row of 24 bits, unless it is tiny, or of fewer, so that 32 bits hold the sum of all:
     # these add up exactly, in any order.
     bits = 24 - max(0, (part.shape[1] - 1).bit_length() - 8)
-    exponent = (lax.bitcast_convert_type(jnp.max(part, axis=1, keepdims=True), jnp.int32) >> 23) - 127
-    scaled = part * power_of_two(jnp.minimum(bits - 1 - exponent, 127))
+    largest = jnp.max(part, axis=1, keepdims=True)
+    scaled = part * power_of_two(jnp.minimum(bits - 1 - exponent_of(largest), 127))
     weight = jnp.minimum(scaled, 2.0**bits - 1).astype(jnp.uint32)
     # Evenly where there is nothing for any of them.
     weight = jnp.where(jnp.any(weight > 0, axis=1, keepdims=True), weight, present.astype(jnp.uint32))

@@ -22,7 +22,7 @@ def to_integers(load: jax.Array) -> tuple[jax.Array, Unit | None]:
     most = jnp.max(load, initial=0, where=load > 0)
     # Powers of two scale exactly, so that neither the order of a sum nor a division shows in the result. Beyond these
     # bounds they, or the ranks' loads, would leave float32's range.
-    exponent = jnp.clip((lax.bitcast_convert_type(most, jnp.int32) >> 23) - 126, -125, 115)  # most < 2**exponent
+    exponent = jnp.clip(exponent_of(most) + 1, -125, 115)  # most < 2**exponent
     coarse_bits = 30 - (load.shape[0] - 1).bit_length()  # if all loads were the largest
     coarse = jnp.minimum(load * power_of_two(-exponent), 1) * 2.0**coarse_bits
     total = jnp.sum(_rounded(coarse), dtype=jnp.int32)
@@ -49,6 +49,11 @@ def in_units(tokens: int, unit: Unit | None) -> jax.Array:
     whole = float(min(tokens, 2**127))  # as float32 holds
     scaled = whole * power_of_two(-unit.exponent) * 2.0**unit.coarse_bits * power_of_two(unit.more_bits)
     return jnp.minimum(scaled, 2.0**30).astype(jnp.int32)  # all loads together are not more
+
+
+def exponent_of(value: jax.Array) -> jax.Array:
+    """int32, of the power of two that is next below positive float32 values, from 2**-126 on; 128 of infinity."""
+    return (lax.bitcast_convert_type(value, jnp.int32) >> 23) - 127
 
 
 def power_of_two(exponent: jax.Array) -> jax.Array:
