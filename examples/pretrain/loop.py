@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from checkpoint import Checkpoints, require_space
-from config import Config, check, settle
+from config import Config, check
 from data import Corpus, on_devices, read, unigram_entropy
 from placement import place
 from report import ROUTING, Recorder
@@ -56,7 +56,6 @@ class Stop:
 
 def train(config: Config, terminal: Terminal) -> None:
     """Runs until the last step or an interruption; goes on from the folder's newest checkpoint."""
-    config = settle(config)
     ranks = check(config, jax.device_count())
     placement = place(config, ranks)
     terminal.stage("reading the text")
