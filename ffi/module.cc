@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 
 #include "assign.h"
+#include "dispatch.h"
 #include "handlers.h"
 #include "peer.h"
 #include "plan.h"
@@ -34,6 +35,10 @@ nb::dict handlers() {
   cpu["lplb_read_rows"] = execute(lplb::ReadRowsCpu);
   cpu["lplb_add_rows"] = execute(lplb::AddRowsCpu);
   cpu["lplb_release"] = execute(lplb::ReleaseCpu);
+  cpu["lplb_number"] = execute(lplb::NumberCpu);
+  cpu["lplb_dispatch"] = execute(lplb::DispatchCpu);
+  cpu["lplb_combine"] = execute(lplb::CombineCpu);
+  cpu["lplb_combine_gradient"] = execute(lplb::CombineGradientCpu);
   nb::dict platforms;
   platforms["cpu"] = cpu;
 #ifdef LPLB_CUDA
@@ -53,6 +58,10 @@ nb::dict handlers() {
   cuda["lplb_read_rows"] = execute(lplb::ReadRowsCuda);
   cuda["lplb_add_rows"] = execute(lplb::AddRowsCuda);
   cuda["lplb_release"] = execute(lplb::ReleaseCuda);
+  cuda["lplb_number"] = execute(lplb::NumberCuda);
+  cuda["lplb_dispatch"] = execute(lplb::DispatchCuda);
+  cuda["lplb_combine"] = execute(lplb::CombineCuda);
+  cuda["lplb_combine_gradient"] = execute(lplb::CombineGradientCuda);
   platforms["CUDA"] = cuda;
 #endif
   return platforms;
@@ -82,6 +91,7 @@ NB_MODULE(_handlers, m) {
   m.def("handlers", &handlers);
   m.def("peers_reachable", &peers_reachable);
   m.attr("max_rows_read") = lplb::kMostRowsRead;
+  m.attr("max_choices") = lplb::kMostChoices;
   m.attr("ffi_api_version") = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
   m.attr("mathdx_sizes") = mathdx_sizes();
   m.attr("max_experts") = lplb::kMaxExperts;

@@ -1,7 +1,6 @@
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include "float16.cuh"
 #include "peer.h"
 
 namespace lplb {
@@ -82,19 +81,6 @@ __global__ void __launch_bounds__(kReadThreads) read_rows_kernel(ReadRows read, 
     }
   }
 }
-
-__device__ float to_float(float value) { return value; }
-__device__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
-__device__ float to_float(__half value) { return __half2float(value); }
-__device__ void store(float value, float* to) { *to = value; }
-__device__ void store(float value, __nv_bfloat16* to) { *to = __float2bfloat16_rn(value); }
-__device__ void store(float value, __half* to) { *to = __float2half_rn(value); }
-
-// Elements that are loaded or stored together.
-template <class T, int kElements>
-struct alignas(sizeof(T) * kElements) Pack {
-  T values[kElements];
-};
 
 template <class From, class To, int kElements>
 __global__ void __launch_bounds__(kSumThreads) add_rows_kernel(AddRows add, int32_t* done) {

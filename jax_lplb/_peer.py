@@ -90,21 +90,38 @@ def _bits(dtype: Any) -> int:
 
 
 class Exposed(NamedTuple):
-    """Buffers [rows, ...] that other ranks read from."""
+    """What other ranks read from or write to."""
 
-    buffers: list[jax.Array]
-    table: jax.Array  # uint32 [ranks, buffers, 2], the address of each, the lower half first
+    shown: list[jax.Array]  # read only, by others as by this rank, wherever else it is used
+    buffers: list[jax.Array]  # [rows, ...], the results that go through the calls in place
+    table: jax.Array  # uint32 [ranks, shown and buffers, 2], the address of each, the lower half first
 
 
-def expose(buffers: Sequence[jax.Array], mapped_with: jax.Array, axis_name: AxisName) -> Exposed:
-    """The buffers, in the same memory or in a copy, and where every rank has its own.
+def expose(
+    buffers: Sequence[jax.Array],
+    mapped_with: jax.Array,
+    axis_name: AxisName,
+    *,
+    shown: Sequence[jax.Array] = (),
+    rooms: Sequence[_ffi.Result] = (),
+) -> Exposed:
+    """Where every rank has its own of these.
 
-    `mapped_with`: what they are read by. Under `jax.vmap` they have addresses for each element of it.
+    Args:
+      buffers: what is written too: in the same memory from now on, or in a copy.
+      mapped_with: what they are read by. Under `jax.vmap` they have addresses for each element of it.
+      axis_name: of the ranks.
+      shown: what is read only.
+      rooms: further buffers, of which nothing is known before others have written to them.
     """
-    results = [_ffi.Result((len(buffers), 2), jnp.uint32, [mapped_with, *buffers]), *_like(buffers)]
-    aliases = {1 + i: 1 + i for i in range(len(buffers))}
-    addresses, *exposed = _ffi.call("lplb_expose", results, mapped_with, *buffers, aliases=aliases)
-    return Exposed(exposed, lax.all_gather(addresses, axis_name))
+    results = [*_like(buffers), *rooms]
+    addresses = _ffi.Result((len(shown) + len(results), 2), jnp.uint32, [mapped_with, *shown, *buffers])
+    operands = (mapped_with, *shown, *buffers)
+    aliases = {1 + len(shown) + i: 1 + i for i in range(len(buffers))}
+    told, *exposed = _ffi.call(
+        "lplb_expose", [addresses, *results], *operands, aliases=aliases, num_shown=np.int64(len(shown))
+    )
+    return Exposed(list(shown), exposed, lax.all_gather(told, axis_name))
 
 
 def read_rows(exposed: Exposed, source: jax.Array) -> tuple[Exposed, jax.Array]:
@@ -126,40 +143,39 @@ def read_rows(exposed: Exposed, source: jax.Array) -> tuple[Exposed, jax.Array]:
 
 
 def add_rows(exposed: Exposed, replicas: jax.Array, dtypes: Sequence[Any]) -> tuple[list[jax.Array], jax.Array]:
-    """Sums of rows of all ranks' buffers, in float32 and in the order in which they are listed.
+    """Sums of rows of what all ranks have shown, in float32 and in the order in which they are listed.
 
     Args:
-      exposed: buffers of float32, bfloat16 or float16, of equally many rows.
+      exposed: shown are float32, bfloat16 or float16, of equally many rows.
       replicas: int32 [n, r], for each sum the rows that it has: rank * rows + row, up to the first out of range.
-      dtypes: of the sums, for each buffer.
+      dtypes: of the sums, for each of what is shown.
 
     Returns:
-      Sums [n, ...] for each buffer, and the marker for `release`.
+      Sums [n, ...] for each of what is shown, and the marker for `release`.
     """
-    operands = (exposed.table, replicas, *exposed.buffers)
+    operands = (exposed.table, replicas, *exposed.shown)
     results = [_ffi.Result((), jnp.int32, operands)]
-    for buffer, dtype in zip(exposed.buffers, dtypes, strict=True):
-        results.append(_ffi.Result((len(replicas), *buffer.shape[1:]), dtype, [replicas, buffer]))
+    for rows, dtype in zip(exposed.shown, dtypes, strict=True):
+        results.append(_ffi.Result((len(replicas), *rows.shape[1:]), dtype, [replicas, rows]))
     done, *sums = _ffi.call("lplb_add_rows", results, *operands, aliases={})
     return sums, done
 
 
-def release(
-    exposed: Exposed, done: jax.Array, axis_name: AxisName, made: Sequence[jax.Array] | None = None
-) -> list[jax.Array]:
-    """What was `made` of the buffers, by default they themselves, once all ranks have read."""
+def release(exposed: Exposed, done: jax.Array, axis_name: AxisName, made: Sequence[jax.Array] = ()) -> list[jax.Array]:
+    """The buffers, and what was `made` of all that was exposed, once all ranks have read and written."""
     done = lax.psum(done, axis_name)
-    kept = exposed.buffers if made is None else [*exposed.buffers, *made]
-    results = exposed.buffers if made is None else made
-    aliases = {2 + len(kept) - len(results) + i: i for i in range(len(results))}
+    kept = [*exposed.shown, *exposed.buffers]
+    results = [*exposed.buffers, *made]
+    aliases = {2 + len(exposed.shown) + i: i for i in range(len(results))}
     return _ffi.call(
         "lplb_release",
         _like(results),
         exposed.table,
         done,
         *kept,
+        *made,
         aliases=aliases,
-        num_told=np.int64(len(exposed.buffers)),
+        num_told=np.int64(len(kept)),
     )
 
 
@@ -167,7 +183,7 @@ def _like(buffers: Sequence[jax.Array]) -> list[_ffi.Result]:
     return [_ffi.Result(buffer.shape, buffer.dtype, [buffer]) for buffer in buffers]
 
 
-def _one_operation(function: Callable[..., Any]) -> Callable[..., Any]:
+def one_operation(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function as one operation for JAX, which runs and repeats all of it or nothing; two arguments are static."""
     # Outside of jit, shard_map would otherwise run each call in it as a program of its own.
     operation = jax.custom_jvp(jax.jit(function, static_argnums=(0, 1)), nondiff_argnums=(0, 1))
@@ -176,13 +192,13 @@ def _one_operation(function: Callable[..., Any]) -> Callable[..., Any]:
     def refuse(*_: Any) -> NoReturn:
         raise NotImplementedError(
             "what is read from peers' memory can be differentiated once, in reverse mode; for more pass "
-            "transport='collective' to replicate"
+            "transport='collective'"
         )
 
     return operation
 
 
-@_one_operation
+@one_operation
 def bring(dtypes: tuple[Any, ...], axis_name: AxisName, leaves: list[jax.Array], source: jax.Array) -> list[jax.Array]:
     """The leaves [rows, ...] in these dtypes, and below them rows of all ranks' leaves.
 
@@ -195,7 +211,7 @@ def bring(dtypes: tuple[Any, ...], axis_name: AxisName, leaves: list[jax.Array],
     return release(exposed, done, axis_name)
 
 
-@_one_operation
+@one_operation
 def add_up(
     dtypes: tuple[Any, ...], axis_name: AxisName, gradients: list[jax.Array], replicas: jax.Array
 ) -> list[jax.Array]:
@@ -203,6 +219,6 @@ def add_up(
 
     `replicas`: int32 [n, r], rank * rows + row of what is added, up to the first out of range.
     """
-    exposed = expose(gradients, replicas, axis_name)
+    exposed = expose([], replicas, axis_name, shown=gradients)
     sums, done = add_rows(exposed, replicas, dtypes)
     return release(exposed, done, axis_name, sums)

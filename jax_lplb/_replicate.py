@@ -159,12 +159,12 @@ def _transfer(
             )
         implementation = "xla" if why_not else "ffi" if transport == "peer" else None
         if not why_not:
-            _say(logging.INFO, "weights of copies: peers' memory")
+            say_once(logging.INFO, "weights of copies: peers' memory")
         elif placement.topology is not None or placement.num_ranks == 1:
-            _say(logging.INFO, f"weights of copies travel by collectives: {why_not}")
+            say_once(logging.INFO, f"weights of copies travel by collectives: {why_not}")
         else:
             slow = "weights of copies travel by slow collectives, for each slot a row from each rank to each"
-            _say(logging.WARNING, f"{slow}: {why_not}")
+            say_once(logging.WARNING, f"{slow}: {why_not}")
     axes, routes = axis_name, None
     if placement.topology is not None:
         axes, routes = _collective.routes_of(placement.topology, axis_name, placement.num_ranks)
@@ -174,8 +174,8 @@ def _transfer(
 
 
 @functools.cache
-def _say(level: int, message: str) -> None:
-    """Once in the log."""
+def say_once(level: int, message: str) -> None:
+    """In the log."""
     _log.log(level, message)
 
 

@@ -448,7 +448,7 @@ def no_access(monkeypatch):
 )
 def test_out_of_reach(monkeypatch, caplog, case):
     """Asked for, it is refused with the reason; else collectives take over, and the log says so once."""
-    _replicate._say.cache_clear()
+    _replicate.say_once.cache_clear()
     why_not, mesh, leaf = case(monkeypatch)
     with pytest.raises(ValueError, match=f"transport = 'peer': .*{why_not}.*; pass transport='collective'"):
         brought("peer", mesh, leaf)
@@ -463,7 +463,7 @@ def test_out_of_reach(monkeypatch, caplog, case):
 
 
 def test_within_reach(caplog):
-    _replicate._say.cache_clear()
+    _replicate.say_once.cache_clear()
     with caplog.at_level(logging.INFO, "jax_lplb"):
         texts = [brought(transport, mesh_of()) for transport in (None, "peer", "collective")]
     assert [("lplb_read_rows" in text, "collective_permute" in text) for text in texts] == [
