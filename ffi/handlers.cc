@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cstdint>
 #include <limits>
+#include <memory>
 #include <string>
 #include <utility>
 
@@ -18,6 +19,9 @@
 #include "solve.h"
 #include "solve_assign.h"
 #include "xla/ffi/api/ffi.h"
+#ifdef LPLB_CUDA
+#include "gather.h"
+#endif
 
 namespace lplb {
 namespace {
@@ -445,6 +449,55 @@ ffi::Error release(Launch launch, Words table, Ids, ffi::RemainingArgs buffers, 
   });
 }
 
+#ifdef LPLB_CUDA
+
+// What XLA keeps for a call site of an executable, for all devices that run it.
+struct GatherState {
+  static ffi::TypeId id;
+  Mailboxes mailboxes;
+};
+ffi::TypeId GatherState::id = XLA_FFI_UNKNOWN_TYPE_ID;
+
+// use(mailboxes, gather), with the mailboxes made.
+template <class Use>
+ffi::Error gather(Use use, GatherState* state, ffi::AnyBuffer words, Ids place, ffi::Result<ffi::AnyBuffer> result,
+                  ffi::Span<const int32_t> devices, ffi::Span<const int32_t> sizes, ffi::Span<const int32_t> strides,
+                  int64_t num_places) {
+  Shapes shapes("gather");
+  shapes.last("place", place, 0);
+  const int64_t batch = shapes.batch(), num_words = static_cast<int64_t>(words.element_count());
+  Gather gather = {};
+  gather.group.num_axes = static_cast<int>(sizes.size());
+  int64_t num_ranks = 1;
+  for (const int32_t size : sizes) num_ranks *= size;
+  shapes.require(ffi::ByteWidth(words.element_type()) == 4, [] { return "elements of 32 bits"; });
+  shapes.require(num_words >= 1 && num_words <= kMostWords, [&] {
+    return "1 to " + std::to_string(kMostWords) + " elements of a rank, got " + std::to_string(num_words);
+  });
+  shapes.require(sizes.size() <= kMostAxes && strides.size() == sizes.size(), [&] {
+    return "at most " + std::to_string(kMostAxes) + " axes, got " + std::to_string(sizes.size());
+  });
+  shapes.require(devices.size() >= 1 && devices.size() <= kMostMailboxes, [&] {
+    return "1 to " + std::to_string(kMostMailboxes) + " devices, got " + std::to_string(devices.size());
+  });
+  shapes.expect("result", "elements", num_words * num_ranks, static_cast<int64_t>(result->element_count()));
+  if (!shapes.ok()) return shapes.error();
+  std::copy(sizes.begin(), sizes.end(), gather.group.sizes);
+  std::copy(strides.begin(), strides.end(), gather.group.strides);
+  gather.group.num_ranks = static_cast<int>(num_ranks);
+  gather.num_places = static_cast<int>(num_places);
+  gather.num_batches = static_cast<int>(batch);
+  gather.num_words = static_cast<int>(num_words / batch);
+  gather.place = place.typed_data();
+  gather.words = static_cast<const uint32_t*>(words.untyped_data());
+  gather.words_of_ranks = static_cast<uint32_t*>(result->untyped_data());
+  cudaError_t error = state->mailboxes.make(devices.begin(), devices.size(), gather);
+  if (error == cudaSuccess) error = use(state->mailboxes, gather);
+  return check_launch("gather", error);
+}
+
+#endif  // LPLB_CUDA
+
 // Appends the operands, results and attributes of each call, in the order of the functions above.
 template <class Binding>
 auto bind_chunks(Binding&& binding) {
@@ -559,6 +612,21 @@ auto bind_release(Binding binding) {
       .template Attr<int64_t>("num_told");
 }
 
+#ifdef LPLB_CUDA
+template <class Binding>
+auto bind_gather(Binding&& binding) {
+  return std::move(binding)
+      .template Ctx<ffi::State<GatherState>>()
+      .template Arg<ffi::AnyBuffer>()
+      .template Arg<Ids>()
+      .template Ret<ffi::AnyBuffer>()
+      .template Attr<ffi::Span<const int32_t>>("devices")
+      .template Attr<ffi::Span<const int32_t>>("sizes")
+      .template Attr<ffi::Span<const int32_t>>("strides")
+      .template Attr<int64_t>("num_places");
+}
+#endif
+
 }  // namespace
 
 #define LPLB_CPU_HANDLER(Handler, call, launcher) \
@@ -636,6 +704,33 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
       return check_launch("initialize", error);
     },
     ffi::Ffi::BindInitialize());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    GatherCuda,
+    [](cudaStream_t stream, auto... operands) {
+      return gather([stream](const Mailboxes& mailboxes, const Gather& gather) { return mailboxes.gather(stream, gather); },
+                    operands...);
+    },
+    bind_gather(ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>()), {ffi::Traits::kCmdBufferCompatible});
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    GatherInstantiateCuda,
+    []() { return ffi::ErrorOr<std::unique_ptr<GatherState>>(std::make_unique<GatherState>()); },
+    ffi::Ffi::BindInstantiate());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    GatherInitializeCuda,
+    [](auto... operands) {
+      return gather([](const Mailboxes&, const Gather&) { return cudaSuccess; }, operands...);
+    },
+    bind_gather(ffi::Ffi::BindInitialize()));
+
+XLA_FFI_TypeId* GatherStateId() { return &GatherState::id; }
+
+const XLA_FFI_TypeInfo* GatherStateInfo() {
+  static const XLA_FFI_TypeInfo info = ffi::MakeTypeInfo<GatherState>();
+  return &info;
+}
 
 #endif  // LPLB_CUDA
 

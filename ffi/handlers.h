@@ -28,6 +28,12 @@ XLA_FFI_Error* ExposeCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* ReadRowsCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* AddRowsCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* ReleaseCuda(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* GatherCuda(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* GatherInstantiateCuda(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* GatherInitializeCuda(XLA_FFI_CallFrame* call_frame);
+// The type of what the last three keep.
+XLA_FFI_TypeId* GatherStateId();
+const XLA_FFI_TypeInfo* GatherStateInfo();
 #endif
 }
 

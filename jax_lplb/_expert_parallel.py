@@ -19,8 +19,8 @@ import numpy as np
 from jax import lax
 
 from jax_lplb import _ffi
-from jax_lplb._balance import AxisName
 from jax_lplb._count import count
+from jax_lplb._mesh import AxisName
 from jax_lplb._placement import Placement
 
 Dispatch = Literal["all_to_all", "ring"]

@@ -2,16 +2,16 @@
 
 A rank tells the others where its buffers are, they read, and nobody's buffers go before all have read:
 
-1. `expose`: a custom call writes down the addresses of the buffers, and an `all_gather` shows them to all ranks.
+1. `expose`: a custom call writes down the addresses of the buffers, and `gather` shows them to all ranks.
 2. `read_rows` and `add_rows`: custom calls read from the places that the addresses name.
-3. `release`: ranks that have read join a collective, and a custom call takes the buffers, and what that brought.
+3. `release`: ranks that have read join another `gather`, and a custom call takes the buffers, and what that brought.
 
 This is right because of four things that XLA guarantees:
 
 - **A value is there before what is computed from it.** The addresses come from a call that has the buffers as operands,
-  so a buffer is written before its address exists; and an `all_gather` gives no rank a result before every rank has
-  joined. So all buffers are written before anyone reads. No rank gets the result of the second collective before
-  every rank has joined it, with a marker that its reading makes. So all have read when `release` runs.
+  so a buffer is written before its address exists; and a `gather` gives no rank a result before every rank has
+  joined. So all buffers are written before anyone reads. No rank gets the result of the second one before every rank
+  has joined it, with a marker that its reading makes. So all have read when `release` runs.
 - **A result that must alias an operand is in its place.** The buffers go through these calls as operands with results
   in their places, each with a single use: a chain that is one piece of memory, from the call that tells its address
   to the one that releases it. `release` makes sure: on CPUs it is an error if the memory is another, on GPUs a trap.
@@ -30,6 +30,7 @@ The table of addresses is the one place that knows how memory is reached: here a
 devices belong to one process.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, NoReturn
@@ -41,7 +42,7 @@ from jax import lax
 from jax.sharding import AxisType
 
 from jax_lplb import _ffi, _handlers
-from jax_lplb._balance import AxisName
+from jax_lplb._mesh import AxisName
 
 SUMMED = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))  # dtypes that `add_up` takes and gives
 
@@ -89,6 +90,44 @@ def _bits(dtype: Any) -> int:
     return int(jnp.finfo(dtype).bits) if jnp.issubdtype(dtype, jnp.floating) else 8 * dtype.itemsize
 
 
+def gather(words: jax.Array, axis_name: AxisName) -> jax.Array:
+    """The words of all ranks [ranks, ...], elements of 32 bits; no rank has them before every rank has given its own.
+
+    Between GPUs of a process they go through mailboxes in their memory (`ffi/gather.h`), by one custom call: an
+    `all_gather` of a few words is mostly the launch of a collective. On CPUs, where a handler that waits may hold the
+    thread that it waits for, and with several processes it is that. As there, all ranks must call it equally often.
+    """
+
+    def by_collective(words: jax.Array, _: Any) -> jax.Array:
+        return lax.all_gather(words, axis_name, to="invarying")
+
+    if "cuda" not in _ffi.handlers() or jax.process_count() > 1:
+        return by_collective(words, None)
+    axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    mesh = jax.sharding.get_abstract_mesh()
+    # Devices are numbered over all axes of the mesh: others may stand in other rows of it.
+    numbered = tuple(name for name in mesh.axis_names if name in mesh.manual_axes)
+    shape = [mesh.shape[name] for name in numbered]
+    strides = {name: math.prod(shape[i + 1 :]) for i, name in enumerate(numbered)}
+    sizes = tuple(mesh.shape[name] for name in axes)
+
+    def through_mailboxes(words: jax.Array, place: jax.Array) -> jax.Array:
+        (result,) = _ffi.call(
+            "lplb_gather",
+            [_ffi.Result((math.prod(sizes), *words.shape), words.dtype, [words], same_over=frozenset(axes))],
+            words,
+            place,
+            aliases={},
+            devices=_ffi.gpus(),
+            sizes=sizes,
+            strides=tuple(strides[name] for name in axes),
+            num_places=np.int64(math.prod(shape)),
+        )
+        return result
+
+    return lax.platform_dependent(words, lax.axis_index(numbered), cuda=through_mailboxes, default=by_collective)
+
+
 class Exposed(NamedTuple):
     """Buffers [rows, ...] that other ranks read from."""
 
@@ -104,7 +143,7 @@ def expose(buffers: Sequence[jax.Array], mapped_with: jax.Array, axis_name: Axis
     results = [_ffi.Result((len(buffers), 2), jnp.uint32, [mapped_with, *buffers]), *_like(buffers)]
     aliases = {1 + i: 1 + i for i in range(len(buffers))}
     addresses, *exposed = _ffi.call("lplb_expose", results, mapped_with, *buffers, aliases=aliases)
-    return Exposed(exposed, lax.all_gather(addresses, axis_name))
+    return Exposed(exposed, gather(addresses, axis_name))
 
 
 def read_rows(exposed: Exposed, source: jax.Array) -> tuple[Exposed, jax.Array]:
@@ -148,7 +187,7 @@ def release(
     exposed: Exposed, done: jax.Array, axis_name: AxisName, made: Sequence[jax.Array] | None = None
 ) -> list[jax.Array]:
     """What was `made` of the buffers, by default they themselves, once all ranks have read."""
-    done = lax.psum(done, axis_name)
+    done = gather(done, axis_name)
     kept = exposed.buffers if made is None else [*exposed.buffers, *made]
     results = exposed.buffers if made is None else made
     aliases = {2 + len(kept) - len(results) + i: i for i in range(len(results))}
