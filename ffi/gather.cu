@@ -12,7 +12,7 @@ namespace lplb {
 namespace {
 
 constexpr int kThreads = 512;
-constexpr int kHeader = 16;                            // words of a mailbox before its slots; the first is the epoch
+constexpr int kHeader = 16;                             // words of a mailbox before its slots; the first is the epoch
 constexpr uint64_t kPatience = 600ull * 1'000'000'000;  // nanoseconds
 constexpr size_t kChunk = 2 << 20;
 

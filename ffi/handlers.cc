@@ -474,9 +474,8 @@ ffi::Error gather(Use use, GatherState* state, ffi::AnyBuffer words, Ids place, 
   shapes.require(num_words >= 1 && num_words <= kMostWords, [&] {
     return "1 to " + std::to_string(kMostWords) + " elements of a rank, got " + std::to_string(num_words);
   });
-  shapes.require(sizes.size() <= kMostAxes && strides.size() == sizes.size(), [&] {
-    return "at most " + std::to_string(kMostAxes) + " axes, got " + std::to_string(sizes.size());
-  });
+  shapes.require(sizes.size() <= kMostAxes && strides.size() == sizes.size(),
+                 [&] { return "at most " + std::to_string(kMostAxes) + " axes, got " + std::to_string(sizes.size()); });
   shapes.require(devices.size() >= 1 && devices.size() <= kMostMailboxes, [&] {
     return "1 to " + std::to_string(kMostMailboxes) + " devices, got " + std::to_string(devices.size());
   });
@@ -705,24 +704,24 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
     },
     ffi::Ffi::BindInitialize());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    GatherCuda,
-    [](cudaStream_t stream, auto... operands) {
-      return gather([stream](const Mailboxes& mailboxes, const Gather& gather) { return mailboxes.gather(stream, gather); },
-                    operands...);
-    },
-    bind_gather(ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>()), {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER_SYMBOL(GatherCuda,
+                              [](cudaStream_t stream, auto... operands) {
+                                return gather(
+                                    [stream](const Mailboxes& mailboxes, const Gather& gather) {
+                                      return mailboxes.gather(stream, gather);
+                                    },
+                                    operands...);
+                              },
+                              bind_gather(ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>()),
+                              {ffi::Traits::kCmdBufferCompatible});
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    GatherInstantiateCuda,
-    []() { return ffi::ErrorOr<std::unique_ptr<GatherState>>(std::make_unique<GatherState>()); },
+    GatherInstantiateCuda, []() { return ffi::ErrorOr<std::unique_ptr<GatherState>>(std::make_unique<GatherState>()); },
     ffi::Ffi::BindInstantiate());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     GatherInitializeCuda,
-    [](auto... operands) {
-      return gather([](const Mailboxes&, const Gather&) { return cudaSuccess; }, operands...);
-    },
+    [](auto... operands) { return gather([](const Mailboxes&, const Gather&) { return cudaSuccess; }, operands...); },
     bind_gather(ffi::Ffi::BindInitialize()));
 
 XLA_FFI_TypeId* GatherStateId() { return &GatherState::id; }
