@@ -32,24 +32,6 @@ __device__ uint64_t now() {
   return nanoseconds;
 }
 
-// How far the place of a rank lies behind that of the group's first.
-__device__ int offset_of(const Group& group, int rank) {
-  int offset = 0;
-  for (int axis = group.num_axes - 1; axis >= 0; --axis) {
-    offset += rank % group.sizes[axis] * group.strides[axis];
-    rank /= group.sizes[axis];
-  }
-  return offset;
-}
-
-__device__ int first_of(const Group& group, int place) {
-  int first = place;
-  for (int axis = 0; axis < group.num_axes; ++axis) {
-    first -= place / group.strides[axis] % group.sizes[axis] * group.strides[axis];
-  }
-  return first;
-}
-
 // The word, once it is there.
 __device__ uint32_t receive(uint64_t* from, uint32_t epoch, int place, int of_place) {
   const Mail mail(*from);
@@ -70,23 +52,21 @@ __device__ uint32_t receive(uint64_t* from, uint32_t epoch, int place, int of_pl
 __global__ void __launch_bounds__(kThreads)
     gather_kernel(const __grid_constant__ Gather gather, const __grid_constant__ Boxes boxes) {
   const uint32_t epoch = static_cast<uint32_t>(boxes.own[0]) + 1;
-  const int place = *gather.place, first = first_of(gather.group, place);
-  const int num_words = gather.num_batches * gather.num_words;
-  const int64_t slots = kHeader + static_cast<int64_t>(epoch % 2) * gather.num_places * num_words;
+  const int own = *gather.place, group = own % gather.num_groups, num_words = gather.num_batches * gather.num_words;
+  const int64_t slots = kHeader + static_cast<int64_t>(epoch % 2) * gather.num_ranks * gather.num_groups * num_words;
   // What kernels before this one wrote on this device is there for who receives a word.
   cuda::atomic_thread_fence(cuda::memory_order_release, cuda::thread_scope_system);
-  for (int i = threadIdx.x; i < boxes.num * num_words; i += kThreads) {
-    const int box = i / num_words, word = i % num_words;
+  for (int word = threadIdx.x; word < num_words; word += kThreads) {
     const uint64_t mail = static_cast<uint64_t>(epoch) << 32 | gather.words[word];
-    Mail(boxes.all[box][slots + static_cast<int64_t>(place) * num_words + word])
-        .store(mail, cuda::memory_order_relaxed);
+    const int64_t to = slots + static_cast<int64_t>(own) * num_words + word;
+    for (int box = 0; box < boxes.num; ++box) Mail(boxes.all[box][to]).store(mail, cuda::memory_order_relaxed);
   }
-  for (int i = threadIdx.x; i < gather.group.num_ranks * num_words; i += kThreads) {
-    const int rank = i / num_words, word = i % num_words;
-    const int of_place = first + offset_of(gather.group, rank);
-    const int row = word / gather.num_words * gather.group.num_ranks + rank;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < gather.num_ranks * num_words; i += kThreads) {
+    const int rank = i / num_words, word = i % num_words, place = rank * gather.num_groups + group;
+    const int row = word / gather.num_words * gather.num_ranks + rank;
     gather.words_of_ranks[static_cast<int64_t>(row) * gather.num_words + word % gather.num_words] =
-        receive(boxes.own + slots + static_cast<int64_t>(of_place) * num_words + word, epoch, place, of_place);
+        receive(boxes.own + slots + static_cast<int64_t>(place) * num_words + word, epoch, own, place);
   }
   __syncthreads();  // all have read the epoch
   if (threadIdx.x == 0) boxes.own[0] = epoch;
@@ -161,7 +141,8 @@ cudaError_t Mailboxes::make(const int32_t* devices, size_t num_devices, const Ga
   if (made_.load(std::memory_order_acquire)) return cudaSuccess;
   std::lock_guard lock(mutex);
   if (made_.load(std::memory_order_relaxed)) return cudaSuccess;
-  const size_t words = kHeader + size_t{2} * gather.num_places * gather.num_batches * gather.num_words;
+  const size_t words =
+      kHeader + size_t{2} * gather.num_ranks * gather.num_groups * gather.num_batches * gather.num_words;
   bytes_ = power_of_two_from(words * sizeof(uint64_t));
   int current = 0;
   cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;

@@ -25,22 +25,15 @@
 
 namespace lplb {
 
-constexpr int kMostMailboxes = 64, kMostAxes = 8;
+constexpr int kMostMailboxes = 64;
 constexpr int64_t kMostWords = 1 << 20;  // of a rank, in all batch elements
 
-// The axes that a group lies along, the last one fastest. Along an axis, places are `stride` apart.
-struct Group {
-  int num_axes;
-  int num_ranks;  // all sizes multiplied
-  int sizes[kMostAxes], strides[kMostAxes];
-};
-
 struct Gather {
-  Group group;
-  int num_places;
+  int num_ranks;   // of a group
+  int num_groups;  // of the mesh: rank r of group g has the place r * num_groups + g
   int num_batches;
   int num_words;             // of a rank, in each batch element
-  const int32_t* place;      // of this device, in the mesh
+  const int32_t* place;      // of this device
   const uint32_t* words;     // [batch, num_words]
   uint32_t* words_of_ranks;  // [batch, num_ranks, num_words]
 };

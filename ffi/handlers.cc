@@ -461,32 +461,27 @@ ffi::TypeId GatherState::id = XLA_FFI_UNKNOWN_TYPE_ID;
 // use(mailboxes, gather), with the mailboxes made.
 template <class Use>
 ffi::Error gather(Use use, GatherState* state, ffi::AnyBuffer words, Ids place, ffi::Result<ffi::AnyBuffer> result,
-                  ffi::Span<const int32_t> devices, ffi::Span<const int32_t> sizes, ffi::Span<const int32_t> strides,
-                  int64_t num_places) {
+                  ffi::Span<const int32_t> devices, int64_t num_groups) {
   Shapes shapes("gather");
   shapes.last("place", place, 0);
-  const int64_t batch = shapes.batch(), num_words = static_cast<int64_t>(words.element_count());
-  Gather gather = {};
-  gather.group.num_axes = static_cast<int>(sizes.size());
-  int64_t num_ranks = 1;
-  for (const int32_t size : sizes) num_ranks *= size;
+  const auto num_words = static_cast<int64_t>(words.element_count());
   shapes.require(ffi::ByteWidth(words.element_type()) == 4, [] { return "elements of 32 bits"; });
   shapes.require(num_words >= 1 && num_words <= kMostWords, [&] {
     return "1 to " + std::to_string(kMostWords) + " elements of a rank, got " + std::to_string(num_words);
   });
-  shapes.require(sizes.size() <= kMostAxes && strides.size() == sizes.size(),
-                 [&] { return "at most " + std::to_string(kMostAxes) + " axes, got " + std::to_string(sizes.size()); });
-  shapes.require(devices.size() >= 1 && devices.size() <= kMostMailboxes, [&] {
-    return "1 to " + std::to_string(kMostMailboxes) + " devices, got " + std::to_string(devices.size());
-  });
-  shapes.expect("result", "elements", num_words * num_ranks, static_cast<int64_t>(result->element_count()));
   if (!shapes.ok()) return shapes.error();
-  std::copy(sizes.begin(), sizes.end(), gather.group.sizes);
-  std::copy(strides.begin(), strides.end(), gather.group.strides);
-  gather.group.num_ranks = static_cast<int>(num_ranks);
-  gather.num_places = static_cast<int>(num_places);
-  gather.num_batches = static_cast<int>(batch);
-  gather.num_words = static_cast<int>(num_words / batch);
+  const int64_t ranks = static_cast<int64_t>(result->element_count()) / num_words;
+  shapes.expect("result", "elements", num_words * ranks, static_cast<int64_t>(result->element_count()));
+  shapes.require(devices.size() <= kMostMailboxes && ranks * num_groups <= static_cast<int64_t>(devices.size()), [&] {
+    return std::to_string(ranks * num_groups) + " of " + std::to_string(devices.size()) + " GPUs, of which " +
+           std::to_string(kMostMailboxes) + " at most may be in use";
+  });
+  if (!shapes.ok()) return shapes.error();
+  Gather gather = {};
+  gather.num_ranks = static_cast<int>(ranks);
+  gather.num_groups = static_cast<int>(num_groups);
+  gather.num_batches = shapes.batch();
+  gather.num_words = static_cast<int>(num_words / shapes.batch());
   gather.place = place.typed_data();
   gather.words = static_cast<const uint32_t*>(words.untyped_data());
   gather.words_of_ranks = static_cast<uint32_t*>(result->untyped_data());
@@ -620,9 +615,7 @@ auto bind_gather(Binding&& binding) {
       .template Arg<Ids>()
       .template Ret<ffi::AnyBuffer>()
       .template Attr<ffi::Span<const int32_t>>("devices")
-      .template Attr<ffi::Span<const int32_t>>("sizes")
-      .template Attr<ffi::Span<const int32_t>>("strides")
-      .template Attr<int64_t>("num_places");
+      .template Attr<int64_t>("num_groups");
 }
 #endif
 

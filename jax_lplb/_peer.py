@@ -103,29 +103,25 @@ def gather(words: jax.Array, axis_name: AxisName) -> jax.Array:
 
     if "cuda" not in _ffi.handlers() or jax.process_count() > 1:
         return by_collective(words, None)
+    mesh, ranks = jax.sharding.get_abstract_mesh(), lax.axis_size(axis_name)
     axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
-    mesh = jax.sharding.get_abstract_mesh()
-    # Devices are numbered over all axes of the mesh: others may stand in other rows of it.
-    numbered = tuple(name for name in mesh.axis_names if name in mesh.manual_axes)
-    shape = [mesh.shape[name] for name in numbered]
-    strides = {name: math.prod(shape[i + 1 :]) for i, name in enumerate(numbered)}
-    sizes = tuple(mesh.shape[name] for name in axes)
+    others = tuple(name for name in mesh.axis_names if name in mesh.manual_axes and name not in axes)
 
     def through_mailboxes(words: jax.Array, place: jax.Array) -> jax.Array:
         (result,) = _ffi.call(
             "lplb_gather",
-            [_ffi.Result((math.prod(sizes), *words.shape), words.dtype, [words], same_over=frozenset(axes))],
+            [_ffi.Result((ranks, *words.shape), words.dtype, [words], same_over=frozenset(axes))],
             words,
             place,
             aliases={},
             devices=_ffi.gpus(),
-            sizes=sizes,
-            strides=tuple(strides[name] for name in axes),
-            num_places=np.int64(math.prod(shape)),
+            num_groups=np.int64(math.prod(mesh.shape[name] for name in others)),
         )
         return result
 
-    return lax.platform_dependent(words, lax.axis_index(numbered), cuda=through_mailboxes, default=by_collective)
+    # Among all devices of the mesh: each writes into the mailboxes of all, and so need not know which are in its group.
+    place = lax.axis_index((*axes, *others))
+    return lax.platform_dependent(words, place, cuda=through_mailboxes, default=by_collective)
 
 
 class Exposed(NamedTuple):
