@@ -3,9 +3,10 @@
 On one GPU: device time of each kernel, from JAX's profiler, one call for each of 64 log-normal instances; and wall
 time of a call in a chain of 16, unrolled and scanned, each call depending on the one before. On several GPUs: the same
 chains inside shard_map over all of them, and a single call. Baselines: lookups of the home expert, which is what runs
-without balancing; the collective alone; and, with `--noop build/bench/liblplb_noop.so`, the same step with every custom
-call replaced by one that launches as many empty kernels, which is what any implementation of such calls costs. Steps
-take turns within each repetition, so that what drifts, drifts for all.
+without balancing; what brings the ranks' counts to all, alone (`sync`: all_gather, psum, or peers' memory); and, with
+`--noop build/bench/liblplb_noop.so`, the same step with every custom call replaced by one that launches as many empty
+kernels, which is what any implementation of such calls costs. Steps take turns within each repetition, so that what
+drifts, drifts for all.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jax_lplb as lplb
-from jax_lplb import _ffi
+from jax_lplb import _ffi, _peer
 
 CHAIN = 16
 KERNELS = {
@@ -97,6 +98,8 @@ def noops() -> contextlib.AbstractContextManager:
     real = _ffi.call
 
     def call(target: str, *arguments: Any, **attributes: Any) -> list[jax.Array]:
+        if target not in LAUNCHES:  # what ranks send each other stays, as a collective does
+            return real(target, *arguments, **attributes)
         return real("lplb_noop", *arguments, launches=np.int64(LAUNCHES[target]), **attributes)
 
     return mock.patch.object(_ffi, "call", call)
@@ -184,9 +187,11 @@ def several_gpus(
     mesh = jax.make_mesh((ranks,), ("ep",), axis_types=(AxisType.Auto,))
     sharded = jax.device_put(ids[1], jax.NamedSharding(mesh, P("ep")))
 
-    def collective(ids: jax.Array, sync: str) -> tuple[jax.Array, jax.Array]:
+    gathers = {"all_gather": jax.lax.all_gather, "peer": _peer.gather}
+
+    def sync_alone(ids: jax.Array, sync: str) -> tuple[jax.Array, jax.Array]:
         load = ids[:32].reshape(-1)
-        total = jax.lax.psum(load, "ep") if sync == "psum" else jnp.sum(jax.lax.all_gather(load, "ep"), axis=0)
+        total = jax.lax.psum(load, "ep") if sync == "psum" else jnp.sum(gathers[sync](load, "ep"), axis=0)
         return ids + total[0], total[0]
 
     def balance(ids: jax.Array, sync: str) -> tuple[jax.Array, jax.Array]:
@@ -196,12 +201,13 @@ def several_gpus(
         with noops():
             return balance(ids, sync)
 
-    calls = {"lookup": partial(home, placement)}
-    for sync in ("all_gather", "psum"):
-        calls[f"{sync} alone"] = partial(collective, sync=sync)
+    calls, sync_of = {"lookup": partial(home, placement)}, {}
+    for sync in ("all_gather", "peer", "psum"):
+        of_sync = {f"{sync} alone": partial(sync_alone, sync=sync)}
         if with_noops:
-            calls[f"no-op {sync}"] = partial(noop, sync=sync)
-        calls[f"balance {sync}"] = partial(balance, sync=sync)
+            of_sync[f"no-op {sync}"] = partial(noop, sync=sync)
+        of_sync[f"balance {sync}"] = partial(balance, sync=sync)
+        calls, sync_of = calls | of_sync, sync_of | dict.fromkeys(of_sync, sync)
 
     rows, launches = [], []
     for mode in ("single", "unrolled", "scanned"):
@@ -214,6 +220,9 @@ def several_gpus(
         for (name, of_name), run in zip(times.items(), runs, strict=True):
             row = {"bench": "balance", "case": f"{ranks}x2", "tokens": tokens, "gpus": ranks, "solver": solver}
             row |= {"kernel": name, "mode": mode, **common.statistics(of_name)}
+            if name in sync_of:
+                over = np.median(of_name) - np.median(times["lookup"])
+                row |= {"sync": sync_of[name], "over_lookup": round(float(over), 1)}
             floor = times.get(name.replace("balance", "no-op"))
             if name.startswith("balance") and floor is not None:
                 row["of_noop"] = round(float(np.median(of_name) / np.median(floor)), 3)

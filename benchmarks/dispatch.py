@@ -62,10 +62,10 @@ def main() -> None:
     of_pair = _dispatch.capacity_of(int(pairs.max()), picks.size, ranks)
 
     def by_peers(ids: jax.Array) -> _dispatch.Handle:
-        return _dispatch.queue(ids, placement, "ep").handle(jnp.int32(0), of_rank, "ep", "ffi")
+        return _dispatch.queue(ids, placement, "ep", "ffi").handle(jnp.int32(0), of_rank, "ep", "ffi")
 
     def by_all_to_all(ids: jax.Array) -> _all_to_all.Round:
-        return _all_to_all.prepare(_dispatch.queue(ids, placement, "ep"), jnp.int32(0), of_pair)
+        return _all_to_all.prepare(_dispatch.queue(ids, placement, "ep", "xla"), jnp.int32(0), of_pair)
 
     ways = {
         "peer": (by_peers, _dispatch.bring, lambda rows, gates, handle: _dispatch.add_up(rows, gates, handle)),

@@ -2,21 +2,22 @@
 
 The layer (bfloat16, d_model 2048, 64 experts of hidden width 1408, top-6) over all devices, two redundant experts a
 rank along a torus, the cube or a ring, is fed tokens whose router picks what was recorded of DeepSeek-V2-Lite (wrapped
-around), or drawn with log-normal popularity of the experts, or round-robin. Recorded tokens are dealt to the ranks in
+around), or drawn with log-normal popularity of the experts, or even. Recorded tokens are dealt to the ranks in
 turn, as shuffled data would be. Experts are in logical order, equally many a rank, and the copies are of the heaviest
 in the long run: of the whole recording, or by the popularity that the batch was drawn from. Modes:
 
-  even        round-robin, no copies, no balance: as fast as the layer can be
+  even        all experts equally often, each token's at random, no copies, no balance: as fast as the layer can be
   unbalanced  no copies, no balance
   balanced    copies travel in the layer, at each call
   batch       copies are chosen by the batch itself, nothing is known of the past
   prepared    copies (and weights in bfloat16) are there before: what further micro-batches of a step cost. Beside it
               `even prepared` and `unbalanced prepared`, likewise without the cast to bfloat16
 
-Each runs with each of `--dispatch`, and with the smallest of a few buffer factors that needs no second round; the smallest of all is in the column
-`smallest_factor`. Times are of calls in a row, as training makes them, up to 50 or some 80 ms: a call alone takes
-0.5 to 1 ms more, until the host has launched it. Modes take turns. `share_of_even` is throughput over that of `even`,
-or `even prepared`, of the same dispatch; `temp_mb` is what XLA allocates beside arguments and results.
+Each runs with each of `--dispatch`, and with the smallest of a few buffer factors that needs no second round; the
+smallest of all is in the column `smallest_factor`. Times are of calls in a row, as training makes them, up to 50 or
+some 80 ms: a call alone takes 0.5 to 1 ms more, until the host has launched it. Modes take turns. `share_of_even` is
+throughput over that of `even`, or `even prepared`, of the same dispatch; `temp_mb` is what XLA allocates beside
+arguments and results.
 """
 
 import argparse
@@ -53,9 +54,14 @@ class Load(NamedTuple):
     past: np.ndarray  # float32 [EXPERTS]
 
 
-def round_robin(tokens: int) -> Load:
-    ids = np.arange(tokens * TOP_K, dtype=np.int32).reshape(tokens, TOP_K) % EXPERTS
-    return Load("even", ids, np.ones(EXPERTS, np.float32))
+def even(tokens: int) -> Load:
+    """Of each EXPERTS tokens each takes TOP_K different experts, and each expert as many tokens."""
+    rng = np.random.default_rng(0)
+    ids = []
+    for first in range(0, tokens, EXPERTS):
+        shifts = rng.permutation(EXPERTS)[:TOP_K]
+        ids.append(rng.permutation(EXPERTS)[(np.arange(min(EXPERTS, tokens - first))[:, None] + shifts) % EXPERTS])
+    return Load("even", np.concatenate(ids).astype(np.int32), np.ones(EXPERTS, np.float32))
 
 
 def lognormal(tokens: int, sigma: float) -> Load:
@@ -303,7 +309,7 @@ def main() -> None:
     with Progress() as progress:
         for tokens in progress.track(args.tokens, description="batch sizes"):
             total = tokens * jax.device_count()
-            loads = [round_robin(total)] + [lognormal(total, sigma) for sigma in args.sigmas]
+            loads = [even(total)] + [lognormal(total, sigma) for sigma in args.sigmas]
             if args.traces is not None:
                 loads += [deepseek(total, args.traces, layer) for layer in args.layers]
             rows += measure(

@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cstdint>
 #include <limits>
+#include <memory>
 #include <string>
 #include <utility>
 
@@ -19,6 +20,9 @@
 #include "solve.h"
 #include "solve_assign.h"
 #include "xla/ffi/api/ffi.h"
+#ifdef LPLB_CUDA
+#include "gather.h"
+#endif
 
 namespace lplb {
 namespace {
@@ -579,6 +583,51 @@ ffi::Error combine_gradient(Launch launch, Words table, ffi::AnyBuffer of_sums, 
   return launch(of, done->typed_data());
 }
 
+// ---- Words of all ranks ---------------------------------------------------------------------------------------------
+
+#ifdef LPLB_CUDA
+
+// What XLA keeps for a call site of an executable, for all devices that run it.
+struct GatherState {
+  static ffi::TypeId id;
+  Mailboxes mailboxes;
+};
+ffi::TypeId GatherState::id = XLA_FFI_UNKNOWN_TYPE_ID;
+
+// use(mailboxes, gather), with the mailboxes made.
+template <class Use>
+ffi::Error gather(Use use, GatherState* state, ffi::AnyBuffer words, Ids place, ffi::Result<ffi::AnyBuffer> result,
+                  ffi::Span<const int32_t> devices, int64_t num_groups) {
+  Shapes shapes("gather");
+  shapes.last("place", place, 0);
+  const auto num_words = static_cast<int64_t>(words.element_count());
+  shapes.require(ffi::ByteWidth(words.element_type()) == 4, [] { return "elements of 32 bits"; });
+  shapes.require(num_words >= 1 && num_words <= kMostWords, [&] {
+    return "1 to " + std::to_string(kMostWords) + " elements of a rank, got " + std::to_string(num_words);
+  });
+  if (!shapes.ok()) return shapes.error();
+  const int64_t ranks = static_cast<int64_t>(result->element_count()) / num_words;
+  shapes.expect("result", "elements", num_words * ranks, static_cast<int64_t>(result->element_count()));
+  shapes.require(devices.size() <= kMostMailboxes && ranks * num_groups <= static_cast<int64_t>(devices.size()), [&] {
+    return std::to_string(ranks * num_groups) + " of " + std::to_string(devices.size()) + " GPUs, of which " +
+           std::to_string(kMostMailboxes) + " at most may be in use";
+  });
+  if (!shapes.ok()) return shapes.error();
+  Gather gather = {};
+  gather.num_ranks = static_cast<int>(ranks);
+  gather.num_groups = static_cast<int>(num_groups);
+  gather.num_batches = shapes.batch();
+  gather.num_words = static_cast<int>(num_words / shapes.batch());
+  gather.place = place.typed_data();
+  gather.words = static_cast<const uint32_t*>(words.untyped_data());
+  gather.words_of_ranks = static_cast<uint32_t*>(result->untyped_data());
+  cudaError_t error = state->mailboxes.make(devices.begin(), devices.size(), gather);
+  if (error == cudaSuccess) error = use(state->mailboxes, gather);
+  return check_launch("gather", error);
+}
+
+#endif  // LPLB_CUDA
+
 // Appends the operands, results and attributes of each call, in the order of the functions above.
 template <class Binding>
 auto bind_chunks(Binding&& binding) {
@@ -741,6 +790,18 @@ auto bind_combine_gradient(Binding binding) {
       .template Ret<ffi::AnyBuffer>()
       .template Attr<int64_t>("num_blocks");
 }
+#ifdef LPLB_CUDA
+template <class Binding>
+auto bind_gather(Binding&& binding) {
+  return std::move(binding)
+      .template Ctx<ffi::State<GatherState>>()
+      .template Arg<ffi::AnyBuffer>()
+      .template Arg<Ids>()
+      .template Ret<ffi::AnyBuffer>()
+      .template Attr<ffi::Span<const int32_t>>("devices")
+      .template Attr<int64_t>("num_groups");
+}
+#endif
 
 }  // namespace
 
@@ -827,6 +888,33 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
       return check_launch("initialize", error);
     },
     ffi::Ffi::BindInitialize());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(GatherCuda,
+                              [](cudaStream_t stream, auto... operands) {
+                                return gather(
+                                    [stream](const Mailboxes& mailboxes, const Gather& gather) {
+                                      return mailboxes.gather(stream, gather);
+                                    },
+                                    operands...);
+                              },
+                              bind_gather(ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>()),
+                              {ffi::Traits::kCmdBufferCompatible});
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    GatherInstantiateCuda, []() { return ffi::ErrorOr<std::unique_ptr<GatherState>>(std::make_unique<GatherState>()); },
+    ffi::Ffi::BindInstantiate());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    GatherInitializeCuda,
+    [](auto... operands) { return gather([](const Mailboxes&, const Gather&) { return cudaSuccess; }, operands...); },
+    bind_gather(ffi::Ffi::BindInitialize()));
+
+XLA_FFI_TypeId* GatherStateId() { return &GatherState::id; }
+
+const XLA_FFI_TypeInfo* GatherStateInfo() {
+  static const XLA_FFI_TypeInfo info = ffi::MakeTypeInfo<GatherState>();
+  return &info;
+}
 
 #endif  // LPLB_CUDA
 

@@ -36,6 +36,12 @@ XLA_FFI_Error* NumberCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* DispatchCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* CombineCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* CombineGradientCuda(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* GatherCuda(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* GatherInstantiateCuda(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* GatherInitializeCuda(XLA_FFI_CallFrame* call_frame);
+// The type of what the last three keep.
+XLA_FFI_TypeId* GatherStateId();
+const XLA_FFI_TypeInfo* GatherStateInfo();
 #endif
 }
 

@@ -67,6 +67,19 @@ nb::dict handlers() {
   return platforms;
 }
 
+// The handlers of a call that keeps a state, by stage, and the type of the state; without CUDA, none.
+nb::tuple gather_cuda() {
+  nb::dict stages, type;
+#ifdef LPLB_CUDA
+  stages["instantiate"] = capsule(lplb::GatherInstantiateCuda);
+  stages["initialize"] = capsule(lplb::GatherInitializeCuda);
+  stages["execute"] = capsule(lplb::GatherCuda);
+  type["type_id"] = nb::capsule(lplb::GatherStateId());
+  type["type_info"] = nb::capsule(lplb::GatherStateInfo());
+#endif
+  return nb::make_tuple(stages, type);
+}
+
 // Whether each GPU may access the memory of every other; true where there are none, or no CUDA handlers.
 bool peers_reachable() {
   bool result = true;
@@ -89,6 +102,7 @@ nb::tuple mathdx_sizes() {
 
 NB_MODULE(_handlers, m) {
   m.def("handlers", &handlers);
+  m.def("gather_cuda", &gather_cuda);
   m.def("peers_reachable", &peers_reachable);
   m.attr("max_rows_read") = lplb::kMostRowsRead;
   m.attr("max_choices") = lplb::kMostChoices;

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_lplb._balance import AxisName
 from jax_lplb._dispatch import Queues
 from jax_lplb._gather import inverse, permute, tokens_to_cells, weighted_sum
+from jax_lplb._mesh import AxisName
 
 
 class Round(NamedTuple):

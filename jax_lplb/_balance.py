@@ -1,19 +1,20 @@
 """`balance`: count, add up over the axis, choose copies where they are chosen for each batch, solve, assign."""
 
 import dataclasses
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_lplb import _ffi, _plan
+from jax_lplb import _ffi, _peer, _plan
 from jax_lplb._assign import assign_tokens, assign_with_starts
 from jax_lplb._assign import ffi_attributes as assign_attributes
 from jax_lplb._assign import ffi_results as assign_results
+from jax_lplb._checks import check_choice
 from jax_lplb._count import check_expert_ids, check_num_sms, count, flat_ids
 from jax_lplb._load import in_tokens, in_units, to_integers
-from jax_lplb._mesh import spec_of, with_auto_axes
+from jax_lplb._mesh import AxisName, spec_of, with_auto_axes
 from jax_lplb._placement import Placement
 from jax_lplb._solve import (
     Options,
@@ -28,7 +29,7 @@ from jax_lplb._solve import (
 from jax_lplb._solve import ffi_attributes as solve_attributes
 from jax_lplb._solve import ffi_results as solve_results
 
-AxisName = str | tuple[str, ...]
+Sync = Literal["all_gather", "peer", "psum"]
 _MOST_TOKENS = 2**31 - 1
 
 
@@ -39,8 +40,8 @@ class Balanced(NamedTuple):
       physical_ids: int32, of the shape of `expert_ids`; -1 for padding. The owner of a slot is
         `physical_ids // placement.slots_per_rank`.
       load: int32 [num_experts], tokens per logical expert over the whole axis.
-      rank_load: int32 [num_ranks], tokens per rank after balancing: exact with `sync="all_gather"` and on one shard, a
-        prediction otherwise.
+      rank_load: int32 [num_ranks], tokens per rank after balancing: a prediction with `sync="psum"` and with `load=`,
+        exact otherwise.
       gap: float32 [num_groups], certified relative gap of each group's split to the optimum.
       status: int32 [num_groups], values of `Status`.
       lower_bound: float32 [num_groups], certified: tokens that the busiest rank of each group has at the least, however
@@ -64,7 +65,7 @@ def balance(
     *,
     axis_name: AxisName | None = None,
     load: jax.Array | None = None,
-    sync: Literal["all_gather", "psum"] = "all_gather",
+    sync: Sync = "all_gather",
     solver: Solver = "auto",
     tol: float = 1e-4,
     threshold: float | None = None,
@@ -87,9 +88,10 @@ def balance(
       load: int32 or float32 [num_experts], loads to go by in place of this batch's: of a previous batch, or a moving
         average. Spares the collective; carries no gradient. Experts it shows as 0 are split evenly. `load` and
         `rank_load` of the result are then predictions.
-      sync: how ranks learn of each other's tokens. "all_gather": each rank's counts; quotas are exact. "psum": the sum
-        only, cheaper on very large axes; each rank spreads its own tokens as the whole should, to within a few tokens
-        for each rank and replica.
+      sync: how ranks learn of each other's tokens. "all_gather": each rank's counts; quotas are exact. "peer": the
+        same, to the bit, but GPUs of one process write their counts into each other's memory, without XLA's
+        collectives. "psum": the sum only, cheaper on very large axes; each rank spreads its own tokens as the whole
+        should, to within a few tokens for each rank and replica.
       solver: "auto", "ipm" or "edge_balance"; see `solve`.
       tol: relative gap to the optimum at which the solver stops.
       threshold: all load of a group stays at home where that leaves the busiest rank at most `threshold` times the
@@ -103,8 +105,8 @@ def balance(
 
     Raises:
       TypeError, ValueError: an argument has the wrong dtype, shape or value, `axis_name` is not bound or its size is
-        not `num_ranks`, the solver cannot solve the placement, or the placement is beyond the custom calls' limits;
-        named in the message, when tracing.
+        not `num_ranks`, ranks cannot reach each other's memory and `sync` is "peer", the solver cannot solve the
+        placement, or the placement is beyond the custom calls' limits; named in the message, when tracing.
     """
     check_expert_ids(expert_ids)
     options = check_balance_options(
@@ -144,7 +146,7 @@ def _balance(
     placement: Placement,
     axis_name: AxisName | None,
     num_shards: int,
-    sync: Literal["all_gather", "psum"],
+    sync: Sync,
     options: Options,
     num_sms: int | None,
     implementation: _ffi.Implementation,
@@ -162,8 +164,10 @@ def _balance(
             total, offset, predicted = local_load * shards, local_load * index, load
         elif axis_name is None:
             total, offset, predicted = local_load, jnp.zeros_like(local_load), local_load
-        elif sync == "all_gather":
-            loads = _of_all_shards(local_load, axis_name)
+        elif sync != "psum":
+            if sync == "peer":
+                _check_reach(axis_name, implementation)
+            loads = (_peer.gather if sync == "peer" else _of_all_shards)(local_load, axis_name)
             total = jnp.sum(loads, axis=0, dtype=jnp.int32)
             before = jnp.arange(num_shards, dtype=jnp.int32) < lax.axis_index(axis_name)
             offset = jnp.sum(jnp.where(before[:, None], loads, 0), axis=0, dtype=jnp.int32)
@@ -192,7 +196,7 @@ def _balance(
 def check_balance_options(
     placement: Placement,
     *,
-    sync: str = "all_gather",
+    sync: Sync = "all_gather",
     solver: Solver = "auto",
     tol: float = 1e-4,
     threshold: float | None = None,
@@ -202,8 +206,7 @@ def check_balance_options(
     """Checks what `balance` takes beside a batch."""
     check_placement(placement, implementation)
     check_num_sms(num_sms)
-    if sync not in ("all_gather", "psum"):
-        raise ValueError(f"sync must be 'all_gather' or 'psum', got {sync!r}")
+    check_choice("sync", sync, get_args(Sync))
     return check_options(placement, solver, tol, threshold)
 
 
@@ -305,6 +308,15 @@ def _plan_assign(
     )
     chosen = dataclasses.replace(placement, phy2log=phy2log, log2phy=log2phy)
     return [physical_ids, assigned, in_tokens(rank_load, unit), gap, status], chosen
+
+
+def _check_reach(axis_name: AxisName, implementation: _ffi.Implementation) -> None:
+    why_not = "implementation='xla' makes no custom calls" if implementation == "xla" else ""
+    if why_not := why_not or _peer.why_out_of_reach(axis_name, 0, (), ()):
+        raise ValueError(
+            f"sync = 'peer': ranks cannot reach each other's memory here: {why_not}; pass sync='all_gather', for the "
+            "same result"
+        )
 
 
 def _of_all_shards(local_load: jax.Array, axis_name: AxisName) -> jax.Array:

@@ -9,8 +9,7 @@ import numpy as np
 from jax import lax
 
 from jax_lplb import _ffi
-from jax_lplb._balance import AxisName
-from jax_lplb._mesh import spec_of, with_auto_axes
+from jax_lplb._mesh import AxisName, spec_of, with_auto_axes
 from jax_lplb._placement import owners_and_receivers
 from jax_lplb.topology import Topology
 

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_lplb._balance import AxisName
 from jax_lplb._gather import inverse, tokens_to_cells, weighted_sum
+from jax_lplb._mesh import AxisName
 
 
 def dispatch(capacity: int, axis_name: AxisName, tokens: jax.Array, place: jax.Array) -> jax.Array:

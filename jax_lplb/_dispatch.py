@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_lplb import _collective_tokens, _ffi, _peer_tokens
-from jax_lplb._balance import AxisName, axis_size
+from jax_lplb import _collective_tokens, _ffi, _peer, _peer_tokens
+from jax_lplb._balance import axis_size
 from jax_lplb._checks import check_choice, check_positive
 from jax_lplb._count import check_expert_ids, chunking, count
 from jax_lplb._gather import inverse
+from jax_lplb._mesh import AxisName
 from jax_lplb._placement import Placement, check_one_layer
 from jax_lplb._replicate import TRANSPORTS, Transport, say_once
 from jax_lplb._reverse_only import reverse_only
@@ -108,9 +109,9 @@ def dispatch(
             "tokens and physical_ids must have shapes [num_tokens, d_model] and [num_tokens, k], got "
             f"{tokens.shape} and {physical_ids.shape}"
         )
-    queues = queue(physical_ids, placement, axis_name)
-    capacity = capacity_of(buffer_factor * physical_ids.size, physical_ids.size * placement.num_ranks)
     implementation = implementation_of(transport, axis_name, tokens, physical_ids.shape[1])
+    queues = queue(physical_ids, placement, axis_name, implementation)
+    capacity = capacity_of(buffer_factor * physical_ids.size, physical_ids.size * placement.num_ranks)
     handle = queues.handle(jnp.asarray(round, jnp.int32), capacity, axis_name, implementation)
     return Dispatched(bring(tokens, handle), handle.group_sizes, queues.num_rounds(capacity), handle)
 
@@ -173,12 +174,15 @@ class Queues(NamedTuple):
         return Handle(place, group_sizes, capacity, axis_name, implementation)
 
 
-def queue(physical_ids: jax.Array, placement: Placement, axis_name: AxisName) -> Queues:
-    """All that ranks have to know of each other."""
+def queue(
+    physical_ids: jax.Array, placement: Placement, axis_name: AxisName, implementation: _ffi.Implementation
+) -> Queues:
+    """All that ranks have to know of each other. `implementation`: "xla": by a collective."""
     kinds = placement.num_physical
     counts, number = count_and_number(physical_ids.reshape(-1), kinds)
     slot = jnp.where((physical_ids >= 0) & (physical_ids < kinds), physical_ids, kinds)
-    gathered = lax.all_gather(counts, axis_name, to="invarying")
+    by_collective = partial(lax.all_gather, to="invarying")
+    gathered = (by_collective if implementation == "xla" else _peer.gather)(counts, axis_name)
     return Queues(slot, number.reshape(slot.shape), gathered, lax.axis_index(axis_name))
 
 

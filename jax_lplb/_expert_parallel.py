@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_lplb import _all_to_all, _dispatch, _ffi
-from jax_lplb._balance import AxisName
 from jax_lplb._dispatch import Handle, Queues
+from jax_lplb._mesh import AxisName
 from jax_lplb._placement import Placement
 
 Dispatch = Literal["peer", "all_to_all", "ring"]
@@ -66,7 +66,7 @@ def expert_parallel(
         transport: Any = dispatch
         implementation = _dispatch.implementation_of(transport, axis_name, tokens, physical_ids.shape[1])
         dispatch = dispatch or ("all_to_all" if implementation == "xla" else "peer")
-    queues = _dispatch.queue(physical_ids, placement, axis_name)
+    queues = _dispatch.queue(physical_ids, placement, axis_name, implementation)
     if dispatch == "all_to_all":
         capacity = _dispatch.capacity_of(buffer_factor * most / ranks, most, ranks)
         num_rounds = _all_to_all.num_rounds(queues, capacity)

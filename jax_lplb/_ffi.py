@@ -1,5 +1,6 @@
 """The compiled handlers: their registration, and calls that choose between them and pure JAX."""
 
+import functools
 import importlib.util
 import pathlib
 import re
@@ -9,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
@@ -53,6 +55,23 @@ def _register() -> tuple[frozenset[str], str]:
 _PLATFORMS, _WHY_NOT = _register()
 
 
+@functools.cache
+def gpus() -> tuple[int, ...]:
+    """What CUDA calls the GPUs that JAX uses in this process; none where there are none.
+
+    Registers `lplb_gather`, too. XLA must know the type of what that call keeps before it knows its handlers; what is
+    registered before there is a backend is queued, in an order that differs between releases.
+    """
+    try:
+        found = jax.local_devices(backend="cuda")
+    except RuntimeError:
+        return ()
+    stages, state = _handlers.gather_cuda()
+    jax.ffi.register_ffi_type("lplb_gather", state, platform="CUDA")
+    jax.ffi.register_ffi_target("lplb_gather", stages, platform="CUDA")
+    return tuple(int(gpu.local_hardware_id) for gpu in found)
+
+
 def handlers() -> frozenset[str]:
     """Platforms, of "cpu" and "cuda", whose compiled handlers are in use; everything else runs pure JAX."""
     return _PLATFORMS
@@ -91,11 +110,12 @@ def _cuda_plugin_installed() -> bool:
 
 
 class Result(NamedTuple):
-    """Shape and dtype of a result, and the operands on whose mesh axes it varies."""
+    """Shape and dtype of a result, and the operands on whose mesh axes it varies, but for those of `same_over`."""
 
     shape: tuple[int, ...]
     dtype: Any
     varies_with: Iterable[Any]
+    same_over: frozenset[str] = frozenset()
 
 
 def varying(*arrays: Any) -> frozenset[str]:
@@ -120,7 +140,9 @@ def call(
     """
     axes = varying(*operands)
     operands = tuple(vary(operand, axes) for operand in operands)
-    kinds = tuple((result.shape, jnp.dtype(result.dtype), varying(*result.varies_with)) for result in results)
+    kinds = tuple(
+        (result.shape, jnp.dtype(result.dtype), varying(*result.varies_with) - result.same_over) for result in results
+    )
     if aliases is None:
         run = jax.ffi.ffi_call(target, list(map(_struct, kinds)), vmap_method="broadcast_all")
         return list(run(*operands, **attributes))
@@ -156,7 +178,9 @@ def _in_place_abstract_eval(*_: Any, target: str, kinds: tuple[_Kind, ...], **__
 
 def _in_place_lowering(ctx: Any, *operands: Any, target: str, aliases: Any, attributes: Any, **_: Any) -> Any:
     lower = jax.ffi.ffi_lowering(target, has_side_effect=True, operand_output_aliases=dict(aliases))
-    return lower(ctx, *operands, **dict(attributes))
+    # JAX compares the parameters of operations, which arrays do not stand: theirs are tuples.
+    arrays = {name: np.array(value, np.int32) for name, value in attributes if isinstance(value, tuple)}
+    return lower(ctx, *operands, **dict(attributes) | arrays)
 
 
 def _in_place_batched(operands: Any, axes: Any, *, kinds: tuple[_Kind, ...], **parameters: Any) -> Any:

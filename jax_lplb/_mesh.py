@@ -1,10 +1,12 @@
-"""Meshes whose axes are Explicit, as `jax.make_mesh` makes them."""
+"""Axes of meshes, and those that are Explicit, as `jax.make_mesh` makes them."""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.sharding import AxisType
+
+AxisName = str | tuple[str, ...]
 
 
 def with_auto_axes(function: Callable[..., Any], out_specs: Any, *operands: Any) -> Any:

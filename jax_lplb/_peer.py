@@ -2,16 +2,16 @@
 
 A rank tells the others where its buffers are, they read, and nobody's buffers go before all have read:
 
-1. `expose`: a custom call writes down the addresses of the buffers, and an `all_gather` shows them to all ranks.
+1. `expose`: a custom call writes down the addresses of the buffers, and `gather` shows them to all ranks.
 2. `read_rows` and `add_rows`: custom calls read from the places that the addresses name.
-3. `release`: ranks that have read join a collective, and a custom call takes the buffers, and what that brought.
+3. `release`: ranks that have read join another `gather`, and a custom call takes the buffers, and what that brought.
 
 This is right because of four things that XLA guarantees:
 
 - **A value is there before what is computed from it.** The addresses come from a call that has the buffers as operands,
-  so a buffer is written before its address exists; and an `all_gather` gives no rank a result before every rank has
-  joined. So all buffers are written before anyone reads. No rank gets the result of the second collective before
-  every rank has joined it, with a marker that its reading makes. So all have read when `release` runs.
+  so a buffer is written before its address exists; and a `gather` gives no rank a result before every rank has
+  joined. So all buffers are written before anyone reads. No rank gets the result of the second one before every rank
+  has joined it, with a marker that its reading makes. So all have read when `release` runs.
 - **A result that must alias an operand is in its place.** The buffers go through these calls as operands with results
   in their places, each with a single use: a chain that is one piece of memory, from the call that tells its address
   to the one that releases it. `release` makes sure: on CPUs it is an error if the memory is another, on GPUs a trap.
@@ -30,6 +30,7 @@ The table of addresses is the one place that knows how memory is reached: here a
 devices belong to one process.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, NoReturn
@@ -41,7 +42,7 @@ from jax import lax
 from jax.sharding import AxisType
 
 from jax_lplb import _ffi, _handlers
-from jax_lplb._balance import AxisName
+from jax_lplb._mesh import AxisName
 
 SUMMED = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))  # dtypes that `add_up` takes and gives
 
@@ -89,6 +90,40 @@ def _bits(dtype: Any) -> int:
     return int(jnp.finfo(dtype).bits) if jnp.issubdtype(dtype, jnp.floating) else 8 * dtype.itemsize
 
 
+def gather(words: jax.Array, axis_name: AxisName) -> jax.Array:
+    """The words of all ranks [ranks, ...], elements of 32 bits; no rank has them before every rank has given its own.
+
+    Between GPUs of a process they go through mailboxes in their memory (`ffi/gather.h`), by one custom call: an
+    `all_gather` of a few words is mostly the launch of a collective. On CPUs, where a handler that waits may hold the
+    thread that it waits for, and with several processes it is that. As there, all ranks must call it equally often.
+    """
+
+    def by_collective(words: jax.Array, _: Any) -> jax.Array:
+        return lax.all_gather(words, axis_name, to="invarying")
+
+    if "cuda" not in _ffi.handlers() or jax.process_count() > 1:
+        return by_collective(words, None)
+    mesh, ranks = jax.sharding.get_abstract_mesh(), lax.axis_size(axis_name)
+    axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    others = tuple(name for name in mesh.axis_names if name in mesh.manual_axes and name not in axes)
+
+    def through_mailboxes(words: jax.Array, place: jax.Array) -> jax.Array:
+        (result,) = _ffi.call(
+            "lplb_gather",
+            [_ffi.Result((ranks, *words.shape), words.dtype, [words], same_over=frozenset(axes))],
+            words,
+            place,
+            aliases={},
+            devices=_ffi.gpus(),
+            num_groups=np.int64(math.prod(mesh.shape[name] for name in others)),
+        )
+        return result
+
+    # Among all devices of the mesh: each writes into the mailboxes of all, and so need not know which are in its group.
+    place = lax.axis_index((*axes, *others))
+    return lax.platform_dependent(words, place, cuda=through_mailboxes, default=by_collective)
+
+
 class Exposed(NamedTuple):
     """What other ranks read from or write to."""
 
@@ -121,7 +156,7 @@ def expose(
     told, *exposed = _ffi.call(
         "lplb_expose", [addresses, *results], *operands, aliases=aliases, num_shown=np.int64(len(shown))
     )
-    return Exposed(list(shown), exposed, lax.all_gather(told, axis_name))
+    return Exposed(list(shown), exposed, gather(told, axis_name))
 
 
 def read_rows(exposed: Exposed, source: jax.Array) -> tuple[Exposed, jax.Array]:
@@ -163,7 +198,7 @@ def add_rows(exposed: Exposed, replicas: jax.Array, dtypes: Sequence[Any]) -> tu
 
 def release(exposed: Exposed, done: jax.Array, axis_name: AxisName, made: Sequence[jax.Array] = ()) -> list[jax.Array]:
     """The buffers, and what was `made` of all that was exposed, once all ranks have read and written."""
-    done = lax.psum(done, axis_name)
+    done = gather(done, axis_name)
     kept = [*exposed.shown, *exposed.buffers]
     results = [*exposed.buffers, *made]
     aliases = {2 + len(exposed.shown) + i: i for i in range(len(results))}

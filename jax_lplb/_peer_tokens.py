@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_lplb import _ffi, _handlers, _peer
-from jax_lplb._balance import AxisName
+from jax_lplb._mesh import AxisName
 
 _NUM_BLOCKS = 132  # of a kernel, at once
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_lplb._balance import AxisName, axis_size
+from jax_lplb._balance import axis_size
 from jax_lplb._collective import rows_of_all
-from jax_lplb._mesh import spec_of, with_auto_axes
+from jax_lplb._mesh import AxisName, spec_of, with_auto_axes
 from jax_lplb._placement import Placement, check_one_layer
 from jax_lplb._replicate import with_rows
 

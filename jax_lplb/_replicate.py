@@ -12,8 +12,9 @@ import numpy as np
 from jax import lax
 
 from jax_lplb import _collective, _ffi, _peer
-from jax_lplb._balance import AxisName, axis_size
+from jax_lplb._balance import axis_size
 from jax_lplb._checks import check_choice
+from jax_lplb._mesh import AxisName
 from jax_lplb._placement import Placement, check_one_layer, owners_and_receivers
 from jax_lplb._reverse_only import reverse_only
 

@@ -134,7 +134,7 @@ def test_remat(name, load, platform, rng):
     assert_same(again, jax.tree.map(np.float32, first))
 
 
-@pytest.mark.parametrize("sync", ["all_gather", "psum"])
+@pytest.mark.parametrize("sync", ["all_gather", "peer", "psum"])
 def test_remat_under_shard_map(sync, rng):
     """Each device's own values, collectives computed again included."""
     place = placement(topology.cube(), NUM_EXPERTS, 8, 2)

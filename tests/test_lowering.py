@@ -11,6 +11,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jax_lplb as lplb
+from jax_lplb import _ffi
 
 PLACEMENT = helpers.placement(helpers.topology.cube(), 64, 8, 2)
 IDS = np.zeros((512, 6), np.int32)
@@ -72,6 +73,24 @@ def test_one_collective_inside_shard_map(platform, sync, wrap):
     assert "callback" not in text
     for name, operation in COLLECTIVES.items():
         assert text.count(f'"{operation}"') == (name == sync)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+def test_peers_take_one_more_call_and_no_collective_on_gpus(monkeypatch, platform):
+    """On CPUs it is the all_gather."""
+    monkeypatch.setattr(_ffi, "_PLATFORMS", frozenset({"cpu", "cuda"}))
+    run = jax.shard_map(
+        partial(lplb.balance, placement=PLACEMENT, axis_name="ep", sync="peer", implementation="ffi"),
+        mesh=jax.make_mesh((8,), ("ep",), axis_types=(AxisType.Auto,), devices=jax.devices("cpu")),
+        in_specs=P("ep"),
+        out_specs=lplb.Balanced(P("ep"), *[P()] * 6),
+    )
+    text = lowered(run, IDS, platform=platform)
+    on_gpus = platform == "cuda"
+    assert custom_calls(text) == sorted([*CALLS, *["lplb_gather"] * on_gpus])
+    assert count_calls(text) == 2 + on_gpus
+    counts = [text.count(f'"{operation}"') for operation in COLLECTIVES.values()]
+    assert counts == [int(not on_gpus), 0]
 
 
 def test_vmap_is_one_call_for_all_layers():

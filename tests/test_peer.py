@@ -1,4 +1,4 @@
-"""Copies that ranks read from each other's memory: the values, whatever ranks wait for, and what is refused."""
+"""What ranks read from each other's memory, and write there: the values, whatever they wait for; what is refused."""
 
 import itertools
 import logging
@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import garbage, many_replicas, placement, topology
+from helpers import garbage, many_replicas, placement, skewed_ids, topology
+from jax.sharding import AxisType
 
 import jax_lplb as lplb
 from jax_lplb import _ffi, _handlers, _peer, _replicate
@@ -319,7 +320,7 @@ def test_checkpoint_keeps_no_addresses():
 
     text = step.lower(*[np.ones((EXPERTS, 3), np.float32)] * 2).as_text()
     calls = [text.count(f"@{target}(") for target in ("lplb_expose", "lplb_release")]
-    assert calls[0] == calls[1] == text.count('"stablehlo.all_gather"') > 0
+    assert calls[0] == calls[1] == text.count('"stablehlo.all_gather"') / 2 > 0
 
 
 def test_the_same_copies_twice(rng):
@@ -563,11 +564,24 @@ def test_any_delays_and_memory_that_is_used_again_at_once(monkeypatch, fresh, rn
         np.testing.assert_array_equal(got, home)
 
 
-@pytest.mark.parametrize("released", [True, False])
-def test_release_is_what_keeps_buffers_until_all_have_read(monkeypatch, fresh, mesh, released):
+def without_waiting(real):
+    """`gather` of markers that waits for nobody."""
+
+    def run(words, axis_name):
+        if words.dtype == jnp.uint32:  # addresses
+            return real(words, axis_name)
+        return jnp.broadcast_to(words, (jax.lax.axis_size(axis_name), *words.shape))
+
+    return run
+
+
+@pytest.mark.parametrize("broken", [None, "gather", "release"])
+def test_release_is_what_keeps_buffers_until_all_have_read(monkeypatch, fresh, mesh, broken):
     """Rank 0 reads late, and the others write over their rows no sooner. They do without the end of reading."""
     delayed(monkeypatch, lambda rank, _: jnp.where(rank == 0, 100 * turns(mesh), 0), lambda *_: 0)
-    if not released:
+    if broken == "gather":
+        monkeypatch.setattr(_peer, "gather", without_waiting(_peer.gather))
+    if broken == "release":
         monkeypatch.setattr(_peer, "release", lambda exposed, done, axis_name, made=None: made or exposed.buffers)
     place = placement(topology.ring(mesh.size), EXPERTS, mesh.size, 2)
 
@@ -582,4 +596,213 @@ def test_release_is_what_keeps_buffers_until_all_have_read(monkeypatch, fresh, m
         return (slots[:, EXPERTS // mesh.size :] == 1).all()
 
     # Where the others are held up longer than rank 0, they write late without being told to: not every time.
-    assert all(right() for _ in range(1 if released else 5)) == released
+    assert all(right() for _ in range(5 if broken else 1)) == (broken is None)
+
+
+# ---- A few words of each rank ----------------------------------------------------------------------------------------
+
+
+def words_of(step, place, number):
+    """Words that tell steps, places and words apart; of NumPy or JAX, in uint32."""
+    return step * np.uint32(2654435761) ^ place * np.uint32(40503) ^ number * np.uint32(2246822519)
+
+
+def rows_of(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
+    """The devices in two rows."""
+    if mesh.size < 4:
+        pytest.skip("needs four devices")
+    return jax.sharding.Mesh(mesh.devices.reshape(2, -1), ("data", "ep"))
+
+
+@pytest.mark.parametrize("axes", ["ep", "data", ("data", "ep"), ("ep", "data")])
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_gather_brings_the_words_of_the_group(mesh, axes, check_vma):
+    """In the order of the axes; of any type of 32 bits, and mapped."""
+    mesh = rows_of(mesh)
+    devices = P(("data", "ep"))
+
+    @jax.jit
+    @partial(jax.shard_map, mesh=mesh, in_specs=devices, out_specs=devices, check_vma=check_vma)
+    def run(words):
+        gather, mine = partial(_peer.gather, axis_name=axes), words[0]
+        plain, signed, real = (gather(mine.astype(dtype)) for dtype in (np.uint32, np.int32, np.float32))
+        mapped = jnp.moveaxis(jax.vmap(gather, in_axes=1)(mine), 0, 2)
+        single = jnp.moveaxis(jax.vmap(jax.vmap(gather))(mine), 2, 0)
+        return [one[None] for one in (plain, signed, real, mapped, single)]
+
+    words = np.arange(mesh.size * 3 * 5, dtype=np.uint32).reshape(mesh.size, 3, 5)
+    rows = words.reshape(2, -1, 3, 5)
+    columns = rows.swapaxes(0, 1)
+    expected = {
+        "ep": np.repeat(rows, len(columns), axis=0),
+        "data": np.tile(columns, (2, 1, 1, 1)),
+        ("data", "ep"): np.broadcast_to(words, (mesh.size, *words.shape)),
+        ("ep", "data"): np.broadcast_to(columns.reshape(words.shape), (mesh.size, *words.shape)),
+    }[axes]
+    for got in run(words):
+        np.testing.assert_array_equal(np.asarray(got).reshape(expected.shape), expected.astype(got.dtype))
+
+
+@pytest.mark.parametrize("axes", ["ep", ("data", "ep")])
+def test_gather_in_many_steps_with_any_delays(mesh, axes):
+    """Ranks are late in turn, before and after, and each step's words are those of that step."""
+    mesh = rows_of(mesh)
+    steps = 150 if mesh.devices.flat[0].platform == "cpu" else 10_000
+    columns = mesh.shape["ep"]
+
+    @jax.jit
+    @partial(jax.shard_map, mesh=mesh, in_specs=P(), out_specs=P(("data", "ep")), check_vma=False)
+    def run(seed):
+        row, column = jax.lax.axis_index("data"), jax.lax.axis_index("ep")
+        places = (jnp.arange(columns) + row * columns if axes == "ep" else jnp.arange(mesh.size)).astype(jnp.uint32)
+        place, number = (row * columns + column).astype(jnp.uint32), jnp.arange(7, dtype=jnp.uint32)
+
+        def one(carry, step):
+            wrong, seed = carry
+            seed = words_of(seed, place, np.uint32(1)) * np.uint32(1664525) + np.uint32(1013904223)
+            before, after = (jnp.where(seed >> bits & 15 == 0, turns(mesh) // 8, 0) for bits in (20, 25))
+            got = _peer.gather(late(words_of(step, place, number), before), axes)
+            expected = words_of(step, places[:, None], number[None])
+            return (late(wrong + jnp.sum(got != expected, dtype=jnp.uint32), after), seed), None
+
+        return jax.lax.scan(one, (jnp.uint32(0), seed), jnp.arange(steps, dtype=jnp.uint32))[0][0][None]
+
+    for seed in range(2):
+        np.testing.assert_array_equal(run(jnp.uint32(seed)), np.zeros(mesh.size))
+
+
+def test_rows_of_a_mesh_gather_as_often_as_each_likes(mesh):
+    """A loop whose turns differ between the rows; and then all ranks together."""
+    mesh = rows_of(mesh)
+
+    @jax.jit
+    @partial(jax.shard_map, mesh=mesh, in_specs=P("data"), out_specs=P(("data", "ep")), check_vma=False)
+    def run(times):
+        def one(step, total):
+            return total + jnp.sum(_peer.gather(step + jax.lax.axis_index("ep"), "ep"))
+
+        total = jax.lax.fori_loop(0, times[0], one, jnp.int32(0))
+        return _peer.gather(total, ("data", "ep"))[None]
+
+    ranks = mesh.shape["ep"]
+    for times in ([3, 40], [25, 1], [0, 7]):
+        totals = [sum(ranks * step + ranks * (ranks - 1) // 2 for step in range(one)) for one in times]
+        np.testing.assert_array_equal(run(np.int32(times)), np.tile(np.repeat(totals, ranks), (mesh.size, 1)))
+
+
+def test_gathers_of_programs_that_come_and_go(mesh):
+    """Mailboxes go from one to the next, of other sizes and meshes too."""
+    for turn in range(4):
+        size, backwards = (6, 300)[turn % 2], turn >= 2
+        of = jax.sharding.Mesh(mesh.devices[:: -1 if backwards else 1], ("ep",))
+        run = jax.jit(
+            jax.shard_map(
+                lambda words: [_peer.gather(words[0] + step, "ep") for step in range(3)],
+                mesh=of,
+                in_specs=P("ep"),
+                out_specs=P(),
+            )
+        )
+        words = np.arange(mesh.size * size, dtype=np.int32).reshape(mesh.size, size)
+        for _ in range(turn + 1):
+            for step, got in enumerate(run(words)):
+                np.testing.assert_array_equal(got, words + step)
+        run.clear_cache()
+
+
+# ---- balance(sync="peer") --------------------------------------------------------------------------------------------
+
+
+def as_it_is(balance, ids):
+    return balance(ids[0])
+
+
+def by_scan(balance, ids):
+    return jax.lax.scan(lambda carry, ids: (carry, balance(ids)), 0, ids)[1]
+
+
+def by_vmap(balance, ids):
+    return jax.vmap(balance)(ids)
+
+
+def by_remat(balance, ids):
+    """What the backward pass computes again."""
+
+    def loss(scale, ids):
+        out = balance(ids)
+        return jnp.sum(jnp.sin(scale) * (out.physical_ids + out.rank_load[0]).astype(jnp.float32))
+
+    return jax.grad(jax.checkpoint(loss))(jnp.float32(0.5), ids[0])
+
+
+@pytest.mark.parametrize(
+    ("wrap", "copies", "axis_type", "check_vma"),
+    [
+        (as_it_is, "chosen", AxisType.Explicit, True),
+        (by_scan, "topology", AxisType.Auto, True),
+        (by_vmap, "chosen", AxisType.Auto, False),
+        (by_remat, "topology", AxisType.Explicit, False),
+    ],
+)
+def test_sync_by_peers_is_all_gather_to_the_bit(rng, mesh, wrap, copies, axis_type, check_vma):
+    """Also within the rows of a larger mesh."""
+    two_rows = mesh.size >= 4
+    shape = (2, mesh.size // 2) if two_rows else (1, mesh.size)
+    mesh = jax.sharding.Mesh(mesh.devices.reshape(shape), ("data", "ep"), axis_types=(axis_type,) * 2)
+    ranks = shape[1]
+    place = (
+        lplb.Placement.per_batch(num_experts=EXPERTS, num_ranks=ranks, redundants_per_rank=1)
+        if copies == "chosen"
+        else placement(topology.ring(ranks), EXPERTS, ranks, 1)
+    )
+
+    def run(sync, ids):
+        balance = partial(lplb.balance, placement=place, axis_name="ep", sync=sync, implementation="ffi")
+        return jax.tree.map(lambda leaf: leaf[None], wrap(balance, ids[:, 0]))
+
+    both = jax.jit(
+        jax.shard_map(
+            lambda ids: [run(sync, ids) for sync in ("peer", "all_gather")],
+            mesh=mesh,
+            in_specs=P(None, ("data", "ep")),
+            out_specs=P(("data", "ep")),
+            check_vma=check_vma,
+        )
+    )
+    ids = np.stack([skewed_ids(rng, mesh.size * 48, 3, EXPERTS).reshape(mesh.size, 48, 3) for _ in range(3)])
+    peer, all_gather = both(jax.device_put(ids, jax.NamedSharding(mesh, P(None, ("data", "ep")))))
+    jax.tree.map(assert_same_bits, peer, all_gather)
+    assert any(np.any(leaf) for leaf in jax.tree.leaves(peer))
+
+
+def in_pure_jax(_):
+    return "implementation='xla' makes no custom calls", mesh_of(), {"implementation": "xla"}
+
+
+def sync_of_many_processes(monkeypatch):
+    return *many_processes(monkeypatch)[:2], {}
+
+
+def sync_on_a_partly_manual_mesh(_):
+    return r"axes \['tp'\] are not manual", mesh_of("ep", "tp", shape=(4, 2)), {}
+
+
+@pytest.mark.parametrize("case", [in_pure_jax, sync_of_many_processes, sync_on_a_partly_manual_mesh])
+def test_sync_out_of_reach(monkeypatch, case):
+    """It is refused, with the reason, and what is named in its stead works."""
+    why_not, mesh, options = case(monkeypatch)
+    place = placement(topology.ring(mesh.shape["ep"]), EXPERTS, mesh.shape["ep"], 1)
+
+    def trace(sync):
+        run = jax.shard_map(
+            lambda ids: lplb.balance(ids, place, axis_name="ep", sync=sync, **options).rank_load,
+            mesh=mesh,
+            in_specs=P("ep"),
+            out_specs=P(),
+            axis_names={"ep"},
+        )
+        return jax.eval_shape(run, jax.ShapeDtypeStruct((16, 2), jnp.int32))
+
+    with pytest.raises(ValueError, match=f"sync = 'peer': .*{why_not}.*; pass sync='all_gather'"):
+        trace("peer")
+    assert trace("all_gather").shape == (mesh.shape["ep"],)

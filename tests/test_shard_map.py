@@ -79,7 +79,7 @@ def check(
     np.testing.assert_array_equal(out.status, lplb.Status.CONVERGED)
 
 
-@pytest.mark.parametrize("sync", ["all_gather", "psum"])
+@pytest.mark.parametrize("sync", ["all_gather", "peer", "psum"])
 @pytest.mark.smoke
 def test_no_tokens(devices, sync):
     place = ring_placement(len(devices))

@@ -121,8 +121,8 @@ CASES = [
     ),
     *all_of(
         "balance",
-        ({"sync": "allgather"}, ValueError, "sync must be 'all_gather' or 'psum', got 'allgather'"),
-        ({"sync": None}, ValueError, "sync must be 'all_gather' or 'psum', got None"),
+        ({"sync": "allgather"}, ValueError, r"sync must be one of \('all_gather', 'peer', 'psum'\), got 'allgather'"),
+        ({"sync": None}, ValueError, r"sync must be one of \('all_gather', 'peer', 'psum'\), got None"),
         ({"axis_name": "ep"}, ValueError, r"axis_name = 'ep' is not bound here; call this inside jax\.shard_map"),
         ({"axis_name": ("dp", "ep")}, ValueError, r"axis_name = \('dp', 'ep'\) is not bound here"),
     ),
@@ -224,7 +224,7 @@ def sharded(mesh, place, ids=None, **options):
 
 
 @pytest.mark.parametrize("load", [None, LOAD, LOAD.astype(np.float32)], ids=["own load", "int32 load", "float32 load"])
-@pytest.mark.parametrize("sync", ["all_gather", "psum"])
+@pytest.mark.parametrize("sync", ["all_gather", "peer", "psum"])
 def test_sharded_works_with_64_bit_types(mesh, sync, load):
     spec, everywhere = jax.P(("dp", "ep")), jax.P()
     run = jax.jit(
@@ -242,7 +242,7 @@ def test_sharded_works_with_64_bit_types(mesh, sync, load):
 
 
 @pytest.mark.parametrize("load", [None, LOAD], ids=["own load", "load given"])
-@pytest.mark.parametrize("sync", ["all_gather", "psum"])
+@pytest.mark.parametrize("sync", ["all_gather", "peer", "psum"])
 def test_axes_must_have_as_many_devices_as_ranks(mesh, sync, load):
     def check(axis_name, size, place):
         message = rf"axis_name = .* spans {size} devices, but placement has num_ranks = {place.num_ranks}"
