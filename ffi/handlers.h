@@ -28,6 +28,8 @@ XLA_FFI_Error* ExposeCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* ReadRowsCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* AddRowsCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* ReleaseCuda(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* ShareCuda(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* TranslateCuda(XLA_FFI_CallFrame* call_frame);
 #endif
 }
 

@@ -1,8 +1,15 @@
 // The extension module: lists the handlers, for jax.ffi.register_ffi_target.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <string>
+#include <utility>
+#include <vector>
 
 #include "assign.h"
 #include "handlers.h"
+#include "handover.h"
 #include "peer.h"
 #include "plan.h"
 #include "solve.h"
@@ -53,6 +60,8 @@ nb::dict handlers() {
   cuda["lplb_read_rows"] = execute(lplb::ReadRowsCuda);
   cuda["lplb_add_rows"] = execute(lplb::AddRowsCuda);
   cuda["lplb_release"] = execute(lplb::ReleaseCuda);
+  cuda["lplb_share"] = execute(lplb::ShareCuda);
+  cuda["lplb_translate"] = execute(lplb::TranslateCuda);
   platforms["CUDA"] = cuda;
 #endif
   return platforms;
@@ -66,6 +75,27 @@ bool peers_reachable() {
 #endif
   return result;
 }
+
+#ifdef LPLB_CUDA
+// Handlers call `hand_over` too, in threads of XLA, as long as the process lives.
+void join_processes(int process, int num_processes, std::vector<int> devices, nb::callable hand_over) {
+  auto* callable = new nb::callable(std::move(hand_over));
+  const auto call = [callable](int number, uint64_t bytes, int file) {
+    nb::gil_scoped_acquire gil;
+    try {
+      return nb::cast<std::string>((*callable)(number, bytes, file));
+    } catch (const std::exception& error) {
+      return std::string(error.what());
+    }
+  };
+  nb::gil_scoped_release no_gil;
+  lplb::join_processes(process, num_processes, std::move(devices), call);
+}
+
+void share(int device, uintptr_t buffer, uint64_t bytes) {
+  lplb::share_on(device, reinterpret_cast<const void*>(buffer), bytes);
+}
+#endif
 
 // Group sizes whose solve uses cuSolverDx.
 nb::tuple mathdx_sizes() {
@@ -81,6 +111,11 @@ nb::tuple mathdx_sizes() {
 NB_MODULE(_handlers, m) {
   m.def("handlers", &handlers);
   m.def("peers_reachable", &peers_reachable);
+#ifdef LPLB_CUDA
+  m.def("join_processes", &join_processes);
+  m.def("share", &share, nb::call_guard<nb::gil_scoped_release>());
+  m.def("map_region", &lplb::map_region, nb::call_guard<nb::gil_scoped_release>());
+#endif
   m.attr("max_rows_read") = lplb::kMostRowsRead;
   m.attr("ffi_api_version") = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
   m.attr("mathdx_sizes") = mathdx_sizes();
