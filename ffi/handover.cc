@@ -141,7 +141,7 @@ std::atomic<Processes*> joined{nullptr};
 
 Processes& processes() {
   Processes* result = joined.load();
-  if (result == nullptr) fail("the processes have not joined yet");
+  if (result == nullptr) fail("this process runs a program that it has not traced, and so has not met the others");
   return *result;
 }
 

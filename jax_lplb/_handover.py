@@ -137,7 +137,7 @@ def agree(client: Any, processes: int, handover: Handover, trial: Callable[[], s
         return [hear(f"{what}/{process}") for process in range(processes)]
 
     def hear(what: str) -> str:
-        left = max(10.0, end - time.monotonic())  # for what is there to come
+        left = max(_ANSWER, end - time.monotonic())  # for what is there to come
         return client.blocking_key_value_get(f"jax_lplb/{what}", int(1000 * left))
 
     try:
