@@ -75,7 +75,7 @@ class Handover:
         while True:
             peer, _ = self._listening.accept()
             with peer:
-                peer.settimeout(_ANSWER)
+                peer.settimeout(_ANSWER / 10)  # others are waiting, and this one sends as soon as it is connected
                 with suppress(OSError):  # it has gone
                     peer.send(self._receive(peer).encode()[:4096])
 
@@ -117,14 +117,18 @@ def _agreed(client: Any, own: str) -> str:
     devices = jax.local_devices()
     handover = Handover(process, _handlers.map_region)
 
+    ordinals = [device.local_hardware_id for device in devices]
+    try:
+        _handlers.join_processes(process, processes, ordinals, handover.hand_over)
+    except RuntimeError as error:
+        own = own or str(error)
+
     def trial() -> str:
-        for device in devices:
+        for device in [] if own else devices:
             array = jax.block_until_ready(jax.device_put(np.zeros(1, np.int32), device))
             _handlers.share(device.local_hardware_id, array.unsafe_buffer_pointer(), array.nbytes)
         return own
 
-    ordinals = [device.local_hardware_id for device in devices]
-    _handlers.join_processes(process, processes, ordinals, handover.hand_over)
     return agree(client, processes, handover, trial)
 
 
