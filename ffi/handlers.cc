@@ -1,12 +1,13 @@
 // XLA FFI handlers of count, solve, assign and peers' memory: they check shapes, which Python has already checked for
 // its own callers, and launch. All leading dimensions of an operand but its own are batch dimensions (vmap).
 //
-// The CUDA handlers carry kCmdBufferCompatible: while executing they only launch kernels.
+// The CUDA handlers carry kCmdBufferCompatible: while executing they only launch kernels. One does more, ShareCuda.
 #include "handlers.h"
 
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <exception>
 #include <limits>
 #include <memory>
 #include <string>
@@ -15,6 +16,7 @@
 #include "assign.h"
 #include "count.h"
 #include "dispatch.h"
+#include "handover.h"
 #include "peer.h"
 #include "plan_solve.h"
 #include "solve.h"
@@ -461,6 +463,17 @@ ffi::Error release(Launch launch, Words table, Ids, ffi::RemainingArgs buffers, 
   });
 }
 
+// Both [..., 2 words].
+template <class Launch>
+ffi::Error translate(Launch launch, Words words, ffi::Result<Words> addresses) {
+  Shapes shapes("translate");
+  shapes.require(words.dimensions() == addresses->dimensions() && words.element_count() % 2 == 0,
+                 [] { return "as many addresses as words, of 64 bits"; });
+  if (!shapes.ok()) return shapes.error();
+  return launch(reinterpret_cast<const uint64_t*>(words.typed_data()), static_cast<int64_t>(words.element_count() / 2),
+                reinterpret_cast<uint64_t*>(addresses->typed_data()));
+}
+
 // ---- Tokens ---------------------------------------------------------------------------------------------------------
 
 template <class Launch>
@@ -870,6 +883,48 @@ LPLB_CUDA_HANDLER(DispatchCuda, dispatch, dispatch_cuda);
 LPLB_CUDA_HANDLER(CombineCuda, combine, combine_cuda);
 LPLB_CUDA_HANDLER(CombineGradientCuda, combine_gradient, combine_gradient_cuda);
 LPLB_CUDA_HANDLER(ReleaseCuda, release, in_place_cuda);
+
+// What goes wrong between processes is an error of the call.
+template <class Call>
+ffi::Error catch_error(Call call) {
+  try {
+    return call();
+  } catch (const std::exception& error) {
+    return ffi::Error::Internal(std::string("peers' memory in other processes: ") + error.what());
+  }
+}
+
+// `expose` to other processes: what it tells are words, which mean the same to all. It has no kCmdBufferCompatible, for
+// the host must see each buffer before others read from it: where XLA frees and allocates regions, an address may be
+// that of another region than in the execution before.
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    ShareCuda,
+    [](cudaStream_t stream, auto... operands) {
+      return expose(
+          [stream](PeerBuffer buffer, uint64_t* words) {
+            return catch_error([&] {
+              const uint64_t word = share(buffer.own, buffer.num_batches * buffer.num_rows * buffer.row_bytes);
+              buffer.own = reinterpret_cast<unsigned char*>(word);  // those of further batch elements count on from it
+              return check_launch("share", expose_cuda(stream, buffer, words));
+            });
+          },
+          operands...);
+    },
+    bind_expose(ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>()));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(TranslateCuda,
+                              [](cudaStream_t stream, auto... operands) {
+                                return translate(
+                                    [stream](auto... arguments) {
+                                      return catch_error([&] {
+                                        return check_launch("translate",
+                                                            translate_cuda(stream, mapped_regions(), arguments...));
+                                      });
+                                    },
+                                    operands...);
+                              },
+                              ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>().Arg<Words>().Ret<Words>(),
+                              {ffi::Traits::kCmdBufferCompatible});
 
 // Function attributes may not be set while a stream is captured; XLA initialises before it captures. It does so before
 // every execution, at each call site, so that only the first may cost something.

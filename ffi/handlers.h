@@ -42,6 +42,8 @@ XLA_FFI_Error* GatherInitializeCuda(XLA_FFI_CallFrame* call_frame);
 // The type of what the last three keep.
 XLA_FFI_TypeId* GatherStateId();
 const XLA_FFI_TypeInfo* GatherStateInfo();
+XLA_FFI_Error* ShareCuda(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* TranslateCuda(XLA_FFI_CallFrame* call_frame);
 #endif
 }
 

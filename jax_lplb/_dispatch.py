@@ -273,6 +273,7 @@ def _bring(tokens: jax.Array, handle: Handle) -> jax.Array:
             tokens,
             handle.place,
             handle.group_sizes,
+            platforms=_peer.platforms(),
         )
 
 
@@ -305,7 +306,12 @@ def _add_up_backward(residuals: Any, gradient: jax.Array) -> Any:
     with jax.named_scope("lplb_combine"):
         operands = (gradient, handle.place, gates, handle.group_sizes, rows)
         of_rows, of_gates = _ffi.dispatch(
-            "combine_gradient", handle.implementation, by_peers, by_collectives, *operands
+            "combine_gradient",
+            handle.implementation,
+            by_peers,
+            by_collectives,
+            *operands,
+            platforms=_peer.platforms(),
         )
     return of_rows, of_gates, None
 
@@ -332,4 +338,5 @@ def _sums(handle: Handle, rows: jax.Array, gates: jax.Array | None) -> jax.Array
         return _collective_tokens.combine(handle.capacity, handle.axis_name, rows, place, ones)
 
     given = [] if gates is None else [gates]
-    return _ffi.dispatch("combine", handle.implementation, by_peers, by_collectives, rows, handle.place, *given)
+    operands, platforms = (rows, handle.place, *given), _peer.platforms()
+    return _ffi.dispatch("combine", handle.implementation, by_peers, by_collectives, *operands, platforms=platforms)

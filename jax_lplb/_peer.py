@@ -1,4 +1,4 @@
-"""Peers' memory: devices of one process read rows from each other's buffers, over NVLink between GPUs.
+"""Peers' memory: devices of one host read rows from each other's buffers, over NVLink between GPUs.
 
 A rank tells the others where its buffers are, they read, and nobody's buffers go before all have read:
 
@@ -26,8 +26,9 @@ mapped together, and addresses are those of the elements.
 
 While others read the first rows of a rank's buffer, the rank writes the last ones: no byte is written and read at once.
 
-The table of addresses is the one place that knows how memory is reached: here addresses are as they are, for all
-devices belong to one process.
+The table of addresses is the one place that knows how memory is reached. Where all devices belong to one process,
+addresses are as they are. Where each GPU of a host has a process of its own, what `expose` shows means the same in all
+processes, and a further call after the `all_gather` makes addresses of it, of memory that `_handover` has mapped.
 """
 
 import math
@@ -41,7 +42,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType
 
-from jax_lplb import _ffi, _handlers
+from jax_lplb import _ffi, _handlers, _handover
 from jax_lplb._mesh import AxisName
 
 SUMMED = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))  # dtypes that `add_up` takes and gives
@@ -62,13 +63,13 @@ def why_out_of_reach(axis_name: AxisName, num_rows: int, dtypes: Sequence[Any], 
     ]
     if why_not := _ffi.why_no_handlers(platform):
         return why_not
-    if jax.process_count() > 1:
-        return f"there are {jax.process_count()} processes, and each reaches the memory of its own devices only"
+    if jax.process_count() > 1 and platform != "cuda":
+        return (
+            f"there are {jax.process_count()} processes, and on platform {platform} each reaches the memory of its own "
+            "devices only"
+        )
     if not axes <= set(mesh.manual_axes):
         return f"axis_name = {axis_name!r} is not of a mesh that jax.shard_map maps over"
-    # Whatever the default platform is: the mesh may be another's.
-    if not _handlers.peers_reachable():
-        return "some GPUs cannot access the memory of others (cudaDeviceCanAccessPeer)"
     if left:
         return f"the mesh's axes {left} are not manual here, and may cut each array in a way of its own"
     if jax.config.jax_disable_jit:
@@ -81,7 +82,17 @@ def why_out_of_reach(axis_name: AxisName, num_rows: int, dtypes: Sequence[Any], 
     for dtype in summed:
         if dtype not in SUMMED:
             return f"gradients are added up in float32, to or from {', '.join(map(str, SUMMED))}, not {dtype}"
-    return ""
+    # Whatever the default platform is: the mesh may be another's.
+    own = (
+        "" if _handlers.peers_reachable() else "some GPUs cannot access the memory of others (cudaDeviceCanAccessPeer)"
+    )
+    # Last, for all processes must come to it. What is before is the same on all.
+    return _handover.why_out_of_reach(own) if jax.process_count() > 1 else own
+
+
+def platforms() -> frozenset[str]:
+    """Platforms on which ranks can read each other's memory; those of several processes on GPUs alone."""
+    return _ffi.handlers() & {"cuda"} if jax.process_count() > 1 else _ffi.handlers()
 
 
 def _bits(dtype: Any) -> int:
@@ -153,10 +164,18 @@ def expose(
     addresses = _ffi.Result((len(shown) + len(results), 2), jnp.uint32, [mapped_with, *shown, *buffers])
     operands = (mapped_with, *shown, *buffers)
     aliases = {1 + len(shown) + i: 1 + i for i in range(len(buffers))}
+    several = jax.process_count() > 1
     told, *exposed = _ffi.call(
-        "lplb_expose", [addresses, *results], *operands, aliases=aliases, num_shown=np.int64(len(shown))
+        "lplb_share" if several else "lplb_expose",
+        [addresses, *results],
+        *operands,
+        aliases=aliases,
+        num_shown=np.int64(len(shown)),
     )
-    return Exposed(list(shown), exposed, gather(told, axis_name))
+    table = gather(told, axis_name)
+    if several:
+        (table,) = _ffi.call("lplb_translate", _like([table]), table)
+    return Exposed(list(shown), exposed, table)
 
 
 def read_rows(exposed: Exposed, source: jax.Array) -> tuple[Exposed, jax.Array]:

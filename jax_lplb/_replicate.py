@@ -201,7 +201,10 @@ def _slots(transfer: _Transfer, leaves: list[jax.Array], rows: _Rows) -> list[ja
 def _differentiated_once(transfer: _Transfer, leaves: list[jax.Array], rows: _Rows) -> list[jax.Array]:
     with jax.named_scope("lplb_replicate"):
         by_peers, by_collectives = partial(_by_peers, transfer), partial(_by_collectives, transfer)
-        return _ffi.dispatch("read_rows", transfer.implementation, by_peers, by_collectives, leaves, rows)
+        operands, platforms = (leaves, rows), _peer.platforms()
+        return _ffi.dispatch(
+            "read_rows", transfer.implementation, by_peers, by_collectives, *operands, platforms=platforms
+        )
 
 
 def _forward(transfer: _Transfer, leaves: list[jax.Array], rows: _Rows) -> Any:
@@ -223,8 +226,10 @@ def _backward(transfer: _Transfer, rows: _Rows, gradients: list[Any]) -> Any:
         )
         with jax.named_scope("lplb_replicate"):
             by_peers, by_collectives = partial(_add_by_peers, part), partial(_add_by_collectives, part)
-            given = [gradients[i] for i in places]
-            totals = _ffi.dispatch("add_rows", transfer.implementation, by_peers, by_collectives, given, rows)
+            operands, platforms = ([gradients[i] for i in places], rows), _peer.platforms()
+            totals = _ffi.dispatch(
+                "add_rows", transfer.implementation, by_peers, by_collectives, *operands, platforms=platforms
+            )
         for i, total in zip(places, totals, strict=True):
             sums[i] = total
     return sums, None

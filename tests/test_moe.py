@@ -15,6 +15,7 @@ import pytest
 from flax import nnx
 from helpers import optimum, topology
 from hypothesis.extra.numpy import arrays
+from jax.experimental import multihost_utils
 
 import jax_lplb as lplb
 from jax_lplb import _all_to_all, _expert_parallel
@@ -118,8 +119,14 @@ def assert_close(actual, expected, tolerance: float = 1e-5) -> None:
     assert np.max(np.abs(actual - expected)) <= tolerance * np.max(np.abs(expected))
 
 
+def whole(tree):
+    """The arrays, all of them in this process."""
+    return tree if jax.process_count() == 1 else multihost_utils.process_allgather(tree, tiled=True)
+
+
 def check_against_dense(layer: MoE, x, weight, prepared: bool = False, **options) -> lplb.flax.Metrics:
-    (result, metrics), (grads, x_grad) = value_and_grads(layer, x, weight, prepared)
+    (result, metrics), (grads, x_grad) = whole(value_and_grads(layer, x, weight, prepared))
+    x, weight, params = whole((x, weight, params_of(layer)))
     place = layer.placement.get_value()
 
     def reference_loss(params, x):
@@ -127,7 +134,7 @@ def check_against_dense(layer: MoE, x, weight, prepared: bool = False, **options
         return jnp.sum(result * weight), result
 
     reference = jax.jit(jax.value_and_grad(reference_loss, argnums=(0, 1), has_aux=True))
-    (_, expected), (expected_grads, expected_x) = reference(logical(params_of(layer), place), x)
+    (_, expected), (expected_grads, expected_x) = reference(logical(params, place), x)
     assert_close(result, expected)
     assert_close(x_grad, expected_x)
     got = logical(arrays_of(grads), place)
