@@ -149,17 +149,14 @@ class Shares {
   }
   // Replicas; none has one share, of no slot.
   LPLB_INLINE int count() const { return count_; }
-  LPLB_INLINE uint32_t tokens() const { return tokens_; }
-  // The sum of all replicas' weights.
-  LPLB_INLINE uint32_t total() const { return total_; }
-  // That of the replicas up to and with r, after those before it.
-  LPLB_INLINE uint32_t next_sum(int r) { return sum_ += even_ ? 1 : weigher_.weight(read_(r)); }
   // Share r, after those before it.
   LPLB_INLINE Share next(int r) {
     if (count_ == 0) return make_share(-1, 0, 0, 0);
-    const uint32_t begin = end_, sum = next_sum(r);
-    end_ = r + 1 < count_ ? tokens_upto(sum, total_, tokens_) : tokens_;
-    return make_share(read_(r).slot, begin, end_, tokens_);
+    const Replica replica = read_(r);
+    sum_ += even_ ? 1 : weigher_.weight(replica);
+    const uint32_t begin = end_;
+    end_ = r + 1 < count_ ? tokens_upto(sum_, total_, tokens_) : tokens_;
+    return make_share(replica.slot, begin, end_, tokens_);
   }
 
  private:
