@@ -71,8 +71,9 @@ __device__ BlockShared* shared_of(int block, BlockShared* mine) {
 #endif
 }
 
-// A value of each rank lies in kWords registers of the lanes.
-template <int kWords>
+// A value of each rank lies in kWords registers of the lanes; so do the tokens of a rank's experts, an expert a lane,
+// unless ranks have more (kManyExperts).
+template <int kWords, bool kManyExperts>
 struct CudaWarp {
   struct Word {
     uint32_t of[kWords];
@@ -139,7 +140,7 @@ struct CudaWarp {
   // Of a rank's experts those of the lane.
   __device__ __forceinline__ Largest own_largest(const uint32_t* tokens, int first, int count) const {
     Largest own = {lane < count ? tokens[first + lane] : 0, first + lane};
-    if (count > kWarp) {
+    if constexpr (kManyExperts) {
 #pragma unroll 1
       for (int i = lane + kWarp; i < count; i += kWarp) own.take(tokens[first + i], first + i);
     }
@@ -150,7 +151,8 @@ struct CudaWarp {
                                           Largest& own) const {
     const bool mine = own.expert == by.expert;
     if (mine) own.tokens = by.tokens;
-    if (count > kWarp && mine) {
+    if constexpr (kManyExperts) {
+      if (!mine) return;
       tokens[by.expert] = by.tokens;
       own = own_largest(tokens, first, count);
     }
@@ -163,12 +165,16 @@ struct CudaWarp {
   // In a register: read anew from the parameters, as the compiler likes to, it would cost more.
   __device__ __forceinline__ int keep(int value) const { return __shfl_sync(kFullWarp, value, 0); }
   __device__ __forceinline__ void add(uint32_t* target, uint32_t value) const { atomicAdd(target, value); }
-  // Aligned to 16 bytes, and with room up to a multiple of that.
-  __device__ __forceinline__ void copy(uint32_t* target, const uint32_t* source, int count) const {
+  // Where `replace` may write: a copy if it does. Aligned to 16 bytes, and with room up to a multiple of that.
+  __device__ __forceinline__ uint32_t* writable(uint32_t* tokens, int count, uint32_t* copy) const {
+    if constexpr (kManyExperts) {
 #pragma unroll 1
-    for (int i = lane; i * 4 < count; i += kWarp) {
-      reinterpret_cast<uint4*>(target)[i] = reinterpret_cast<const uint4*>(source)[i];
+      for (int i = lane; i * 4 < count; i += kWarp) {
+        reinterpret_cast<uint4*>(copy)[i] = reinterpret_cast<const uint4*>(tokens)[i];
+      }
+      return copy;
     }
+    return tokens;
   }
   __device__ __forceinline__ void announce(int num_copies) const {
     if (lane < num_blocks()) atomicMin(&shared_of(lane, shared)->fewest_copies, num_copies);
@@ -281,7 +287,7 @@ __device__ PlanScore best_of(const PlanScore* scores, int count) {
 }
 
 // The blocks of a cluster plan for one group: each warp tries its candidates, and the block that has the best writes.
-template <int kWords>
+template <int kWords, bool kManyExperts>
 __global__ void __launch_bounds__((kMaxCandidates + kHelpers) * kWarp, 1)
     plan_kernel(const __grid_constant__ PlanShape shape, const PlanOperands in, const PlanResults out, int planners) {
 #if __CUDA_ARCH__ >= 900
@@ -302,8 +308,8 @@ __global__ void __launch_bounds__((kMaxCandidates + kHelpers) * kWarp, 1)
   PlanGroup<CudaBlock> group(CudaBlock{shared.sums, planners * kWarp}, shape, in, out, blockIdx.y, blockIdx.z, loads);
   group.read();
   await_blocks();
-  Planner<CudaWarp<kWords>> planner(CudaWarp<kWords>(shape.solve.group_size, &shared), shape, group.loads(),
-                                    PlanMemory(of_warp, shape));
+  using Warp = CudaWarp<kWords, kManyExperts>;
+  Planner<Warp> planner(Warp(shape.solve.group_size, &shared), shape, group.loads(), PlanMemory(of_warp, shape));
   if (!plans) {
     group.clear();
   } else if (!group.stays_at_home()) {
@@ -321,7 +327,9 @@ __global__ void __launch_bounds__((kMaxCandidates + kHelpers) * kWarp, 1)
 }
 
 using Kernel = void (*)(PlanShape, PlanOperands, PlanResults, int);
-constexpr Kernel kKernels[] = {plan_kernel<1>, plan_kernel<2>, plan_kernel<4>};
+constexpr Kernel kKernels[][2] = {{plan_kernel<1, false>, plan_kernel<1, true>},
+                                  {plan_kernel<2, false>, plan_kernel<2, true>},
+                                  {plan_kernel<4, false>, plan_kernel<4, true>}};
 
 size_t shared_bytes(const PlanShape& shape, int planners) {
   return 2 * sizeof(uint32_t) * PlanMemory::experts(shape) + planners * PlanMemory::bytes(shape);
@@ -330,10 +338,12 @@ size_t shared_bytes(const PlanShape& shape, int planners) {
 }  // namespace
 
 cudaError_t prepare_plan_cuda() {
-  for (const Kernel kernel : kKernels) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kSharedBytes));
-    if (error != cudaSuccess) return error;
+  for (const auto& of_words : kKernels) {
+    for (const Kernel kernel : of_words) {
+      const cudaError_t error =
+          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kSharedBytes));
+      if (error != cudaSuccess) return error;
+    }
   }
   return cudaSuccess;
 }
@@ -356,7 +366,7 @@ cudaError_t plan_cuda(cudaStream_t stream, const PlanShape& shape, const PlanOpe
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = clusters ? 1 : 0;
-  const Kernel kernel = kKernels[ranks <= kWarp ? 0 : ranks <= 2 * kWarp ? 1 : 2];
+  const Kernel kernel = kKernels[ranks <= kWarp ? 0 : ranks <= 2 * kWarp ? 1 : 2][shape.experts_per_rank > kWarp];
   return cudaLaunchKernelEx(&config, kernel, shape, in, out, planners);
 }
 

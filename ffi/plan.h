@@ -172,6 +172,15 @@ enum Order : uint32_t { kMostRoom = 1u << 30, kMostFilled = 2u << 30, kEnough = 
 LPLB_INLINE uint32_t room_key(Order order, uint32_t value, int rank) {
   return order | (value >> 1 & kValueBits) | (kRankBits - static_cast<uint32_t>(rank));
 }
+// What a rank may still receive, and its keys where the most is looked for, and where the least that is enough.
+struct Room {
+  uint32_t tokens, most, enough;
+
+  LPLB_INLINE Room(uint32_t room, int rank, uint32_t least)
+      : tokens(room >= least ? room : 0),
+        most(room >= least ? room_key(kMostRoom, room, rank) : 0),
+        enough(room_key(kEnough, ~room, rank)) {}
+};
 LPLB_INLINE int rank_of_key(uint32_t key) { return static_cast<int>(kRankBits - (key & kRankBits)); }
 
 // How good a candidate is: the smaller the better, the first number first.
@@ -249,22 +258,22 @@ class Planner {
     // As masks: where the rule looks for room that is enough only for all that is wanted, or not at all.
     const uint32_t fits_only = warp_.keep(candidate.rule == kFit ? ~0u : 0);
     const uint32_t never = warp_.keep(candidate.rule == kMost ? ~0u : 0);
-    warp_.copy(memory_.at_home, loads_.expert, shape_.num_experts());
+    const int step = warp_.keep(candidate.busiest_last ? -1 : 1);
+    uint32_t* const at_home = warp_.writable(loads_.expert, shape_.num_experts(), memory_.at_home);
     if (capped) warp_.each_of(shape_.num_experts(), [&](int e) { memory_.replicas[e] = 1; });
-    Word load, room, used;  // tokens of a rank; those that it may receive; slots that it has used
-    Word most, enough;      // keys of its room, where the most is looked for, and where the least that is enough
-    const auto set_room = [&](int k, uint32_t tokens, int rank) {
-      room.of[k] = tokens >= least ? tokens : 0;
-      most.of[k] = tokens >= least ? room_key(kMostRoom, tokens, rank) : 0;
-      enough.of[k] = room_key(kEnough, ~tokens, rank);
+    Word load, room = {}, used;   // tokens of a rank; those that it may receive; slots that it has used
+    Word most = {}, enough = {};  // keys of its room, where the most is looked for, and where the least that is enough
+    const auto set_room = [&](int k, bool sets, const Room& to) {
+      room.of[k] = sets ? to.tokens : room.of[k];
+      most.of[k] = sets ? to.most : most.of[k];
+      enough.of[k] = sets ? to.enough : enough.of[k];
     };
     warp_.each_rank([&](int k, int g, bool own) {
       load.of[k] = own ? loads_.home[g] : 0;
-      set_room(k, own && load.of[k] < limit ? limit - load.of[k] : 0, g);
+      set_room(k, true, Room(own && load.of[k] < limit ? limit - load.of[k] : 0, g, least));
       used.of[k] = 0;
     });
     const int num_givers = warp_.count([&](int k, int) { return load.of[k] > limit; });
-    const int step = candidate.busiest_last ? -1 : 1;
     const Giver* place = loads_.busiest + (candidate.busiest_last && num_givers > 0 ? num_givers - 1 : 0);
     warp_.sync();
     num_copies_ = 0;
@@ -278,11 +287,11 @@ class Planner {
       int32_t excess = static_cast<int32_t>(following.home - limit);
       int sends = 0;
       // What the next giver needs is read ahead, and so is when to stop, which may come late.
-      stuck = warp_.any(num_copies_ > fewest);
+      const bool late = warp_.any(num_copies_ > fewest);
       place += number + 1 < num_givers ? step : 0;
       following = *place;
       fewest = warp_.fewest();
-      auto own = warp_.own_largest(memory_.at_home, giver * per_rank, per_rank);
+      auto own = warp_.own_largest(at_home, giver * per_rank, per_rank);
       LPLB_UNROLL_BY(1)
       while (!stuck) {
         const uint32_t has = from.tokens, wanted = static_cast<uint32_t>(excess);
@@ -292,22 +301,22 @@ class Planner {
           const uint32_t filled = room.of[k] - 1 < fits ? most.of[k] + (kMostFilled - kMostRoom) : most.of[k];
           return room.of[k] >= asked ? enough.of[k] : filled;
         });
+        const int receiver = rank_of_key(key);
+        const uint32_t given = !fills && wanted < has && wanted >= least ? wanted : has;  // where the room is enough
+        const uint32_t space = warp_.get(room, receiver), tokens = has < space ? given : space;
         stuck = key == 0 || has < least;
         if (stuck) break;
-        const int receiver = rank_of_key(key);
-        const uint32_t space = warp_.get(room, receiver);
-        uint32_t tokens = space < has ? space : has;
-        if (!fills && has < space && wanted < has && wanted >= least) tokens = wanted;
         const Settles settles = tokens == space ? kReceiver : tokens == wanted ? kGiver : kNeither;
 
         // All lanes write the same.
         const int e = from.expert;
         memory_.copies[num_copies_++] = Copy::make(tokens, static_cast<uint32_t>(e), giver, receiver, settles);
+        const Room left(space - tokens, receiver, least);
         warp_.each_rank([&](int k, int g, bool) {
           const bool receives = g == receiver;
           load.of[k] += receives ? tokens : 0;
           used.of[k] += receives ? 1 : 0;
-          if (receives) set_room(k, space - tokens, receiver);
+          set_room(k, receives, left);
           if (used.of[k] == redundants) room.of[k] = most.of[k] = 0;
         });
         excess -= static_cast<int32_t>(tokens);
@@ -320,16 +329,17 @@ class Planner {
           memory_.replicas[e] = static_cast<uint8_t>(replicas);
         }
         if (excess <= 0) break;
-        warp_.replace(memory_.at_home, giver * per_rank, per_rank, from, own);
+        warp_.replace(at_home, giver * per_rank, per_rank, from, own);
         from = warp_.largest(own);  // another expert maybe
       }
       // Having given more than its excess, it may receive. (It gives one expert to a rank once at most: what does not
       // fill the rank up is all that the expert has, or all that it has to give.)
+      const Room of_giver(excess < 0 ? static_cast<uint32_t>(-excess) : 0, giver, least);
       warp_.each_rank([&](int k, int g, bool) {
-        if (g != giver) return;
-        load.of[k] = limit + static_cast<uint32_t>(excess);
-        set_room(k, excess < 0 ? static_cast<uint32_t>(-excess) : 0, giver);
+        load.of[k] = g == giver ? limit + static_cast<uint32_t>(excess) : load.of[k];
+        set_room(k, g == giver, of_giver);
       });
+      stuck = stuck || late;
     }
     warp_.sync();
     return warp_.most(load);

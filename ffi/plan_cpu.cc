@@ -48,7 +48,10 @@ struct SerialWarp : SerialBlock {
   explicit SerialWarp(int num_ranks) : num_ranks(num_ranks) {}
   void announce(int num_copies) { fewest_copies = std::min(fewest_copies, num_copies); }
   int fewest() const { return fewest_copies; }
-  void copy(uint32_t* target, const uint32_t* source, int count) const { std::copy_n(source, count, target); }
+  uint32_t* writable(const uint32_t* tokens, int count, uint32_t* copy) const {
+    std::copy_n(tokens, count, copy);
+    return copy;
+  }
   template <class F>
   void each_rank(F visit) const {
     for (int g = 0; g < num_ranks; ++g) visit(g, g, true);
