@@ -202,12 +202,11 @@ struct CudaBlock {
   __device__ __forceinline__ void add(uint32_t* target, uint32_t value) const { atomicAdd(target, value); }
   // Of all threads' values, known to all; what they have written is then known, too.
   __device__ __forceinline__ uint32_t sum(uint32_t mine) const {
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     mine = __reduce_add_sync(kFullWarp, mine);
-    if (threadIdx.x % kWarp == 0) sums[threadIdx.x / kWarp] = mine;
+    if (lane == 0) sums[warp] = mine;
     __syncthreads();
-    uint32_t sum = 0;
-    for (int warp = 0; warp < blockDim.x / kWarp; ++warp) sum += sums[warp];
-    return sum;
+    return __reduce_add_sync(kFullWarp, lane < blockDim.x / kWarp ? sums[lane] : 0);
   }
   // By those that plan: several values at once, as each takes long to come.
   template <class F>
@@ -240,16 +239,20 @@ struct CudaBlock {
 #pragma unroll 1
     for (int i = 4 * fours + first; i < count; i += threads) values[i] = value, others[i] = other;
   }
-  // Some neighbouring threads for each rank.
+  // Calls visit(g, lane, lanes) for all ranks, and more: by some neighbouring threads for each, all threads of a warp
+  // alike. These are a power of two: the threads' next lower one by the ranks' next higher one.
+  template <class F>
+  __device__ __forceinline__ static void with_lanes(int num_ranks, F visit) {
+    const int bits = max(0, min(5, __clz(num_ranks - 1) - 1 - __clz(blockDim.x))), lanes = 1 << bits;
+#pragma unroll 1
+    for (int first = 0; first < num_ranks; first += blockDim.x >> bits) {
+      visit(first + static_cast<int>(threadIdx.x >> bits), static_cast<int>(threadIdx.x & (lanes - 1)), lanes);
+    }
+  }
   template <class F>
   __device__ __forceinline__ void each_rank(int num_ranks, int per_rank, F load, uint32_t* home,
                                             Largest* largest) const {
-    int lanes = 1;
-    while (lanes < kWarp && 2 * lanes * num_ranks <= blockDim.x) lanes *= 2;
-    const int lane = threadIdx.x % lanes, ranks_at_once = blockDim.x / lanes;
-#pragma unroll 1
-    for (int first = 0; first < num_ranks; first += ranks_at_once) {
-      const int g = first + threadIdx.x / lanes;
+    with_lanes(num_ranks, [&](int g, int lane, int lanes) {
       const int begin = g * per_rank, end = g < num_ranks ? begin + per_rank : begin;
       uint32_t sum = 0;
       Largest mine = {0, begin};
@@ -270,7 +273,19 @@ struct CudaBlock {
         home[g] = sum;
         largest[g] = mine;
       }
-    }
+    });
+  }
+  // Calls visit(g, count) for each rank, with the number of ranks h for which holds(g, h).
+  template <class Holds, class F>
+  __device__ __forceinline__ void count_ranks(int num_ranks, Holds holds, F visit) const {
+    with_lanes(num_ranks, [&](int g, int lane, int lanes) {
+      int count = 0;
+#pragma unroll 4
+      for (int h = lane; h < num_ranks; h += lanes) count += holds(min(g, num_ranks - 1), h);
+#pragma unroll 1
+      for (int step = lanes / 2; step > 0; step /= 2) count += __shfl_xor_sync(kFullWarp, count, step);
+      if (lane == 0 && g < num_ranks) visit(g, count);
+    });
   }
 };
 

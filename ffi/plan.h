@@ -472,13 +472,13 @@ class PlanGroup {
   // Fills the loads.
   LPLB_DEVICE void read() {
     const int ranks = shape_.solve.group_size;
+    const int32_t least = in_.least[batch_];  // comes while loads do
     uint32_t mine = 0;
     const int32_t* const load = in_.load + static_cast<int64_t>(batch_) * shape_.solve.num_experts + group_ * experts_;
     block_.read(load, experts_, [&](int e, int32_t tokens) {
       loads_.expert[e] = static_cast<uint32_t>(tokens > 0 ? tokens : 0);
       mine += loads_.expert[e];
     });
-    const int32_t least = in_.least[batch_];
     const uint32_t total = block_.sum(mine);
     shift_ = scaling_bits(total);
     loads_.total = total << shift_;
@@ -487,13 +487,9 @@ class PlanGroup {
         ranks, shape_.experts_per_rank, [&](int e) { return loads_.expert[e] <<= shift_; }, loads_.home,
         loads_.largest);
     block_.sync();
-    block_.each_of(ranks, [&](int g) {
-      const uint32_t home = loads_.home[g];
-      int busier = 0;
-      LPLB_UNROLL_BY(8)
-      for (int other = 0; other < ranks; ++other) busier += loads_.home[other] + (other < g ? 1 : 0) > home;
-      loads_.busiest[busier] = {home, g, loads_.largest[g]};
-    });
+    block_.count_ranks(
+        ranks, [&](int g, int other) { return loads_.home[other] + (other < g ? 1 : 0) > loads_.home[g]; },
+        [&](int g, int busier) { loads_.busiest[busier] = {loads_.home[g], g, loads_.largest[g]}; });
     block_.sync();
   }
   LPLB_DEVICE const PlanLoads& loads() const { return loads_; }

@@ -35,6 +35,14 @@ struct SerialBlock {
       }
     }
   }
+  template <class Holds, class F>
+  void count_ranks(int num_ranks, Holds holds, F visit) const {
+    for (int g = 0; g < num_ranks; ++g) {
+      int count = 0;
+      for (int h = 0; h < num_ranks; ++h) count += holds(g, h);
+      visit(g, count);
+    }
+  }
 };
 
 // All lanes at once.
