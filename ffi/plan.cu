@@ -289,8 +289,8 @@ struct CudaBlock {
   }
 };
 
-// The first of the best, known to all lanes.
-__device__ PlanScore best_of(const PlanScore* scores, int count) {
+// Which is the first of the best, known to all lanes.
+__device__ int best_of(const PlanScore* scores, int count) {
   const int lane = threadIdx.x % kWarp;
   const PlanScore mine = lane < count ? scores[lane] : PlanScore();
   unsigned left = lane < count;
@@ -298,7 +298,7 @@ __device__ PlanScore best_of(const PlanScore* scores, int count) {
     const uint32_t best = __reduce_min_sync(kFullWarp, left ? criterion : ~0u);  // by all lanes
     left = left && criterion == best;
   }
-  return scores[__ffs(__ballot_sync(kFullWarp, left)) - 1];
+  return __ffs(__ballot_sync(kFullWarp, left)) - 1;
 }
 
 // The blocks of a cluster plan for one group: each warp tries its candidates, and the block that has the best writes.
@@ -319,7 +319,7 @@ __global__ void __launch_bounds__((kMaxCandidates + kHelpers) * kWarp, 1)
   uint32_t* const of_expert = reinterpret_cast<uint32_t*>(memory);
   uint32_t* const left = of_expert + experts;
   char* const of_warp = reinterpret_cast<char*>(left + experts) + threadIdx.x / kWarp * PlanMemory::bytes(shape);
-  const PlanLoads loads = {of_expert, shared.home, shared.largest, shared.busiest, 0, 1};
+  const PlanLoads loads = {of_expert, left, shared.home, shared.largest, shared.busiest, 0, 1};
   PlanGroup<CudaBlock> group(CudaBlock{shared.sums, planners * kWarp}, shape, in, out, blockIdx.y, blockIdx.z, loads);
   group.read();
   await_blocks();
@@ -332,13 +332,12 @@ __global__ void __launch_bounds__((kMaxCandidates + kHelpers) * kWarp, 1)
   }
   if (plans && lane < num_blocks()) shared_of(lane, &shared)->scores[warp] = planner.best();
   sync_blocks();
-  const PlanScore best = best_of(shared.scores, num_planners);
-  const int best_warp = best.candidate % num_planners;
-  if (best_warp / planners != block_number()) return;
-  __shared__ const Copy* copies;
-  if (plans && warp == best_warp && lane == 0) copies = planner.copies_of_best();
+  const int best = best_of(shared.scores, num_planners), of_block = best - block_number() * planners;
+  if (of_block < 0 || of_block >= planners) return;
+  __shared__ ptrdiff_t copies;  // where they are: so that it shows that this is shared memory
+  if (plans && warp == best && lane == 0) copies = reinterpret_cast<const char*>(planner.copies_of_best()) - memory;
   __syncthreads();
-  group.write(best, copies, left);
+  group.write(shared.scores[best], reinterpret_cast<const Copy*>(memory + copies));
 }
 
 using Kernel = void (*)(PlanShape, PlanOperands, PlanResults, int);

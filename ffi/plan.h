@@ -157,6 +157,7 @@ struct alignas(16) Giver {
 // What a group's candidates start from, in scaled tokens.
 struct PlanLoads {
   uint32_t* expert;  // [experts] of the group
+  uint32_t* left;    // [experts] as much, for the writing
   uint32_t* home;    // [ranks] with all experts at home
   Largest* largest;  // [ranks]
   Giver* busiest;    // [ranks], the busiest first, the first of those that are as busy
@@ -484,8 +485,8 @@ class PlanGroup {
     loads_.total = total << shift_;
     loads_.least = least < 1 ? 1 : least < INT32_MAX >> shift_ ? least << shift_ : INT32_MAX;
     block_.each_rank(
-        ranks, shape_.experts_per_rank, [&](int e) { return loads_.expert[e] <<= shift_; }, loads_.home,
-        loads_.largest);
+        ranks, shape_.experts_per_rank, [&](int e) { return loads_.left[e] = loads_.expert[e] <<= shift_; },
+        loads_.home, loads_.largest);
     block_.sync();
     block_.count_ranks(
         ranks, [&](int g, int other) { return loads_.home[other] + (other < g ? 1 : 0) > loads_.home[g]; },
@@ -506,17 +507,15 @@ class PlanGroup {
     return threshold > 0.0f && static_cast<float>(most()) * ranks <= threshold * static_cast<float>(loads_.total);
   }
 
-  // Writes the tables and the split. Uses up the loads; `left` [experts] is memory to work in.
-  LPLB_DEVICE void write(const PlanScore& score, const Copy* copies, uint32_t* left) {
+  // Writes the tables and the split. Uses up the loads at home, and what is left of them.
+  LPLB_DEVICE void write(const PlanScore& score, const Copy* copies) {
     const SolveShape& s = shape_.solve;
     const Tables tables(*this);
     const float unit = power_of_two(-shift_);
     const bool at_home = stays_at_home();
-    block_.each_of(experts_, [&](int e) { left[e] = loads_.expert[e]; });
-    block_.sync();
     block_.each_of(score.num_copies(), [&](int c) {
       const Copy copy = copies[c];
-      block_.add(&left[copy.expert()], 0u - copy.tokens);
+      block_.add(&loads_.left[copy.expert()], 0u - copy.tokens);
       block_.add(&loads_.home[copy.giver()], 0u - copy.tokens);
       block_.add(&loads_.home[copy.receiver()], copy.tokens);
     });
@@ -527,15 +526,18 @@ class PlanGroup {
       const int slot = rank * s.slots_per_rank + e - rank * shape_.experts_per_rank;
       tables.phy2log[slot] = tables.first_expert + e;
       tables.log2phy[row] = tables.first_slot + slot;
-      tables.fraction[row] = share(left[e], e);
+      tables.fraction[row] = share(loads_.left[e], e);
     });
     block_.each_of(score.num_copies(), [&](int c) {
       const Copy copy = copies[c];
       if (copy.tokens == 0) return;
       const int expert = copy.expert(), receiver = copy.receiver();
       int number = 0, column = 1;  // among the receiver's copies, and among the expert's replicas
+      // Threads stay together: all go through all, and without branches.
       LPLB_UNROLL_BY(8)
-      for (int d = 0; d < c; ++d) number += copies[d].receiver() == receiver && copies[d].tokens != 0;
+      for (int d = 0; d < score.num_copies(); ++d) {
+        number += (copies[d].receiver() == copy.receiver()) & (copies[d].tokens != 0) & (d < c) ? 1 : 0;
+      }
       // An expert's copies are among those of its rank, which are next to each other.
       const auto count = [&](int d) {
         column += copies[d].expert() == expert && copies[d].receiver() < receiver && copies[d].tokens != 0;

@@ -109,7 +109,8 @@ void plan_cpu(const PlanShape& shape, const PlanOperands& in, const PlanResults&
   const std::unique_ptr<Giver[]> busiest(new Giver[shape.solve.group_size]);
   for (int batch = 0; batch < shape.solve.num_batches; ++batch) {
     for (int group = 0; group < shape.solve.num_groups; ++group) {
-      const PlanLoads loads = {of_experts.get(), of_ranks.get(), largest.get(), busiest.get(), 0, 1};
+      const PlanLoads loads = {
+          of_experts.get(), of_experts.get() + shape.num_experts(), of_ranks.get(), largest.get(), busiest.get(), 0, 1};
       PlanGroup<SerialBlock> of_group(SerialBlock(), shape, in, out, batch, group, loads);
       of_group.read();
       of_group.clear();
@@ -118,7 +119,7 @@ void plan_cpu(const PlanShape& shape, const PlanOperands& in, const PlanResults&
       if (!of_group.stays_at_home()) {
         for (int c = 0; c < shape.num_candidates; ++c) planner.attempt(c);
       }
-      of_group.write(planner.best(), planner.copies_of_best(), of_experts.get() + shape.num_experts());
+      of_group.write(planner.best(), planner.copies_of_best());
     }
   }
 }
