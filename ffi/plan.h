@@ -113,8 +113,7 @@ struct alignas(8) Copy {
 // A warp's working memory.
 struct PlanMemory {
   uint32_t* at_home;  // [experts] tokens that have not been given away; 0 where the expert gives no more
-  Copy* best;         // [max_copies] of the best candidate so far
-  Copy* copies;       // [max_copies] of the one at work
+  Copy* copies;       // [2, max_copies] of the best candidate so far, and of the one at work
   uint32_t* tokens;   // [ranks] to work in
   uint32_t* ranks;    // [ranks] to work in
   uint8_t* replicas;  // [experts]
@@ -128,9 +127,8 @@ struct PlanMemory {
   }
   LPLB_INLINE PlanMemory(char* memory, const PlanShape& shape)
       : at_home(reinterpret_cast<uint32_t*>(memory)),
-        best(reinterpret_cast<Copy*>(at_home + experts(shape))),
-        copies(best + max_copies(shape)),
-        tokens(reinterpret_cast<uint32_t*>(copies + max_copies(shape))),
+        copies(reinterpret_cast<Copy*>(at_home + experts(shape))),
+        tokens(reinterpret_cast<uint32_t*>(copies + 2 * max_copies(shape))),
         ranks(tokens + num_ranks(shape)),
         replicas(reinterpret_cast<uint8_t*>(ranks + num_ranks(shape))) {}
 };
@@ -217,7 +215,11 @@ class Planner {
   using Word = typename Warp::Word;
 
   LPLB_DEVICE Planner(const Warp& warp, const PlanShape& shape, const PlanLoads& loads, const PlanMemory& memory)
-      : warp_(warp), shape_(shape), loads_(loads), memory_(memory) {}
+      : warp_(warp),
+        shape_(shape),
+        loads_(loads),
+        memory_(memory),
+        room_(static_cast<int>(PlanMemory::max_copies(shape))) {}
 
   // Tries one candidate, and keeps it where it is better than those before.
   LPLB_DEVICE void attempt(int number) {
@@ -238,14 +240,14 @@ class Planner {
     score.copies = 2 * static_cast<uint32_t>(num_copies_) + (open ? 1 : 0);
     if (!score.better_than(best_)) return;
     best_ = score;
-    Copy* const swapped = memory_.best;
-    memory_.best = memory_.copies;
-    memory_.copies = swapped;
+    at_work_ = room_ - at_work_;
   }
   LPLB_DEVICE const PlanScore& best() const { return best_; }
-  LPLB_DEVICE const Copy* copies_of_best() const { return memory_.best; }
+  LPLB_DEVICE const Copy* copies_of_best() const { return memory_.copies + (room_ - at_work_); }
 
  private:
+  LPLB_DEVICE Copy* copies() const { return memory_.copies + at_work_; }
+
   // ---- The plan ----------------------------------------------------------------------------------------------------
 
   // Makes a list of copies, and returns the largest rank load then.
@@ -311,7 +313,7 @@ class Planner {
 
         // All lanes write the same.
         const int e = from.expert;
-        memory_.copies[num_copies_++] = Copy::make(tokens, static_cast<uint32_t>(e), giver, receiver, settles);
+        copies()[num_copies_++] = Copy::make(tokens, static_cast<uint32_t>(e), giver, receiver, settles);
         const Room left(space - tokens, receiver, least);
         warp_.each_rank([&](int k, int g, bool) {
           const bool receives = g == receiver;
@@ -358,7 +360,7 @@ class Planner {
     warp_.sync();
     bool neither = false;  // of some copies settles neither rank
     warp_.each_of(num_copies_, [&](int c) {
-      const Copy copy = memory_.copies[c];
+      const Copy copy = copies()[c];
       if (copy.settles() == kReceiver) memory_.ranks[copy.receiver()] = static_cast<uint32_t>(copy.giver());
       if (copy.settles() == kGiver) memory_.ranks[copy.giver()] = static_cast<uint32_t>(copy.receiver());
       if (copy.settles() != kNeither) return;
@@ -410,22 +412,22 @@ class Planner {
       memory_.ranks[g] = level.of[k] == largest;                     // whether it is of a fullest tree
     });
     warp_.each_of(num_copies_, [&](int c) {
-      const int e = memory_.copies[c].expert();
+      const int e = copies()[c].expert();
       memory_.at_home[e] = loads_.expert[e];
     });
     warp_.sync();
     bool lacks = false;
     warp_.each_of(num_copies_, [&](int c) {
-      const uint32_t takes = levelled(memory_.copies[c]);
+      const uint32_t takes = levelled(copies()[c]);
       lacks = lacks || static_cast<int32_t>(takes) < 0;
-      warp_.add(&memory_.at_home[memory_.copies[c].expert()], 0u - takes);
+      warp_.add(&memory_.at_home[copies()[c].expert()], 0u - takes);
     });
     warp_.sync();
     // The bound is of the fullest trees, whose load can go nowhere else: unless copies that settle neither rank join
     // them to others, and hold, or could take, some of it.
     bool joined = false;
     warp_.each_of(num_copies_, [&](int c) {
-      const Copy copy = memory_.copies[c];
+      const Copy copy = copies()[c];
       lacks = lacks || static_cast<int32_t>(memory_.at_home[copy.expert()]) < 0;
       if (copy.settles() != kNeither) return;
       const bool from = memory_.ranks[copy.giver()] != 0, to = memory_.ranks[copy.receiver()] != 0;
@@ -442,16 +444,18 @@ class Planner {
                                        : copy.tokens;
   }
   LPLB_DEVICE void take_levels() {
-    warp_.each_of(num_copies_, [&](int c) { memory_.copies[c].tokens = levelled(memory_.copies[c]); });
+    warp_.each_of(num_copies_, [&](int c) { copies()[c].tokens = levelled(copies()[c]); });
     warp_.sync();
   }
 
   Warp warp_;
   const PlanShape& shape_;
   const PlanLoads loads_;
-  PlanMemory memory_;
+  const PlanMemory memory_;
+  const int room_;  // for a candidate's copies
   PlanScore best_;
   // Of the candidate at work.
+  int at_work_ = 0;  // where its copies begin: a number, so that it shows that they are in shared memory
   int num_copies_ = 0;
 };
 
