@@ -305,9 +305,6 @@ __device__ int best_of(const PlanScore* scores, int count) {
 template <int kWords, bool kManyExperts>
 __global__ void __launch_bounds__((kMaxCandidates + kHelpers) * kWarp, 1)
     plan_kernel(const __grid_constant__ PlanShape shape, const PlanOperands in, const PlanResults out, int planners) {
-#if __CUDA_ARCH__ >= 900
-  cudaTriggerProgrammaticLaunchCompletion();  // see assign_after_solve_cuda
-#endif
   extern __shared__ __align__(16) char memory[];
   __shared__ BlockShared shared;
   const int lane = threadIdx.x % kWarp, num_planners = num_blocks() * planners;
@@ -316,6 +313,11 @@ __global__ void __launch_bounds__((kMaxCandidates + kHelpers) * kWarp, 1)
   const size_t experts = PlanMemory::experts(shape);
   if (threadIdx.x == planners * kWarp) shared.fewest_copies = kMaxGroupSlots;
   begin_blocks(!plans);
+#if __CUDA_ARCH__ >= 900
+  // Launched ahead of the end of what comes before, as those that follow are: these rely on that end, too.
+  cudaGridDependencySynchronize();
+  cudaTriggerProgrammaticLaunchCompletion();  // see assign_after_solve_cuda
+#endif
   uint32_t* const of_expert = reinterpret_cast<uint32_t*>(memory);
   uint32_t* const left = of_expert + experts;
   char* const of_warp = reinterpret_cast<char*>(left + experts) + threadIdx.x / kWarp * PlanMemory::bytes(shape);
@@ -369,17 +371,19 @@ cudaError_t plan_cuda(cudaStream_t stream, const PlanShape& shape, const PlanOpe
   int planners = kMaxCandidates / blocks;
   while (planners > 1 && shared_bytes(shape, planners) > kSharedBytes) planners /= 2;
   const int ranks = shape.solve.group_size;
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = blocks;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim.x = blocks;
+  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(blocks, shape.solve.num_batches, shape.solve.num_groups);
   config.blockDim = (planners + kHelpers) * kWarp;
   config.dynamicSmemBytes = shared_bytes(shape, planners);
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = clusters ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = clusters ? 2 : 0;
   const Kernel kernel = kKernels[ranks <= kWarp ? 0 : ranks <= 2 * kWarp ? 1 : 2][shape.experts_per_rank > kWarp];
   return cudaLaunchKernelEx(&config, kernel, shape, in, out, planners);
 }
