@@ -1,4 +1,4 @@
-#include <type_traits>
+#include <algorithm>
 
 #include "assign.h"
 #include "launch.cuh"
@@ -11,48 +11,66 @@ constexpr unsigned kFullWarp = 0xffffffffu;
 constexpr int kMaxWarps = 16, kLeastWarps = 4;  // powers of two
 constexpr int kMaxIds = 4;                      // of a thread at once, where there are many
 constexpr int kNarrowRow = 4;                   // replicas of an expert whose shares a thread writes
-constexpr int kWideLanes = 8;                   // that write those of an expert with more
 constexpr size_t kSharedBytes = 98 * 1024;      // what every device has
-
-// How many shares are kept in shared memory.
-struct Room {
-  int experts;      // the first so many have a row of shares each
-  uint32_t beyond;  // shares of those of them that need more than a row
-
-  __host__ __device__ static int row(const AssignShape& shape) {
-    return shape.max_replicas < kNarrowRow ? shape.max_replicas : kNarrowRow;
-  }
-  __host__ __device__ size_t bytes(const AssignShape& shape) const {
-    return (static_cast<size_t>(experts) * row(shape) + beyond) * sizeof(Share);
-  }
-};
 
 // A block's shared memory. Experts are padded so that each warp's counts can be stored eight at a time.
 struct Shared {
   uint16_t* of_warp;  // [num_warps, padded experts] tokens of the tile, then those up to and with each warp's
   uint32_t* seen;     // [padded experts] number of the tile's first token
-  uint16_t* wide;     // [padded experts] those with more shares than fit into a row
-  Share* rows;
-  Share* beyond;
+  char* end;          // of the counts
 
   __host__ __device__ static int padded(int experts) { return (experts + 7) / 8 * 8; }
   // Of the counts, which share it with the ranks' sums.
-  __host__ __device__ static size_t counts(const AssignShape& shape, int num_warps) {
+  __host__ __device__ static size_t bytes(const AssignShape& shape, int num_warps) {
     const size_t bytes = padded(shape.count.num_experts) * (num_warps * sizeof(uint16_t) + sizeof(uint32_t));
     const size_t for_ranks = (shape.num_ranks + 3) / 4 * 4 * sizeof(uint32_t);
     return bytes < for_ranks ? for_ranks : bytes;
   }
-  // Of all but the shares.
-  __host__ __device__ static size_t bytes(const AssignShape& shape, int num_warps) {
-    const bool wide = shape.max_replicas > kNarrowRow;
-    return counts(shape, num_warps) + (wide ? padded(shape.count.num_experts) * sizeof(uint16_t) : 0);
-  }
-  __device__ Shared(void* memory, const AssignShape& shape, int num_warps, const Room& room)
+  __device__ Shared(void* memory, const AssignShape& shape, int num_warps)
       : of_warp(static_cast<uint16_t*>(memory)),
         seen(reinterpret_cast<uint32_t*>(of_warp + num_warps * padded(shape.count.num_experts))),
-        wide(reinterpret_cast<uint16_t*>(static_cast<char*>(memory) + counts(shape, num_warps))),
-        rows(reinterpret_cast<Share*>(static_cast<char*>(memory) + bytes(shape, num_warps))),
-        beyond(rows + room.experts * Room::row(shape)) {}
+        end(static_cast<char*>(memory) + bytes(shape, num_warps)) {}
+};
+
+// What a share is computed from.
+struct alignas(16) Open {
+  int32_t of;              // the expert; then the slot
+  uint32_t number, count;  // which of the expert's replicas, and how many these are
+  int32_t load;            // of the expert
+};
+union Place {
+  Open open;
+  Share share;
+};
+
+// What follows the counts: where experts have few replicas, and all fit, a row of shares for each; else this (kWide).
+struct Wide {
+  uint32_t* used;  // how many places were asked for
+  int32_t* heads;  // [padded experts] see head_of
+  Place* places;   // of experts with several replicas: next to each other, experts in any order, it does not show
+  union {
+    float* largest;     // of the expert's parts of the split, for each of its places
+    uint32_t* weights;  // then each place's
+  };
+  uint32_t room;  // how many places there are
+
+  static constexpr size_t kCounter = sizeof(Place), kOfPlace = sizeof(Place) + sizeof(uint32_t);
+  // Of all but the places.
+  __host__ __device__ static size_t bytes(int experts) { return kCounter + Shared::padded(experts) * sizeof(int32_t); }
+  __device__ Wide(char* memory, int experts, uint32_t room)
+      : used(reinterpret_cast<uint32_t*>(memory)),
+        heads(reinterpret_cast<int32_t*>(memory + kCounter)),
+        places(reinterpret_cast<Place*>(memory + bytes(experts))),
+        weights(reinterpret_cast<uint32_t*>(places + room)),
+        room(room) {}
+  // One of an expert's places, of which `first` is the first. Where there is no room for all, nobody looks at what
+  // becomes of the others.
+  __device__ void open(uint32_t first, const Open& open, float largest_part) const {
+    const uint32_t i = first + open.number;
+    if (i >= room) return;
+    places[i].open = open;
+    largest[i] = largest_part;
+  }
 };
 
 // Waits for the launch before this one, where this kernel was launched ahead of its end.
@@ -65,29 +83,24 @@ __device__ void wait_for_launch() {
 
 // ---- Shares ---------------------------------------------------------------------------------------------------------
 
-// Stands for an expert's shares that are elsewhere: `quota` is their place among those beyond rows, if they are kept.
-constexpr int32_t kElsewhere = -2;
-constexpr uint32_t kNotKept = ~0u;
-
-// A thread writes the shares of an expert, or returns false where there may be more than fit into a row.
-template <bool kWide>
-__device__ bool store_shares(const AssignShape& shape, const AssignOperands& in, int64_t batch, int e, Share* shares) {
+// A thread writes the shares of an expert with up to kNarrowRow replicas.
+__device__ void store_shares(const AssignShape& shape, const AssignOperands& in, int64_t batch, int e, Share* shares) {
   const int replicas = shape.max_replicas;
   const int64_t expert = batch * shape.count.num_experts + e;
   const int32_t load = in.load[expert];
+  Replica row[kNarrowRow] = {};
+  const auto read = [&](int r) { return row[r]; };
   if (replicas == 2) {
     // The most frequent kind: all operands at once.
     const float2 parts = reinterpret_cast<const float2*>(in.split)[expert];
     const int2 slots = reinterpret_cast<const int2*>(in.log2phy)[expert];
-    const Replica row[] = {{parts.x, slots.x}, {parts.y, slots.y}};
-    write_shares<2>([&](int r) { return row[r]; }, 2, shape.num_physical, load, shares);
-    return true;
+    row[0] = {parts.x, slots.x}, row[1] = {parts.y, slots.y};
+    write_shares<2>(read, 2, shape.num_physical, load, shares);
+    return;
   }
-  Replica row[kNarrowRow];
-  if (replicas % kNarrowRow == 0) {
-    const int64_t begin = expert * (replicas / kNarrowRow);
-    const float4 parts = reinterpret_cast<const float4*>(in.split)[begin];
-    const int4 slots = reinterpret_cast<const int4*>(in.log2phy)[begin];
+  if (replicas == kNarrowRow) {
+    const float4 parts = reinterpret_cast<const float4*>(in.split)[expert];
+    const int4 slots = reinterpret_cast<const int4*>(in.log2phy)[expert];
     row[0] = {parts.x, slots.x}, row[1] = {parts.y, slots.y};
     row[2] = {parts.z, slots.z}, row[3] = {parts.w, slots.w};
   } else {
@@ -97,119 +110,156 @@ __device__ bool store_shares(const AssignShape& shape, const AssignOperands& in,
       row[r] = {in.split[entry], in.log2phy[entry]};
     }
   }
-  if constexpr (kWide) {
-    bool all = replicas > kNarrowRow;
-#pragma unroll
-    for (int r = 0; r < kNarrowRow; ++r) all = all && row[r].is_slot(shape.num_physical);
-    if (all) return false;
+  write_shares<kNarrowRow>(read, replicas, shape.num_physical, load, shares);
+}
+
+// What kWide has of each expert: the slot of its only replica, or kNoSlot, or, negative too, its first place, or that
+// there was no room.
+constexpr int32_t kNoSlot = -1, kNotKept = INT32_MIN;
+__device__ bool is_only_slot(int32_t head) { return head >= kNoSlot; }
+__device__ int32_t head_of(uint32_t place, int count, uint32_t room) {
+  return place + count <= room ? kNoSlot - 1 - static_cast<int32_t>(place) : kNotKept;
+}
+__device__ uint32_t place_of(int32_t head) { return static_cast<uint32_t>(kNoSlot - 1 - head); }
+
+// What the shares of a batch element's experts are made of.
+struct Rows {
+  const float* split;
+  const int32_t* log2phy;
+  const int32_t* load;
+  int num_experts, max_replicas, num_physical;
+
+  __device__ Rows(const AssignShape& shape, const AssignOperands& in, int64_t batch)
+      : split(in.split + batch * shape.count.num_experts * shape.max_replicas),
+        log2phy(in.log2phy + batch * shape.count.num_experts * shape.max_replicas),
+        load(in.load + batch * shape.count.num_experts),
+        num_experts(shape.count.num_experts),
+        max_replicas(shape.max_replicas),
+        num_physical(shape.num_physical) {}
+  __device__ bool is_slot(int32_t slot) const { return Replica{0.0f, slot}.is_slot(num_physical); }
+  // None beyond the row's end.
+  __device__ Replica replica(int e, int r) const {
+    if (r >= max_replicas) return {0.0f, kNoSlot};
+    const int64_t entry = static_cast<int64_t>(e) * max_replicas + r;
+    return {split[entry], log2phy[entry]};
   }
-  write_shares<kNarrowRow>([&](int r) { return row[r]; }, min(replicas, kNarrowRow), shape.num_physical, load, shares);
-  return true;
-}
-
-// Of the first lanes of a group of kWideLanes up to and with each: their sum.
-__device__ uint32_t sum_upto(uint32_t value) {
-#pragma unroll
-  for (int step = 1; step < kWideLanes; step *= 2) {
-    const uint32_t before = __shfl_up_sync(kFullWarp, value, step, kWideLanes);
-    if (threadIdx.x % kWideLanes >= step) value += before;
+  // The first two of an expert's slots. Most experts have one replica, whose part of the split is not looked at.
+  __device__ int2 first_slots(int e) const {
+    const int32_t* row = log2phy + static_cast<int64_t>(e) * max_replicas;
+    if (max_replicas % 2 == 0) return *reinterpret_cast<const int2*>(row);
+    return make_int2(row[0], max_replicas > 1 ? row[1] : kNoSlot);
   }
-  return value;
-}
+};
 
-// What a share is made of, in its place: weights up to and with its replica, those of all replicas of its expert, and
-// the expert's load, with another bit where it is the first.
-constexpr uint32_t kFirst = 1u << 31;
-__device__ Share prepared_share(int32_t slot, uint32_t weights, uint32_t total, uint32_t load, bool first) {
-  return {slot, weights, total, first ? load | kFirst : load};
-}
-__device__ Share finished_share(const Share& prepared, const Share& before) {
-  const uint32_t load = prepared.ratio & ~kFirst, total = prepared.left;
-  const uint32_t begin = prepared.ratio == load ? tokens_upto(before.quota, total, load) : 0;
-  return make_share(prepared.slot, begin, tokens_upto(prepared.quota, total, load), load);
-}
-
-// Writes the shares of experts with many replicas, kWideLanes lanes those of one, to the bits of Shares. They are kept
-// next to each other, experts in any order: it does not show. For all threads, with `used` zero.
-__device__ void store_wide_shares(const AssignShape& shape, const AssignOperands& in, int64_t batch, int num_wide,
-                                  const Shared& shared, const Room& room, uint32_t* used) {
-  constexpr int kAtOnce = 4, kRow = kAtOnce * kWideLanes;  // replicas of an expert that are read together
-  const int lane = threadIdx.x % kWideLanes, last = kWideLanes - 1, of_warp = threadIdx.x % kWarp / kWideLanes;
-  for (int first = threadIdx.x / kWarp * (kWarp / kWideLanes); first < num_wide; first += blockDim.x / kWideLanes) {
-    // Lanes without an expert go along, with no replicas.
-    const bool some = first + of_warp < num_wide;
-    const int e = some ? shared.wide[first + of_warp] : 0, replicas = some ? shape.max_replicas : 0;
-    const int64_t expert = batch * shape.count.num_experts + e, row = expert * shape.max_replicas;
-    const uint32_t tokens = static_cast<uint32_t>(max(in.load[expert], 0));
-    Replica read[kAtOnce];
-    const auto read_row = [&](int begin, int count) {
+// Writes the heads, and opens the places of experts with several replicas: a thread for each expert, and a warp for one
+// with more than kNarrowRow.
+__device__ void open_places(const Rows& in, const Wide& wide) {
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll 1
+  for (int first = threadIdx.x - lane; first < in.num_experts; first += blockDim.x) {
+    const int e = first + lane;
+    int32_t load = 0;
+    bool goes_on = false;
+    if (e < in.num_experts) {
+      const int2 slots = in.first_slots(e);
+      load = in.load[e];
+      if (!in.is_slot(slots.x) || !in.is_slot(slots.y)) {
+        wide.heads[e] = in.is_slot(slots.x) ? slots.x : kNoSlot;
+      } else {
+        Replica row[kNarrowRow];
 #pragma unroll
-      for (int k = 0; k < kAtOnce; ++k) {
-        const int r = begin + k * kWideLanes + lane;
-        read[k] = {0.0f, -1};
-        if (r < count) read[k] = {in.split[row + r], in.log2phy[row + r]};
+        for (int r = 0; r < kNarrowRow; ++r) row[r] = in.replica(e, r);
+        uint32_t count = 0;
+        float largest = 0.0f;
+#pragma unroll
+        for (int r = 0; r < kNarrowRow && row[r].is_slot(in.num_physical); ++r) {
+          ++count;
+          largest = fmaxf(largest, row[r].positive());
+        }
+        goes_on = count == kNarrowRow && in.max_replicas > kNarrowRow;
+        if (!goes_on) {
+          const uint32_t place = atomicAdd(wide.used, count);
+          wide.heads[e] = head_of(place, count, wide.room);
+#pragma unroll
+          for (uint32_t r = 0; r < kNarrowRow; ++r) {
+            if (r < count) wide.open(place, {e, r, count, load}, largest);
+          }
+        }
       }
-    };
-    int count = 0;
-    float largest = 0.0f;
-    for (int begin = 0; __any_sync(kFullWarp, begin == count && begin < replicas); begin += kRow) {
-      read_row(begin, begin == count ? replicas : 0);
-#pragma unroll
-      for (int k = 0; k < kAtOnce; ++k) {
-        // How many of these are replicas: those before the first that is none, if all were so far.
-        const unsigned slots = __ballot_sync(kFullWarp, read[k].is_slot(shape.num_physical)) >> of_warp * kWideLanes;
-        const int leading = begin + k * kWideLanes == count ? __ffs(~slots | 1u << kWideLanes) - 1 : 0;
-        if (lane < leading) largest = fmaxf(largest, read[k].positive());
+    }
+#pragma unroll 1
+    for (unsigned left = __ballot_sync(kFullWarp, goes_on); left != 0; left &= left - 1) {
+      const int from = __ffs(left) - 1;
+      uint32_t count = 0;
+      float largest = 0.0f;
+#pragma unroll 1
+      for (uint32_t begin = 0; begin == count && begin < in.max_replicas; begin += kWarp) {
+        const Replica replica = in.replica(first + from, begin + lane);
+        const unsigned none = ~__ballot_sync(kFullWarp, replica.is_slot(in.num_physical));
+        const int leading = none == 0 ? kWarp : __ffs(none) - 1;
+        if (lane < leading) largest = fmaxf(largest, replica.positive());
         count += leading;
       }
-    }
-#pragma unroll
-    for (int step = 1; step < kWideLanes; step *= 2)
-      largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, step));
-    const Weigher weigher(largest, shape.max_replicas);
-    bool even = false;
-    const auto weight_at = [&](int k, int begin) {
-      const uint32_t mine = even ? 1 : weigher.weight(read[k]);
-      return begin + k * kWideLanes + lane < count ? mine : 0;
-    };
-    const bool in_registers = __all_sync(kFullWarp, count < kRow);  // at kRow the next have been read
-    uint32_t total = 0;
-    for (int begin = 0; __any_sync(kFullWarp, begin < count); begin += kRow) {
-      if (!in_registers) read_row(begin, count);
-#pragma unroll
-      for (int k = 0; k < kAtOnce; ++k) total += weight_at(k, begin);
-    }
-    total = __shfl_sync(kFullWarp, sum_upto(total), last, kWideLanes);
-    even = total == 0;
-    if (even) total = static_cast<uint32_t>(count);
-
-    uint32_t place = 0;
-    if (some && lane == 0) place = atomicAdd(used, static_cast<uint32_t>(count));
-    place = __shfl_sync(kFullWarp, place, 0, kWideLanes);
-    const bool kept = place + count <= room.beyond;
-    if (some && lane == 0) shared.rows[e * Room::row(shape)] = {kElsewhere, kept ? place : kNotKept, 0, 0};
-    uint32_t sum = 0;  // of the weights of the replicas before these
-    for (int begin = 0; __any_sync(kFullWarp, begin < count); begin += kRow) {
-      if (!in_registers) read_row(begin, count);
-#pragma unroll
-      for (int k = 0; k < kAtOnce; ++k) {
-        const int r = begin + k * kWideLanes + lane;
-        const uint32_t with = sum + sum_upto(weight_at(k, begin));
-        if (r < count && kept) shared.beyond[place + r] = prepared_share(read[k].slot, with, total, tokens, r == 0);
-        sum = __shfl_sync(kFullWarp, with, last, kWideLanes);
+      largest = __uint_as_float(__reduce_max_sync(kFullWarp, __float_as_uint(largest)));  // not negative
+      uint32_t place = 0;
+      if (lane == 0) {
+        place = atomicAdd(wide.used, count);
+        wide.heads[first + from] = head_of(place, count, wide.room);
       }
+      place = __shfl_sync(kFullWarp, place, 0);
+      const int32_t of_expert = __shfl_sync(kFullWarp, load, from);
+#pragma unroll 1
+      for (uint32_t r = lane; r < count; r += kWarp) wide.open(place, {first + from, r, count, of_expert}, largest);
     }
+  }
+}
+
+// Writes all heads and shares (kWide), what follows `at` bytes of shared memory. For all threads, with `used` zero. Not
+// inlined: it is called in two places.
+__device__ __noinline__ void store_wide_shares(const Rows in, int at, uint32_t room) {
+  extern __shared__ uint4 memory[];
+  // The compiler does not see where they come from, and would have each load find out.
+  __builtin_assume(__isGlobal(in.split));
+  __builtin_assume(__isGlobal(in.log2phy));
+  __builtin_assume(__isGlobal(in.load));
+  const Wide wide(reinterpret_cast<char*>(memory) + at, in.num_experts, room);
+  open_places(in, wide);
+  __syncthreads();
+  const int used = static_cast<int>(min(*wide.used, room));
+#pragma unroll 1
+  for (int i = threadIdx.x; i < used; i += blockDim.x) {
+    Open& open = wide.places[i].open;
+    const Replica replica = in.replica(open.of, open.number);
+    wide.weights[i] = Weigher(wide.largest[i], in.max_replicas).weight(replica);
+    open.of = replica.slot;
   }
   __syncthreads();
-  // All threads finish them, the last first, as each needs the one before it.
-  const int num_shares = static_cast<int>(min(*used, room.beyond)), threads = blockDim.x;
-  for (int first = (num_shares + threads - 1) / threads * threads - threads; first >= 0; first -= threads) {
-    const int i = first + threadIdx.x;
-    Share share;
-    if (i < num_shares) share = finished_share(shared.beyond[i], shared.beyond[max(i - 1, 0)]);
-    __syncthreads();
-    if (i < num_shares) shared.beyond[i] = share;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < used; i += blockDim.x) {
+    const Open open = wide.places[i].open;
+    const uint32_t* weights = wide.weights + i - open.number;
+    uint32_t before = 0, total = 0;
+#pragma unroll 4
+    for (uint32_t r = 0; r < open.count; ++r) {
+      before = r == open.number ? total : before;
+      total += weights[r];
+    }
+    uint32_t upto = before + weights[open.number];
+    if (total == 0) before = open.number, upto = before + 1, total = open.count;  // nothing for any of them: evenly
+    const uint32_t tokens = static_cast<uint32_t>(max(open.load, 0));
+    const uint32_t begin = before > 0 ? tokens_upto(before, total, tokens) : 0;
+    wide.places[i].share = make_share(open.of, begin, tokens_upto(upto, total, tokens), tokens);
   }
+}
+
+// Calls visit(next) as with_shares in assign_kernel does, for an expert whose shares did not fit. Not inlined: this is
+// rare, and large.
+template <class Visit>
+__device__ __noinline__ auto with_computed_shares(const Rows in, int e, Visit visit) {
+  const auto read = [&](int r) { return in.replica(e, r); };
+  Shares<decltype(read)> shares(read, in.max_replicas, in.num_physical, in.load[e]);
+  int r = 0;
+  return visit([&] { return shares.next(r++); });
 }
 
 // ---- Tokens ---------------------------------------------------------------------------------------------------------
@@ -253,8 +303,8 @@ template <class WithShares>
 __device__ void add_ranks(const AssignShape& shape, WithShares with_shares, uint32_t* sums, int32_t* rank_load) {
   const unsigned slots_per_rank = shape.num_physical / shape.num_ranks;
   for (int e = threadIdx.x; e < shape.count.num_experts; e += blockDim.x) {
-    with_shares(e, [&](auto next) {
-      for_each_quota(next, [&](int32_t slot, uint32_t quota) {
+    with_shares(e, [=](auto next) {
+      for_each_quota(next, [=](int32_t slot, uint32_t quota) {
         atomicAdd(&sums[static_cast<unsigned>(slot) / slots_per_rank], quota);
       });
       return 0;
@@ -265,47 +315,47 @@ __device__ void add_ranks(const AssignShape& shape, WithShares with_shares, uint
 }
 
 // Blocks go through the chunks, the ranks' sums before them, and assign a chunk tile by tile: kIds ids a thread. Each
-// block writes the shares of all experts to its shared memory; where some do not fit (kWide), they are computed anew
-// for each token. The split and log2phy come last, see assign_after_solve_cuda.
+// block writes the shares of all experts to its shared memory. Where experts have few replicas, and rows of shares fit,
+// a thread writes an expert's row. Else (kWide) most experts still have one replica, and a head is all that is kept of
+// them; the shares of the others are next to each other, and a thread computes each. Those that do not fit are computed
+// anew for each token. The split and log2phy come last, see assign_after_solve_cuda.
 template <int kIds, bool kWide, bool kAhead>
 __global__ void __launch_bounds__(kMaxWarps* kWarp)
-    assign_kernel(const AssignShape shape, const AssignOperands in, const AssignResults out, const Room room) {
+    assign_kernel(const AssignShape shape, const AssignOperands in, const AssignResults out, const uint32_t room) {
   extern __shared__ uint4 memory[];
   const int experts = shape.count.num_experts, padded = Shared::padded(experts), threads = blockDim.x;
   const int num_warps = threads / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const Shared shared(memory, shape, num_warps, room);
-  [[maybe_unused]] __shared__ uint32_t used;
-  [[maybe_unused]] __shared__ int num_wide;
+  const Shared shared(memory, shape, num_warps);
+  [[maybe_unused]] const Wide wide(shared.end, experts, room);                // where kWide
+  [[maybe_unused]] Share* const rows = reinterpret_cast<Share*>(shared.end);  // elsewhere
   uint16_t* counts = shared.of_warp + warp * padded;
   for (int64_t b = blockIdx.y; b < shape.count.num_batches; b += gridDim.y) {
     // Calls visit(next), where next() gives an expert's shares one after the other, and returns what it does.
     const auto with_shares = [&](int e, auto visit) {
-      const Share* share = shared.rows + e * Room::row(shape);
       if constexpr (kWide) {
-        const bool elsewhere = e >= room.experts || share->slot == kElsewhere;
-        if (elsewhere && (e >= room.experts || share->quota == kNotKept)) {
-          const int64_t expert = b * experts + e, row = expert * shape.max_replicas;
-          const auto read = [&](int r) { return Replica{in.split[row + r], in.log2phy[row + r]}; };
-          Shares<decltype(read)> shares(read, shape.max_replicas, shape.num_physical, in.load[expert]);
-          int r = 0;
-          return visit([&] { return shares.next(r++); });
+        const int32_t head = wide.heads[e];
+        if (is_only_slot(head)) {
+          const uint32_t tokens = static_cast<uint32_t>(max(in.load[b * experts + e], 0));
+          return visit([&] { return make_share(head, 0, tokens, tokens); });
         }
-        if (elsewhere) share = shared.beyond + share->quota;
+        if (head == kNotKept) return with_computed_shares(Rows(shape, in, b), e, visit);
+        const Place* place = wide.places + place_of(head);
+        return visit([&] { return (place++)->share; });
+      } else {
+        const Share* share = rows + e * shape.max_replicas;
+        return visit([&] { return *share++; });
       }
-      return visit([&] { return *share++; });
     };
-    const auto store = [&](int e) { return store_shares<kWide>(shape, in, b, e, shared.rows + e * Room::row(shape)); };
+    const auto store = [&](int e) { store_shares(shape, in, b, e, rows + e * shape.max_replicas); };
     const auto get_shares = [&] {
       wait_for_launch<kAhead>();
-      for (int e = threadIdx.x; e < room.experts; e += threads) {
-        if (!store(e)) shared.wide[atomicAdd(&num_wide, 1)] = static_cast<uint16_t>(e);
-      }
       if constexpr (kWide) {
-        __syncthreads();
-        store_wide_shares(shape, in, b, num_wide, shared, room, &used);
+        store_wide_shares(Rows(shape, in, b), static_cast<int>(Shared::bytes(shape, num_warps)), room);
+      } else {
+        for (int e = threadIdx.x; e < experts; e += threads) store(e);
       }
     };
-    if (kWide && threadIdx.x == 0) used = num_wide = 0;
+    if (kWide && threadIdx.x == 0) *wide.used = 0;
     bool has_shares = false;
     for (int item = blockIdx.x; item <= shape.count.num_chunks; item += gridDim.x) {
       if (item == 0) {
@@ -376,7 +426,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
           if (e >= 0) {
             const uint32_t before = warp > 0 ? counts[e - padded] : 0;
             const uint32_t number = shared.seen[e] + before + numbers[k];
-            slot = with_shares(e, [&](auto next) { return choose_slot(next, number); });
+            slot = with_shares(e, [=](auto next) { return choose_slot(next, number); });
           }
           results[i] = slot;
         }
@@ -389,8 +439,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
   wait_for_launch<kAhead>();  // a block without ids, too: what comes after this kernel relies on the end
 }
 
-using Kernel = void (*)(AssignShape, AssignOperands, AssignResults, Room);
-// By whether a thread takes several ids at once, experts may have more shares than a row, and the launch is ahead.
+using Kernel = void (*)(AssignShape, AssignOperands, AssignResults, uint32_t);
+// By whether a thread takes several ids at once, kWide, and whether the launch is ahead.
 constexpr Kernel kKernels[2][2][2] = {{{assign_kernel<1, false, false>, assign_kernel<1, false, true>},
                                        {assign_kernel<1, true, false>, assign_kernel<1, true, true>}},
                                       {{assign_kernel<kMaxIds, false, false>, assign_kernel<kMaxIds, false, true>},
@@ -401,22 +451,24 @@ cudaError_t launch_assign(cudaStream_t stream, const AssignShape& shape, const A
   const int64_t chunk_size = shape.count.chunk_size;
   const int experts = shape.count.num_experts;
   const bool many = chunk_size > kMaxWarps * kWarp;
-  // Shares are as many as slots, unless log2phy is not a placement's.
-  const bool wide = shape.max_replicas > kNarrowRow;
-  const Room wanted = {experts, wide ? static_cast<uint32_t>(shape.num_physical) : 0};
+  // Rows where they fit. Else shares are no more than slots, unless log2phy is not a placement's.
+  const size_t in_rows = static_cast<size_t>(experts) * shape.max_replicas;
+  const bool wide =
+      shape.max_replicas > kNarrowRow || Shared::bytes(shape, kLeastWarps) + in_rows * sizeof(Share) > kSharedBytes;
+  const size_t wanted = wide ? shape.num_physical : in_rows, each = wide ? Wide::kOfPlace : sizeof(Share);
+  const size_t others = wide ? Wide::bytes(experts) : 0;
+  // A thread for some ids, and for an expert whose row is wide.
+  const int64_t threads =
+      std::max((chunk_size - 1) / (many ? kMaxIds : 1) + 1, static_cast<int64_t>(wide ? experts : 0));
   int warps = kLeastWarps;  // leaves room for some shares
-  while (warps < kMaxWarps && warps * kWarp * (many ? kMaxIds : 1) < chunk_size &&
-         Shared::bytes(shape, 2 * warps) + wanted.bytes(shape) <= kSharedBytes) {
+  while (warps < kMaxWarps && warps * kWarp < threads &&
+         Shared::bytes(shape, 2 * warps) + others + wanted * each <= kSharedBytes) {
     warps *= 2;
   }
-  const int most = static_cast<int>((kSharedBytes - Shared::bytes(shape, warps)) / sizeof(Share)),
-            row = Room::row(shape);
-  Room room = wanted;
-  if (room.experts * row > most) room.experts = most / row;
-  if (room.beyond > static_cast<uint32_t>(most - room.experts * row)) room.beyond = most - room.experts * row;
-  return launch(stream, grid_of(shape.count, shape.count.num_chunks + 1), warps * kWarp,
-                Shared::bytes(shape, warps) + room.bytes(shape), ahead,
-                kKernels[many][wide || room.experts < experts][ahead], shape, in, out, room);
+  const size_t before = Shared::bytes(shape, warps) + others, most = (kSharedBytes - before) / each;
+  const uint32_t room = static_cast<uint32_t>(wanted < most ? wanted : most);
+  return launch(stream, grid_of(shape.count, shape.count.num_chunks + 1), warps * kWarp, before + room * each, ahead,
+                kKernels[many][wide][ahead], shape, in, out, room);
 }
 
 }  // namespace

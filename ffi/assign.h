@@ -64,7 +64,9 @@ struct Replica {
   int32_t slot;
 
   // An expert's replicas are the leading entries of its row that are slots.
-  LPLB_INLINE bool is_slot(int num_physical) const { return slot >= 0 && slot < num_physical; }
+  LPLB_INLINE bool is_slot(int num_physical) const {
+    return static_cast<uint32_t>(slot) < static_cast<uint32_t>(num_physical);
+  }
   // Negative and NaN count as nothing.
   LPLB_INLINE float positive() const { return part > 0.0f ? part : 0.0f; }
 };

@@ -71,8 +71,9 @@ __device__ BlockShared* shared_of(int block, BlockShared* mine) {
 #endif
 }
 
-// A value of each rank lies in kWords registers of the lanes.
-template <int kWords>
+// A value of each rank lies in kWords registers of the lanes; so do the tokens of a rank's experts, an expert a lane,
+// unless ranks have more (kManyExperts).
+template <int kWords, bool kManyExperts>
 struct CudaWarp {
   struct Word {
     uint32_t of[kWords];
@@ -139,7 +140,7 @@ struct CudaWarp {
   // Of a rank's experts those of the lane.
   __device__ __forceinline__ Largest own_largest(const uint32_t* tokens, int first, int count) const {
     Largest own = {lane < count ? tokens[first + lane] : 0, first + lane};
-    if (count > kWarp) {
+    if constexpr (kManyExperts) {
 #pragma unroll 1
       for (int i = lane + kWarp; i < count; i += kWarp) own.take(tokens[first + i], first + i);
     }
@@ -150,7 +151,8 @@ struct CudaWarp {
                                           Largest& own) const {
     const bool mine = own.expert == by.expert;
     if (mine) own.tokens = by.tokens;
-    if (count > kWarp && mine) {
+    if constexpr (kManyExperts) {
+      if (!mine) return;
       tokens[by.expert] = by.tokens;
       own = own_largest(tokens, first, count);
     }
@@ -163,12 +165,16 @@ struct CudaWarp {
   // In a register: read anew from the parameters, as the compiler likes to, it would cost more.
   __device__ __forceinline__ int keep(int value) const { return __shfl_sync(kFullWarp, value, 0); }
   __device__ __forceinline__ void add(uint32_t* target, uint32_t value) const { atomicAdd(target, value); }
-  // Aligned to 16 bytes, and with room up to a multiple of that.
-  __device__ __forceinline__ void copy(uint32_t* target, const uint32_t* source, int count) const {
+  // Where `replace` may write: a copy if it does. Aligned to 16 bytes, and with room up to a multiple of that.
+  __device__ __forceinline__ uint32_t* writable(uint32_t* tokens, int count, uint32_t* copy) const {
+    if constexpr (kManyExperts) {
 #pragma unroll 1
-    for (int i = lane; i * 4 < count; i += kWarp) {
-      reinterpret_cast<uint4*>(target)[i] = reinterpret_cast<const uint4*>(source)[i];
+      for (int i = lane; i * 4 < count; i += kWarp) {
+        reinterpret_cast<uint4*>(copy)[i] = reinterpret_cast<const uint4*>(tokens)[i];
+      }
+      return copy;
     }
+    return tokens;
   }
   __device__ __forceinline__ void announce(int num_copies) const {
     if (lane < num_blocks()) atomicMin(&shared_of(lane, shared)->fewest_copies, num_copies);
@@ -196,12 +202,11 @@ struct CudaBlock {
   __device__ __forceinline__ void add(uint32_t* target, uint32_t value) const { atomicAdd(target, value); }
   // Of all threads' values, known to all; what they have written is then known, too.
   __device__ __forceinline__ uint32_t sum(uint32_t mine) const {
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     mine = __reduce_add_sync(kFullWarp, mine);
-    if (threadIdx.x % kWarp == 0) sums[threadIdx.x / kWarp] = mine;
+    if (lane == 0) sums[warp] = mine;
     __syncthreads();
-    uint32_t sum = 0;
-    for (int warp = 0; warp < blockDim.x / kWarp; ++warp) sum += sums[warp];
-    return sum;
+    return __reduce_add_sync(kFullWarp, lane < blockDim.x / kWarp ? sums[lane] : 0);
   }
   // By those that plan: several values at once, as each takes long to come.
   template <class F>
@@ -234,16 +239,20 @@ struct CudaBlock {
 #pragma unroll 1
     for (int i = 4 * fours + first; i < count; i += threads) values[i] = value, others[i] = other;
   }
-  // Some neighbouring threads for each rank.
+  // Calls visit(g, lane, lanes) for all ranks, and more: by some neighbouring threads for each, all threads of a warp
+  // alike. These are a power of two: the threads' next lower one by the ranks' next higher one.
+  template <class F>
+  __device__ __forceinline__ static void with_lanes(int num_ranks, F visit) {
+    const int bits = max(0, min(5, __clz(num_ranks - 1) - 1 - __clz(blockDim.x))), lanes = 1 << bits;
+#pragma unroll 1
+    for (int first = 0; first < num_ranks; first += blockDim.x >> bits) {
+      visit(first + static_cast<int>(threadIdx.x >> bits), static_cast<int>(threadIdx.x & (lanes - 1)), lanes);
+    }
+  }
   template <class F>
   __device__ __forceinline__ void each_rank(int num_ranks, int per_rank, F load, uint32_t* home,
                                             Largest* largest) const {
-    int lanes = 1;
-    while (lanes < kWarp && 2 * lanes * num_ranks <= blockDim.x) lanes *= 2;
-    const int lane = threadIdx.x % lanes, ranks_at_once = blockDim.x / lanes;
-#pragma unroll 1
-    for (int first = 0; first < num_ranks; first += ranks_at_once) {
-      const int g = first + threadIdx.x / lanes;
+    with_lanes(num_ranks, [&](int g, int lane, int lanes) {
       const int begin = g * per_rank, end = g < num_ranks ? begin + per_rank : begin;
       uint32_t sum = 0;
       Largest mine = {0, begin};
@@ -264,12 +273,24 @@ struct CudaBlock {
         home[g] = sum;
         largest[g] = mine;
       }
-    }
+    });
+  }
+  // Calls visit(g, count) for each rank, with the number of ranks h for which holds(g, h).
+  template <class Holds, class F>
+  __device__ __forceinline__ void count_ranks(int num_ranks, Holds holds, F visit) const {
+    with_lanes(num_ranks, [&](int g, int lane, int lanes) {
+      int count = 0;
+#pragma unroll 4
+      for (int h = lane; h < num_ranks; h += lanes) count += holds(min(g, num_ranks - 1), h);
+#pragma unroll 1
+      for (int step = lanes / 2; step > 0; step /= 2) count += __shfl_xor_sync(kFullWarp, count, step);
+      if (lane == 0 && g < num_ranks) visit(g, count);
+    });
   }
 };
 
-// The first of the best, known to all lanes.
-__device__ PlanScore best_of(const PlanScore* scores, int count) {
+// Which is the first of the best, known to all lanes.
+__device__ int best_of(const PlanScore* scores, int count) {
   const int lane = threadIdx.x % kWarp;
   const PlanScore mine = lane < count ? scores[lane] : PlanScore();
   unsigned left = lane < count;
@@ -277,16 +298,13 @@ __device__ PlanScore best_of(const PlanScore* scores, int count) {
     const uint32_t best = __reduce_min_sync(kFullWarp, left ? criterion : ~0u);  // by all lanes
     left = left && criterion == best;
   }
-  return scores[__ffs(__ballot_sync(kFullWarp, left)) - 1];
+  return __ffs(__ballot_sync(kFullWarp, left)) - 1;
 }
 
 // The blocks of a cluster plan for one group: each warp tries its candidates, and the block that has the best writes.
-template <int kWords>
+template <int kWords, bool kManyExperts>
 __global__ void __launch_bounds__((kMaxCandidates + kHelpers) * kWarp, 1)
     plan_kernel(const __grid_constant__ PlanShape shape, const PlanOperands in, const PlanResults out, int planners) {
-#if __CUDA_ARCH__ >= 900
-  cudaTriggerProgrammaticLaunchCompletion();  // see assign_after_solve_cuda
-#endif
   extern __shared__ __align__(16) char memory[];
   __shared__ BlockShared shared;
   const int lane = threadIdx.x % kWarp, num_planners = num_blocks() * planners;
@@ -295,15 +313,20 @@ __global__ void __launch_bounds__((kMaxCandidates + kHelpers) * kWarp, 1)
   const size_t experts = PlanMemory::experts(shape);
   if (threadIdx.x == planners * kWarp) shared.fewest_copies = kMaxGroupSlots;
   begin_blocks(!plans);
+#if __CUDA_ARCH__ >= 900
+  // Launched ahead of the end of what comes before, as those that follow are: these rely on that end, too.
+  cudaGridDependencySynchronize();
+  cudaTriggerProgrammaticLaunchCompletion();  // see assign_after_solve_cuda
+#endif
   uint32_t* const of_expert = reinterpret_cast<uint32_t*>(memory);
   uint32_t* const left = of_expert + experts;
   char* const of_warp = reinterpret_cast<char*>(left + experts) + threadIdx.x / kWarp * PlanMemory::bytes(shape);
-  const PlanLoads loads = {of_expert, shared.home, shared.largest, shared.busiest, 0, 1};
+  const PlanLoads loads = {of_expert, left, shared.home, shared.largest, shared.busiest, 0, 1};
   PlanGroup<CudaBlock> group(CudaBlock{shared.sums, planners * kWarp}, shape, in, out, blockIdx.y, blockIdx.z, loads);
   group.read();
   await_blocks();
-  Planner<CudaWarp<kWords>> planner(CudaWarp<kWords>(shape.solve.group_size, &shared), shape, group.loads(),
-                                    PlanMemory(of_warp, shape));
+  using Warp = CudaWarp<kWords, kManyExperts>;
+  Planner<Warp> planner(Warp(shape.solve.group_size, &shared), shape, group.loads(), PlanMemory(of_warp, shape));
   if (!plans) {
     group.clear();
   } else if (!group.stays_at_home()) {
@@ -311,17 +334,18 @@ __global__ void __launch_bounds__((kMaxCandidates + kHelpers) * kWarp, 1)
   }
   if (plans && lane < num_blocks()) shared_of(lane, &shared)->scores[warp] = planner.best();
   sync_blocks();
-  const PlanScore best = best_of(shared.scores, num_planners);
-  const int best_warp = best.candidate % num_planners;
-  if (best_warp / planners != block_number()) return;
-  __shared__ const Copy* copies;
-  if (plans && warp == best_warp && lane == 0) copies = planner.copies_of_best();
+  const int best = best_of(shared.scores, num_planners), of_block = best - block_number() * planners;
+  if (of_block < 0 || of_block >= planners) return;
+  __shared__ ptrdiff_t copies;  // where they are: so that it shows that this is shared memory
+  if (plans && warp == best && lane == 0) copies = reinterpret_cast<const char*>(planner.copies_of_best()) - memory;
   __syncthreads();
-  group.write(best, copies, left);
+  group.write(shared.scores[best], reinterpret_cast<const Copy*>(memory + copies));
 }
 
 using Kernel = void (*)(PlanShape, PlanOperands, PlanResults, int);
-constexpr Kernel kKernels[] = {plan_kernel<1>, plan_kernel<2>, plan_kernel<4>};
+constexpr Kernel kKernels[][2] = {{plan_kernel<1, false>, plan_kernel<1, true>},
+                                  {plan_kernel<2, false>, plan_kernel<2, true>},
+                                  {plan_kernel<4, false>, plan_kernel<4, true>}};
 
 size_t shared_bytes(const PlanShape& shape, int planners) {
   return 2 * sizeof(uint32_t) * PlanMemory::experts(shape) + planners * PlanMemory::bytes(shape);
@@ -330,10 +354,12 @@ size_t shared_bytes(const PlanShape& shape, int planners) {
 }  // namespace
 
 cudaError_t prepare_plan_cuda() {
-  for (const Kernel kernel : kKernels) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kSharedBytes));
-    if (error != cudaSuccess) return error;
+  for (const auto& of_words : kKernels) {
+    for (const Kernel kernel : of_words) {
+      const cudaError_t error =
+          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kSharedBytes));
+      if (error != cudaSuccess) return error;
+    }
   }
   return cudaSuccess;
 }
@@ -345,18 +371,20 @@ cudaError_t plan_cuda(cudaStream_t stream, const PlanShape& shape, const PlanOpe
   int planners = kMaxCandidates / blocks;
   while (planners > 1 && shared_bytes(shape, planners) > kSharedBytes) planners /= 2;
   const int ranks = shape.solve.group_size;
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = blocks;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim.x = blocks;
+  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(blocks, shape.solve.num_batches, shape.solve.num_groups);
   config.blockDim = (planners + kHelpers) * kWarp;
   config.dynamicSmemBytes = shared_bytes(shape, planners);
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = clusters ? 1 : 0;
-  const Kernel kernel = kKernels[ranks <= kWarp ? 0 : ranks <= 2 * kWarp ? 1 : 2];
+  config.attrs = attributes;
+  config.numAttrs = clusters ? 2 : 0;
+  const Kernel kernel = kKernels[ranks <= kWarp ? 0 : ranks <= 2 * kWarp ? 1 : 2][shape.experts_per_rank > kWarp];
   return cudaLaunchKernelEx(&config, kernel, shape, in, out, planners);
 }
 

@@ -113,8 +113,7 @@ struct alignas(8) Copy {
 // A warp's working memory.
 struct PlanMemory {
   uint32_t* at_home;  // [experts] tokens that have not been given away; 0 where the expert gives no more
-  Copy* best;         // [max_copies] of the best candidate so far
-  Copy* copies;       // [max_copies] of the one at work
+  Copy* copies;       // [2, max_copies] of the best candidate so far, and of the one at work
   uint32_t* tokens;   // [ranks] to work in
   uint32_t* ranks;    // [ranks] to work in
   uint8_t* replicas;  // [experts]
@@ -128,9 +127,8 @@ struct PlanMemory {
   }
   LPLB_INLINE PlanMemory(char* memory, const PlanShape& shape)
       : at_home(reinterpret_cast<uint32_t*>(memory)),
-        best(reinterpret_cast<Copy*>(at_home + experts(shape))),
-        copies(best + max_copies(shape)),
-        tokens(reinterpret_cast<uint32_t*>(copies + max_copies(shape))),
+        copies(reinterpret_cast<Copy*>(at_home + experts(shape))),
+        tokens(reinterpret_cast<uint32_t*>(copies + 2 * max_copies(shape))),
         ranks(tokens + num_ranks(shape)),
         replicas(reinterpret_cast<uint8_t*>(ranks + num_ranks(shape))) {}
 };
@@ -157,6 +155,7 @@ struct alignas(16) Giver {
 // What a group's candidates start from, in scaled tokens.
 struct PlanLoads {
   uint32_t* expert;  // [experts] of the group
+  uint32_t* left;    // [experts] as much, for the writing
   uint32_t* home;    // [ranks] with all experts at home
   Largest* largest;  // [ranks]
   Giver* busiest;    // [ranks], the busiest first, the first of those that are as busy
@@ -172,6 +171,15 @@ enum Order : uint32_t { kMostRoom = 1u << 30, kMostFilled = 2u << 30, kEnough = 
 LPLB_INLINE uint32_t room_key(Order order, uint32_t value, int rank) {
   return order | (value >> 1 & kValueBits) | (kRankBits - static_cast<uint32_t>(rank));
 }
+// What a rank may still receive, and its keys where the most is looked for, and where the least that is enough.
+struct Room {
+  uint32_t tokens, most, enough;
+
+  LPLB_INLINE Room(uint32_t room, int rank, uint32_t least)
+      : tokens(room >= least ? room : 0),
+        most(room >= least ? room_key(kMostRoom, room, rank) : 0),
+        enough(room_key(kEnough, ~room, rank)) {}
+};
 LPLB_INLINE int rank_of_key(uint32_t key) { return static_cast<int>(kRankBits - (key & kRankBits)); }
 
 // How good a candidate is: the smaller the better, the first number first.
@@ -207,7 +215,11 @@ class Planner {
   using Word = typename Warp::Word;
 
   LPLB_DEVICE Planner(const Warp& warp, const PlanShape& shape, const PlanLoads& loads, const PlanMemory& memory)
-      : warp_(warp), shape_(shape), loads_(loads), memory_(memory) {}
+      : warp_(warp),
+        shape_(shape),
+        loads_(loads),
+        memory_(memory),
+        room_(static_cast<int>(PlanMemory::max_copies(shape))) {}
 
   // Tries one candidate, and keeps it where it is better than those before.
   LPLB_DEVICE void attempt(int number) {
@@ -228,14 +240,14 @@ class Planner {
     score.copies = 2 * static_cast<uint32_t>(num_copies_) + (open ? 1 : 0);
     if (!score.better_than(best_)) return;
     best_ = score;
-    Copy* const swapped = memory_.best;
-    memory_.best = memory_.copies;
-    memory_.copies = swapped;
+    at_work_ = room_ - at_work_;
   }
   LPLB_DEVICE const PlanScore& best() const { return best_; }
-  LPLB_DEVICE const Copy* copies_of_best() const { return memory_.best; }
+  LPLB_DEVICE const Copy* copies_of_best() const { return memory_.copies + (room_ - at_work_); }
 
  private:
+  LPLB_DEVICE Copy* copies() const { return memory_.copies + at_work_; }
+
   // ---- The plan ----------------------------------------------------------------------------------------------------
 
   // Makes a list of copies, and returns the largest rank load then.
@@ -249,22 +261,22 @@ class Planner {
     // As masks: where the rule looks for room that is enough only for all that is wanted, or not at all.
     const uint32_t fits_only = warp_.keep(candidate.rule == kFit ? ~0u : 0);
     const uint32_t never = warp_.keep(candidate.rule == kMost ? ~0u : 0);
-    warp_.copy(memory_.at_home, loads_.expert, shape_.num_experts());
+    const int step = warp_.keep(candidate.busiest_last ? -1 : 1);
+    uint32_t* const at_home = warp_.writable(loads_.expert, shape_.num_experts(), memory_.at_home);
     if (capped) warp_.each_of(shape_.num_experts(), [&](int e) { memory_.replicas[e] = 1; });
-    Word load, room, used;  // tokens of a rank; those that it may receive; slots that it has used
-    Word most, enough;      // keys of its room, where the most is looked for, and where the least that is enough
-    const auto set_room = [&](int k, uint32_t tokens, int rank) {
-      room.of[k] = tokens >= least ? tokens : 0;
-      most.of[k] = tokens >= least ? room_key(kMostRoom, tokens, rank) : 0;
-      enough.of[k] = room_key(kEnough, ~tokens, rank);
+    Word load, room = {}, used;   // tokens of a rank; those that it may receive; slots that it has used
+    Word most = {}, enough = {};  // keys of its room, where the most is looked for, and where the least that is enough
+    const auto set_room = [&](int k, bool sets, const Room& to) {
+      room.of[k] = sets ? to.tokens : room.of[k];
+      most.of[k] = sets ? to.most : most.of[k];
+      enough.of[k] = sets ? to.enough : enough.of[k];
     };
     warp_.each_rank([&](int k, int g, bool own) {
       load.of[k] = own ? loads_.home[g] : 0;
-      set_room(k, own && load.of[k] < limit ? limit - load.of[k] : 0, g);
+      set_room(k, true, Room(own && load.of[k] < limit ? limit - load.of[k] : 0, g, least));
       used.of[k] = 0;
     });
     const int num_givers = warp_.count([&](int k, int) { return load.of[k] > limit; });
-    const int step = candidate.busiest_last ? -1 : 1;
     const Giver* place = loads_.busiest + (candidate.busiest_last && num_givers > 0 ? num_givers - 1 : 0);
     warp_.sync();
     num_copies_ = 0;
@@ -278,11 +290,11 @@ class Planner {
       int32_t excess = static_cast<int32_t>(following.home - limit);
       int sends = 0;
       // What the next giver needs is read ahead, and so is when to stop, which may come late.
-      stuck = warp_.any(num_copies_ > fewest);
+      const bool late = warp_.any(num_copies_ > fewest);
       place += number + 1 < num_givers ? step : 0;
       following = *place;
       fewest = warp_.fewest();
-      auto own = warp_.own_largest(memory_.at_home, giver * per_rank, per_rank);
+      auto own = warp_.own_largest(at_home, giver * per_rank, per_rank);
       LPLB_UNROLL_BY(1)
       while (!stuck) {
         const uint32_t has = from.tokens, wanted = static_cast<uint32_t>(excess);
@@ -292,22 +304,22 @@ class Planner {
           const uint32_t filled = room.of[k] - 1 < fits ? most.of[k] + (kMostFilled - kMostRoom) : most.of[k];
           return room.of[k] >= asked ? enough.of[k] : filled;
         });
+        const int receiver = rank_of_key(key);
+        const uint32_t given = !fills && wanted < has && wanted >= least ? wanted : has;  // where the room is enough
+        const uint32_t space = warp_.get(room, receiver), tokens = has < space ? given : space;
         stuck = key == 0 || has < least;
         if (stuck) break;
-        const int receiver = rank_of_key(key);
-        const uint32_t space = warp_.get(room, receiver);
-        uint32_t tokens = space < has ? space : has;
-        if (!fills && has < space && wanted < has && wanted >= least) tokens = wanted;
         const Settles settles = tokens == space ? kReceiver : tokens == wanted ? kGiver : kNeither;
 
         // All lanes write the same.
         const int e = from.expert;
-        memory_.copies[num_copies_++] = Copy::make(tokens, static_cast<uint32_t>(e), giver, receiver, settles);
+        copies()[num_copies_++] = Copy::make(tokens, static_cast<uint32_t>(e), giver, receiver, settles);
+        const Room left(space - tokens, receiver, least);
         warp_.each_rank([&](int k, int g, bool) {
           const bool receives = g == receiver;
           load.of[k] += receives ? tokens : 0;
           used.of[k] += receives ? 1 : 0;
-          if (receives) set_room(k, space - tokens, receiver);
+          set_room(k, receives, left);
           if (used.of[k] == redundants) room.of[k] = most.of[k] = 0;
         });
         excess -= static_cast<int32_t>(tokens);
@@ -320,16 +332,17 @@ class Planner {
           memory_.replicas[e] = static_cast<uint8_t>(replicas);
         }
         if (excess <= 0) break;
-        warp_.replace(memory_.at_home, giver * per_rank, per_rank, from, own);
+        warp_.replace(at_home, giver * per_rank, per_rank, from, own);
         from = warp_.largest(own);  // another expert maybe
       }
       // Having given more than its excess, it may receive. (It gives one expert to a rank once at most: what does not
       // fill the rank up is all that the expert has, or all that it has to give.)
+      const Room of_giver(excess < 0 ? static_cast<uint32_t>(-excess) : 0, giver, least);
       warp_.each_rank([&](int k, int g, bool) {
-        if (g != giver) return;
-        load.of[k] = limit + static_cast<uint32_t>(excess);
-        set_room(k, excess < 0 ? static_cast<uint32_t>(-excess) : 0, giver);
+        load.of[k] = g == giver ? limit + static_cast<uint32_t>(excess) : load.of[k];
+        set_room(k, g == giver, of_giver);
       });
+      stuck = stuck || late;
     }
     warp_.sync();
     return warp_.most(load);
@@ -347,7 +360,7 @@ class Planner {
     warp_.sync();
     bool neither = false;  // of some copies settles neither rank
     warp_.each_of(num_copies_, [&](int c) {
-      const Copy copy = memory_.copies[c];
+      const Copy copy = copies()[c];
       if (copy.settles() == kReceiver) memory_.ranks[copy.receiver()] = static_cast<uint32_t>(copy.giver());
       if (copy.settles() == kGiver) memory_.ranks[copy.giver()] = static_cast<uint32_t>(copy.receiver());
       if (copy.settles() != kNeither) return;
@@ -399,22 +412,22 @@ class Planner {
       memory_.ranks[g] = level.of[k] == largest;                     // whether it is of a fullest tree
     });
     warp_.each_of(num_copies_, [&](int c) {
-      const int e = memory_.copies[c].expert();
+      const int e = copies()[c].expert();
       memory_.at_home[e] = loads_.expert[e];
     });
     warp_.sync();
     bool lacks = false;
     warp_.each_of(num_copies_, [&](int c) {
-      const uint32_t takes = levelled(memory_.copies[c]);
+      const uint32_t takes = levelled(copies()[c]);
       lacks = lacks || static_cast<int32_t>(takes) < 0;
-      warp_.add(&memory_.at_home[memory_.copies[c].expert()], 0u - takes);
+      warp_.add(&memory_.at_home[copies()[c].expert()], 0u - takes);
     });
     warp_.sync();
     // The bound is of the fullest trees, whose load can go nowhere else: unless copies that settle neither rank join
     // them to others, and hold, or could take, some of it.
     bool joined = false;
     warp_.each_of(num_copies_, [&](int c) {
-      const Copy copy = memory_.copies[c];
+      const Copy copy = copies()[c];
       lacks = lacks || static_cast<int32_t>(memory_.at_home[copy.expert()]) < 0;
       if (copy.settles() != kNeither) return;
       const bool from = memory_.ranks[copy.giver()] != 0, to = memory_.ranks[copy.receiver()] != 0;
@@ -431,16 +444,18 @@ class Planner {
                                        : copy.tokens;
   }
   LPLB_DEVICE void take_levels() {
-    warp_.each_of(num_copies_, [&](int c) { memory_.copies[c].tokens = levelled(memory_.copies[c]); });
+    warp_.each_of(num_copies_, [&](int c) { copies()[c].tokens = levelled(copies()[c]); });
     warp_.sync();
   }
 
   Warp warp_;
   const PlanShape& shape_;
   const PlanLoads loads_;
-  PlanMemory memory_;
+  const PlanMemory memory_;
+  const int room_;  // for a candidate's copies
   PlanScore best_;
   // Of the candidate at work.
+  int at_work_ = 0;  // where its copies begin: a number, so that it shows that they are in shared memory
   int num_copies_ = 0;
 };
 
@@ -462,28 +477,24 @@ class PlanGroup {
   // Fills the loads.
   LPLB_DEVICE void read() {
     const int ranks = shape_.solve.group_size;
+    const int32_t least = in_.least[batch_];  // comes while loads do
     uint32_t mine = 0;
     const int32_t* const load = in_.load + static_cast<int64_t>(batch_) * shape_.solve.num_experts + group_ * experts_;
     block_.read(load, experts_, [&](int e, int32_t tokens) {
       loads_.expert[e] = static_cast<uint32_t>(tokens > 0 ? tokens : 0);
       mine += loads_.expert[e];
     });
-    const int32_t least = in_.least[batch_];
     const uint32_t total = block_.sum(mine);
     shift_ = scaling_bits(total);
     loads_.total = total << shift_;
     loads_.least = least < 1 ? 1 : least < INT32_MAX >> shift_ ? least << shift_ : INT32_MAX;
     block_.each_rank(
-        ranks, shape_.experts_per_rank, [&](int e) { return loads_.expert[e] <<= shift_; }, loads_.home,
-        loads_.largest);
+        ranks, shape_.experts_per_rank, [&](int e) { return loads_.left[e] = loads_.expert[e] <<= shift_; },
+        loads_.home, loads_.largest);
     block_.sync();
-    block_.each_of(ranks, [&](int g) {
-      const uint32_t home = loads_.home[g];
-      int busier = 0;
-      LPLB_UNROLL_BY(8)
-      for (int other = 0; other < ranks; ++other) busier += loads_.home[other] + (other < g ? 1 : 0) > home;
-      loads_.busiest[busier] = {home, g, loads_.largest[g]};
-    });
+    block_.count_ranks(
+        ranks, [&](int g, int other) { return loads_.home[other] + (other < g ? 1 : 0) > loads_.home[g]; },
+        [&](int g, int busier) { loads_.busiest[busier] = {loads_.home[g], g, loads_.largest[g]}; });
     block_.sync();
   }
   LPLB_DEVICE const PlanLoads& loads() const { return loads_; }
@@ -500,17 +511,15 @@ class PlanGroup {
     return threshold > 0.0f && static_cast<float>(most()) * ranks <= threshold * static_cast<float>(loads_.total);
   }
 
-  // Writes the tables and the split. Uses up the loads; `left` [experts] is memory to work in.
-  LPLB_DEVICE void write(const PlanScore& score, const Copy* copies, uint32_t* left) {
+  // Writes the tables and the split. Uses up the loads at home, and what is left of them.
+  LPLB_DEVICE void write(const PlanScore& score, const Copy* copies) {
     const SolveShape& s = shape_.solve;
     const Tables tables(*this);
     const float unit = power_of_two(-shift_);
     const bool at_home = stays_at_home();
-    block_.each_of(experts_, [&](int e) { left[e] = loads_.expert[e]; });
-    block_.sync();
     block_.each_of(score.num_copies(), [&](int c) {
       const Copy copy = copies[c];
-      block_.add(&left[copy.expert()], 0u - copy.tokens);
+      block_.add(&loads_.left[copy.expert()], 0u - copy.tokens);
       block_.add(&loads_.home[copy.giver()], 0u - copy.tokens);
       block_.add(&loads_.home[copy.receiver()], copy.tokens);
     });
@@ -521,15 +530,18 @@ class PlanGroup {
       const int slot = rank * s.slots_per_rank + e - rank * shape_.experts_per_rank;
       tables.phy2log[slot] = tables.first_expert + e;
       tables.log2phy[row] = tables.first_slot + slot;
-      tables.fraction[row] = share(left[e], e);
+      tables.fraction[row] = share(loads_.left[e], e);
     });
     block_.each_of(score.num_copies(), [&](int c) {
       const Copy copy = copies[c];
       if (copy.tokens == 0) return;
       const int expert = copy.expert(), receiver = copy.receiver();
       int number = 0, column = 1;  // among the receiver's copies, and among the expert's replicas
+      // Threads stay together: all go through all, and without branches.
       LPLB_UNROLL_BY(8)
-      for (int d = 0; d < c; ++d) number += copies[d].receiver() == receiver && copies[d].tokens != 0;
+      for (int d = 0; d < score.num_copies(); ++d) {
+        number += (copies[d].receiver() == copy.receiver()) & (copies[d].tokens != 0) & (d < c) ? 1 : 0;
+      }
       // An expert's copies are among those of its rank, which are next to each other.
       const auto count = [&](int d) {
         column += copies[d].expert() == expert && copies[d].receiver() < receiver && copies[d].tokens != 0;

@@ -35,6 +35,14 @@ struct SerialBlock {
       }
     }
   }
+  template <class Holds, class F>
+  void count_ranks(int num_ranks, Holds holds, F visit) const {
+    for (int g = 0; g < num_ranks; ++g) {
+      int count = 0;
+      for (int h = 0; h < num_ranks; ++h) count += holds(g, h);
+      visit(g, count);
+    }
+  }
 };
 
 // All lanes at once.
@@ -48,7 +56,10 @@ struct SerialWarp : SerialBlock {
   explicit SerialWarp(int num_ranks) : num_ranks(num_ranks) {}
   void announce(int num_copies) { fewest_copies = std::min(fewest_copies, num_copies); }
   int fewest() const { return fewest_copies; }
-  void copy(uint32_t* target, const uint32_t* source, int count) const { std::copy_n(source, count, target); }
+  uint32_t* writable(const uint32_t* tokens, int count, uint32_t* copy) const {
+    std::copy_n(tokens, count, copy);
+    return copy;
+  }
   template <class F>
   void each_rank(F visit) const {
     for (int g = 0; g < num_ranks; ++g) visit(g, g, true);
@@ -98,7 +109,8 @@ void plan_cpu(const PlanShape& shape, const PlanOperands& in, const PlanResults&
   const std::unique_ptr<Giver[]> busiest(new Giver[shape.solve.group_size]);
   for (int batch = 0; batch < shape.solve.num_batches; ++batch) {
     for (int group = 0; group < shape.solve.num_groups; ++group) {
-      const PlanLoads loads = {of_experts.get(), of_ranks.get(), largest.get(), busiest.get(), 0, 1};
+      const PlanLoads loads = {
+          of_experts.get(), of_experts.get() + shape.num_experts(), of_ranks.get(), largest.get(), busiest.get(), 0, 1};
       PlanGroup<SerialBlock> of_group(SerialBlock(), shape, in, out, batch, group, loads);
       of_group.read();
       of_group.clear();
@@ -107,7 +119,7 @@ void plan_cpu(const PlanShape& shape, const PlanOperands& in, const PlanResults&
       if (!of_group.stays_at_home()) {
         for (int c = 0; c < shape.num_candidates; ++c) planner.attempt(c);
       }
-      of_group.write(planner.best(), planner.copies_of_best(), of_experts.get() + shape.num_experts());
+      of_group.write(planner.best(), planner.copies_of_best());
     }
   }
 }
