@@ -2,21 +2,22 @@
 
 The layer (bfloat16, d_model 2048, 64 experts of hidden width 1408, top-6) over all devices, two redundant experts a
 rank along a torus, the cube or a ring, is fed tokens whose router picks what was recorded of DeepSeek-V2-Lite (wrapped
-around), or drawn with log-normal popularity of the experts, or round-robin. Recorded tokens are dealt to the ranks in
+around), or drawn with log-normal popularity of the experts, or even. Recorded tokens are dealt to the ranks in
 turn, as shuffled data would be. Experts are in logical order, equally many a rank, and the copies are of the heaviest
 in the long run: of the whole recording, or by the popularity that the batch was drawn from. Modes:
 
-  even        round-robin, no copies, no balance: as fast as the layer can be
+  even        all experts equally often, each token's at random, no copies, no balance: as fast as the layer can be
   unbalanced  no copies, no balance
   balanced    copies travel in the layer, at each call
   batch       copies are chosen by the batch itself, nothing is known of the past
   prepared    copies (and weights in bfloat16) are there before: what further micro-batches of a step cost. Beside it
               `even prepared` and `unbalanced prepared`, likewise without the cast to bfloat16
 
-Each runs with the smallest of a few buffer factors that needs no second round; the smallest of all is in the column
-`smallest_factor`. Times are of calls in a row, as training makes them, up to 50 or some 80 ms: a call alone takes
-0.5 to 1 ms more, until the host has launched it. Modes take turns. `share_of_even` is throughput over that of `even`,
-or `even prepared`; `temp_mb` is what XLA allocates beside arguments and results.
+Each runs with each of `--dispatch`, and with the smallest of a few buffer factors that needs no second round; the
+smallest of all is in the column `smallest_factor`. Times are of calls in a row, as training makes them, up to 50 or
+some 80 ms: a call alone takes 0.5 to 1 ms more, until the host has launched it. Modes take turns. `share_of_even` is
+throughput over that of `even`, or `even prepared`, of the same dispatch; `temp_mb` is what XLA allocates beside
+arguments and results.
 """
 
 import argparse
@@ -53,9 +54,14 @@ class Load(NamedTuple):
     past: np.ndarray  # float32 [EXPERTS]
 
 
-def round_robin(tokens: int) -> Load:
-    ids = np.arange(tokens * TOP_K, dtype=np.int32).reshape(tokens, TOP_K) % EXPERTS
-    return Load("even", ids, np.ones(EXPERTS, np.float32))
+def even(tokens: int) -> Load:
+    """Of each EXPERTS tokens each takes TOP_K different experts, and each expert as many tokens."""
+    rng = np.random.default_rng(0)
+    ids = []
+    for first in range(0, tokens, EXPERTS):
+        shifts = rng.permutation(EXPERTS)[:TOP_K]
+        ids.append(rng.permutation(EXPERTS)[(np.arange(min(EXPERTS, tokens - first))[:, None] + shifts) % EXPERTS])
+    return Load("even", np.concatenate(ids).astype(np.int32), np.ones(EXPERTS, np.float32))
 
 
 def lognormal(tokens: int, sigma: float) -> Load:
@@ -98,8 +104,8 @@ def inputs(ids: np.ndarray, d_model: int, sharding: jax.NamedSharding) -> jax.Ar
     return jax.jit(draw, out_shardings=sharding)()
 
 
-def smallest_factor(ids: np.ndarray, placement: lplb.Placement, mesh: jax.sharding.Mesh) -> float:
-    """Of buffers for each pair of ranks over the mean number of ids between them."""
+def smallest_factor(ids: np.ndarray, placement: lplb.Placement, mesh: jax.sharding.Mesh, dispatch: str) -> float:
+    """Of the most ids of a rank over their mean; with all_to_all of those of each pair of ranks."""
     ranks = placement.num_ranks
     balance = jax.shard_map(
         lambda ids: lplb.balance(ids, placement, axis_name="ep").physical_ids,
@@ -108,8 +114,10 @@ def smallest_factor(ids: np.ndarray, placement: lplb.Placement, mesh: jax.shardi
         out_specs=jax.P("ep"),
     )
     owner = np.asarray(jax.jit(balance)(ids)).reshape(ranks, -1) // placement.slots_per_rank
-    most = max(np.bincount(of_source, minlength=ranks).max() for of_source in owner)
-    return most * ranks / owner.shape[1]
+    of_pairs = np.stack([np.bincount(of_source, minlength=ranks) for of_source in owner])
+    if dispatch == "all_to_all":
+        return of_pairs.max() * ranks / owner.shape[1]
+    return of_pairs.sum(axis=0).max() / owner.shape[1]
 
 
 class Pass(NamedTuple):
@@ -128,7 +136,7 @@ class Runner:
         self.compiled: dict[Any, Any] = {}
         self.layers: dict[Any, MoE] = {}  # by what of a placement is static
 
-    def split(self, placement: lplb.Placement, factor: float) -> tuple[Any, Any]:
+    def split(self, placement: lplb.Placement, factor: float, dispatch: str) -> tuple[Any, Any]:
         """Graph and state of the layer, which is made once."""
         key = (placement.slots_per_rank, placement.planning)
         if key not in self.layers:
@@ -148,13 +156,15 @@ class Runner:
             self.layers[key] = layer
         layer = self.layers[key]
         layer.placement.set_value(jax.device_put(placement, jax.NamedSharding(self.mesh, jax.P())))
-        layer.buffer_factor = factor
+        layer.buffer_factor, layer.dispatch = factor, dispatch
         graph, state = nnx.split(layer)
         return graph, jax.tree.map(lambda leaf: leaf, state)  # not the layer's own variables
 
-    def passes(self, placement: lplb.Placement, factor: float, x: jax.Array, prepared: bool) -> dict[str, Pass]:
-        graph, state = self.split(placement, factor)
-        sizes = (placement.slots_per_rank, placement.planning, factor, prepared, x.shape)
+    def passes(
+        self, placement: lplb.Placement, factor: float, dispatch: str, x: jax.Array, prepared: bool
+    ) -> dict[str, Pass]:
+        graph, state = self.split(placement, factor, dispatch)
+        sizes = (placement.slots_per_rank, placement.planning, factor, dispatch, prepared, x.shape)
         slots = None
         if prepared:
             prepare = Pass(("prepare", *sizes[:1]), jax.jit(lambda state: nnx.merge(graph, state).prepare()), (state,))
@@ -219,6 +229,7 @@ def measure(
     tokens: int,
     repeats: int,
     modes: list[str],
+    dispatches: list[str],
     passes: list[str],
     baseline_only: bool,
 ) -> list[dict[str, Any]]:
@@ -236,17 +247,18 @@ def measure(
                 placement = lplb.Placement.per_batch(
                     num_experts=EXPERTS, num_ranks=jax.device_count(), redundants_per_rank=REDUNDANTS
                 )
-            smallest = smallest_factor(ids, placement, runner.mesh)
-            factor = next((factor for factor in FACTORS if factor >= smallest), float(placement.num_ranks))
-            for prepared in (False,) if mode == "batch" else (False, True):
-                name = {"balanced": "prepared"}.get(mode, f"{mode} prepared") if prepared else mode
-                if name not in modes:
-                    continue
-                row = {"bench": "layer", "case": f"{jax.device_count()}x{REDUNDANTS}", "load": load.name}
-                row |= {"tokens_per_rank": tokens, "mode": name}
-                row |= {"smallest_factor": round(smallest, 4), "factor": factor}
-                every = runner.passes(placement, factor, x, prepared)
-                cases.append((row, {key: every[key] for key in passes}))
+            for dispatch in dispatches:
+                smallest = smallest_factor(ids, placement, runner.mesh, dispatch)
+                factor = next((factor for factor in FACTORS if factor >= smallest), float(placement.num_ranks))
+                for prepared in (False,) if mode == "batch" else (False, True):
+                    name = {"balanced": "prepared"}.get(mode, f"{mode} prepared") if prepared else mode
+                    if name not in modes:
+                        continue
+                    row = {"bench": "layer", "case": f"{jax.device_count()}x{REDUNDANTS}", "load": load.name}
+                    row |= {"tokens_per_rank": tokens, "mode": name, "dispatch": dispatch}
+                    row |= {"smallest_factor": round(smallest, 4), "factor": factor}
+                    every = runner.passes(placement, factor, dispatch, x, prepared)
+                    cases.append((row, {key: every[key] for key in passes}))
     runner.compile([one for _, of_case in cases for one in of_case.values()])
 
     rows, runs = [], {}
@@ -266,7 +278,8 @@ def measure(
         rows[i] |= common.statistics(of_run)
     for row in rows:
         fastest = "even prepared" if "prepared" in row["mode"] and "even prepared" in modes else "even"
-        (even,) = (one for one in rows if one["mode"] == fastest and one["pass"] == row["pass"])
+        alike = [one for one in rows if all(one[key] == row[key] for key in ("pass", "dispatch"))]
+        (even,) = (one for one in alike if one["mode"] == fastest)
         row["share_of_even"] = round(even["median_us"] / row["median_us"], 4)
     return rows
 
@@ -279,7 +292,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192], help="tokens of a rank")
     parser.add_argument("--d-model", type=int, default=2048)
     parser.add_argument("--d-expert", type=int, default=1408)
-    parser.add_argument("--dispatch", choices=["all_to_all", "ring"], default="all_to_all")
+    parser.add_argument("--dispatch", nargs="+", choices=["all_to_all", "peer", "ring"], default=["all_to_all", "peer"])
     parser.add_argument("--grouped-matmul", choices=["tokamax", "ragged_dot"], help="by default: by platform")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="those beside even")
     parser.add_argument("--baseline-only", action="store_true", help="no balancing of the even load")
@@ -290,16 +303,25 @@ def main() -> None:
     if jax.default_backend() == "gpu" and args.grouped_matmul is None:
         args.grouped_matmul = "tokamax"  # raises where it is missing: jax.lax.ragged_dot is no measure on GPUs
     mesh = jax.make_mesh((jax.device_count(),), ("ep",), axis_types=(jax.sharding.AxisType.Auto,))
-    options = {"dispatch": args.dispatch, "grouped_matmul": args.grouped_matmul}
+    options = {"grouped_matmul": args.grouped_matmul}
     runner = Runner(mesh, args.d_model, args.d_expert, options)
     rows: list[dict[str, Any]] = []
     with Progress() as progress:
         for tokens in progress.track(args.tokens, description="batch sizes"):
             total = tokens * jax.device_count()
-            loads = [round_robin(total)] + [lognormal(total, sigma) for sigma in args.sigmas]
+            loads = [even(total)] + [lognormal(total, sigma) for sigma in args.sigmas]
             if args.traces is not None:
                 loads += [deepseek(total, args.traces, layer) for layer in args.layers]
-            rows += measure(runner, loads, tokens, args.repeats, ["even", *args.modes], args.passes, args.baseline_only)
+            rows += measure(
+                runner,
+                loads,
+                tokens,
+                args.repeats,
+                ["even", *args.modes],
+                args.dispatch,
+                args.passes,
+                args.baseline_only,
+            )
             flags = os.environ.get("XLA_FLAGS", "")
             common.write(args.out, [{**row, "xla_flags": flags} if flags else row for row in rows])
 

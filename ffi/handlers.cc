@@ -1,12 +1,13 @@
 // XLA FFI handlers of count, solve, assign and peers' memory: they check shapes, which Python has already checked for
 // its own callers, and launch. All leading dimensions of an operand but its own are batch dimensions (vmap).
 //
-// The CUDA handlers carry kCmdBufferCompatible: while executing they only launch kernels.
+// The CUDA handlers carry kCmdBufferCompatible: while executing they only launch kernels. One does more, ShareCuda.
 #include "handlers.h"
 
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <exception>
 #include <limits>
 #include <memory>
 #include <string>
@@ -14,6 +15,8 @@
 
 #include "assign.h"
 #include "count.h"
+#include "dispatch.h"
+#include "handover.h"
 #include "peer.h"
 #include "plan_solve.h"
 #include "solve.h"
@@ -362,22 +365,33 @@ ffi::Error for_each_buffer(const ffi::RemainingArgs& buffers, size_t number, Vis
   return ffi::Error::Success();
 }
 
-// Nothing reads the first operand: under vmap the others are mapped with it, and so have addresses of their own.
+// Tells where the first `num_shown` buffers are, and then each result, be it in the place of an operand or new. Nothing
+// reads the first operand: under vmap the others are mapped with it, and so have addresses of their own.
 template <class Launch>
 ffi::Error expose(Launch launch, ffi::AnyBuffer, ffi::RemainingArgs buffers, ffi::Result<Words> addresses,
-                  ffi::RemainingRets) {
-  return for_each_buffer(buffers, buffers.size(), [&](int i, const ffi::AnyBuffer& rows) {
+                  ffi::RemainingRets results, int64_t num_shown) {
+  const auto shown = static_cast<size_t>(num_shown), number = shown + results.size();
+  for (size_t i = 0; i < number; ++i) {
+    ffi::ErrorOr<ffi::AnyBuffer> rows = buffers.get<ffi::AnyBuffer>(i);
+    if (i >= shown) {
+      auto result = results.get<ffi::AnyBuffer>(i - shown);
+      if (!result) return result.error();
+      rows = **result;
+    }
+    if (!rows) return rows.error();
     Shapes shapes("expose");
     const int64_t* told = shapes.last("addresses", *addresses, 2);
-    shapes.expect("addresses", "buffers", static_cast<int64_t>(buffers.size()), told[0]);
+    shapes.expect("addresses", "buffers", static_cast<int64_t>(number), told[0]);
     shapes.expect("addresses", "words", 2, told[1]);
     if (!shapes.ok()) return shapes.error();
-    PeerBuffer buffer = read_buffer(shapes, "buffer", rows, addresses->dimensions().size() - 2);
+    PeerBuffer buffer = read_buffer(shapes, "buffer", *rows, addresses->dimensions().size() - 2);
     if (!shapes.ok()) return shapes.error();
-    buffer.num_buffers = static_cast<int>(buffers.size());
-    buffer.buffer = i;
-    return launch(buffer, reinterpret_cast<uint64_t*>(addresses->typed_data()));
-  });
+    buffer.num_buffers = static_cast<int>(number);
+    buffer.buffer = static_cast<int>(i);
+    const ffi::Error error = launch(buffer, reinterpret_cast<uint64_t*>(addresses->typed_data()));
+    if (error.failure()) return error;
+  }
+  return ffi::Error::Success();
 }
 
 template <class Launch>
@@ -448,6 +462,141 @@ ffi::Error release(Launch launch, Words table, Ids, ffi::RemainingArgs buffers, 
     return launch(buffer);
   });
 }
+
+// Both [..., 2 words].
+template <class Launch>
+ffi::Error translate(Launch launch, Words words, ffi::Result<Words> addresses) {
+  Shapes shapes("translate");
+  shapes.require(words.dimensions() == addresses->dimensions() && words.element_count() % 2 == 0,
+                 [] { return "as many addresses as words, of 64 bits"; });
+  if (!shapes.ok()) return shapes.error();
+  return launch(reinterpret_cast<const uint64_t*>(words.typed_data()), static_cast<int64_t>(words.element_count() / 2),
+                reinterpret_cast<uint64_t*>(addresses->typed_data()));
+}
+
+// ---- Tokens ---------------------------------------------------------------------------------------------------------
+
+template <class Launch>
+ffi::Error number(Launch launch, Ids ids, Ids starts, ffi::Result<Ids> result, int64_t chunk_size) {
+  Shapes shapes("number");
+  const CountShape shape = count_shape(shapes, ids, starts, chunk_size, 0);
+  shapes.expect("number", "ids", shape.num_ids, shapes.last("number", *result, 1)[0]);
+  if (!shapes.ok()) return shapes.error();
+  const Number of = {shape.num_batches, shape.num_ids,    shape.num_experts,  shape.num_chunks,
+                     shape.chunk_size,  ids.typed_data(), starts.typed_data()};
+  return launch(of, result->typed_data());
+}
+
+// The places, column number `i` of the table.
+Places read_places(Shapes& shapes, const ffi::AnyBuffer& place, const Words& table, int i, int64_t capacity) {
+  Places places = {};
+  places.place = read_told(shapes, place, table, i);
+  places.num_choices = static_cast<int>(places.place.row_bytes / static_cast<int64_t>(sizeof(int32_t)));
+  places.capacity = capacity;
+  shapes.require(place.element_type() == ffi::S32, [] { return "places of int32"; });
+  shapes.require(places.num_choices >= 1 && places.num_choices <= kMostChoices, [&] {
+    return "1 to " + std::to_string(kMostChoices) + " choices of a token, got " + std::to_string(places.num_choices);
+  });
+  return places;
+}
+
+// A column of the table whose rows are like those of the places: one number for each choice.
+PeerBuffer read_choices(Shapes& shapes, const char* operand, const ffi::AnyBuffer& rows, const Words& table, int i,
+                        const Places& places) {
+  const PeerBuffer buffer = read_told(shapes, rows, table, i);
+  shapes.expect(operand, "tokens", places.place.num_rows, buffer.num_rows);
+  shapes.expect(operand, "bytes of a token's choices", places.place.row_bytes, buffer.row_bytes);
+  shapes.require(rows.element_type() == ffi::F32, [&] { return std::string(operand) + " of float32"; });
+  return buffer;
+}
+
+Dispatch read_dispatch(Shapes& shapes, const Words& table, const ffi::AnyBuffer& tokens, const ffi::AnyBuffer& place,
+                       const Ids& group_sizes, const ffi::AnyBuffer& rows, const Ids& done, int64_t num_blocks) {
+  Dispatch dispatch = {};
+  dispatch.tokens = read_told(shapes, tokens, table, 0);
+  if (!shapes.ok()) return dispatch;
+  const PeerBuffer result = read_buffer(shapes, "rows", rows, table.dimensions().size() - 3);
+  dispatch.places = read_places(shapes, place, table, 1, result.num_rows);
+  dispatch.num_groups = static_cast<int>(shapes.last("group_sizes", group_sizes, 1)[0]);
+  dispatch.group_sizes = group_sizes.typed_data();
+  dispatch.rows = result.own;
+  dispatch.num_blocks = static_cast<int>(num_blocks);
+  shapes.last("done", done, 0);
+  shapes.expect("place", "tokens", dispatch.tokens.num_rows, dispatch.places.place.num_rows);
+  shapes.expect("rows", "bytes of a row", dispatch.tokens.row_bytes, result.row_bytes);
+  shapes.require(result.row_bytes % 16 == 0, [] { return "rows of whole 16-byte words"; });
+  shapes.require(num_blocks >= 1 && num_blocks <= 65535, [] { return "num_blocks from 1 to 65535"; });
+  return dispatch;
+}
+
+template <class Launch>
+ffi::Error dispatch(Launch launch, Words table, ffi::AnyBuffer tokens, ffi::AnyBuffer place, Ids group_sizes,
+                    ffi::Result<Ids> done, ffi::Result<ffi::AnyBuffer> rows, int64_t num_blocks) {
+  Shapes shapes("dispatch");
+  const Dispatch of = read_dispatch(shapes, table, tokens, place, group_sizes, *rows, *done, num_blocks);
+  if (!shapes.ok()) return shapes.error();
+  return launch(of, done->typed_data());
+}
+
+// Gates are an operand, and the second column of the table, or are not there.
+template <class Launch>
+ffi::Error combine(Launch launch, Words table, ffi::AnyBuffer place, ffi::AnyBuffer rows, ffi::AnyBuffer parts,
+                   ffi::RemainingArgs gates, ffi::Result<Ids> done, ffi::Result<ffi::AnyBuffer>, int64_t num_blocks) {
+  Shapes shapes("combine");
+  Combine of = {};
+  of.has_gates = gates.size() > 0;
+  of.parts = read_told(shapes, parts, table, of.has_gates ? 2 : 1);
+  if (!shapes.ok()) return shapes.error();
+  const size_t batch_dimensions = table.dimensions().size() - 3;
+  const PeerBuffer own = read_buffer(shapes, "rows", rows, batch_dimensions);
+  of.places = read_places(shapes, place, table, 0, own.num_rows);
+  of.num_parts = static_cast<int>(shapes.last("parts", parts, 3)[1]);
+  of.rows = own.own;
+  of.num_blocks = static_cast<int>(num_blocks);
+  shapes.last("done", *done, 0);
+  if (of.has_gates) {
+    const auto of_choices = gates.get<ffi::AnyBuffer>(0);
+    if (!of_choices) return of_choices.error();
+    of.gates = read_choices(shapes, "gates", *of_choices, table, 1, of.places);
+  }
+  shapes.expect("parts", "tokens", of.places.place.num_rows, of.parts.num_rows);
+  shapes.expect("parts", "bytes of a token", own.row_bytes * of.num_parts, of.parts.row_bytes);
+  shapes.require(read_float(rows.element_type(), &of.type) && rows.element_type() == parts.element_type(),
+                 [] { return "rows and parts of float32, bfloat16 or float16"; });
+  shapes.require(of.num_parts >= std::min(of.places.num_choices, of.parts.num_ranks), [&] {
+    return "a part for each rank that a token may have rows on, got " + std::to_string(of.num_parts);
+  });
+  shapes.require(own.row_bytes % 16 == 0, [] { return "rows of whole 16-byte words"; });
+  shapes.require(num_blocks >= 1 && num_blocks <= 65535, [] { return "num_blocks from 1 to 65535"; });
+  if (!shapes.ok()) return shapes.error();
+  of.row_elements = own.row_bytes / static_cast<int64_t>(ffi::ByteWidth(rows.element_type()));
+  return launch(of, done->typed_data());
+}
+
+template <class Launch>
+ffi::Error combine_gradient(Launch launch, Words table, ffi::AnyBuffer of_sums, ffi::AnyBuffer place,
+                            ffi::AnyBuffer gates, Ids group_sizes, ffi::AnyBuffer rows, ffi::AnyBuffer of_gates,
+                            ffi::Result<Ids> done, ffi::Result<ffi::AnyBuffer> of_rows, ffi::Result<ffi::AnyBuffer>,
+                            int64_t num_blocks) {
+  Shapes shapes("combine_gradient");
+  CombineGradient of = {};
+  of.dispatch = read_dispatch(shapes, table, of_sums, place, group_sizes, *of_rows, *done, num_blocks);
+  if (!shapes.ok()) return shapes.error();
+  const PeerBuffer own = read_buffer(shapes, "rows", rows, table.dimensions().size() - 3);
+  of.gates = read_choices(shapes, "gates", gates, table, 2, of.dispatch.places);
+  of.of_gates = read_choices(shapes, "of_gates", of_gates, table, 3, of.dispatch.places);
+  of.rows = own.own;
+  shapes.expect("rows", "number", of.dispatch.places.capacity, own.num_rows);
+  shapes.expect("rows", "bytes of a row", of.dispatch.tokens.row_bytes, own.row_bytes);
+  const auto type = rows.element_type();
+  shapes.require(read_float(type, &of.type) && type == of_sums.element_type() && type == of_rows->element_type(),
+                 [] { return "rows, and gradients of rows and sums, of float32, bfloat16 or float16"; });
+  if (!shapes.ok()) return shapes.error();
+  of.row_elements = own.row_bytes / static_cast<int64_t>(ffi::ByteWidth(type));
+  return launch(of, done->typed_data());
+}
+
+// ---- Words of all ranks ---------------------------------------------------------------------------------------------
 
 #ifdef LPLB_CUDA
 
@@ -577,7 +726,12 @@ auto bind_assign(Binding binding) {
 
 template <class Binding>
 auto bind_expose(Binding binding) {
-  return std::move(binding).template Arg<ffi::AnyBuffer>().RemainingArgs().template Ret<Words>().RemainingRets();
+  return std::move(binding)
+      .template Arg<ffi::AnyBuffer>()
+      .RemainingArgs()
+      .template Ret<Words>()
+      .RemainingRets()
+      .template Attr<int64_t>("num_shown");
 }
 template <class Binding>
 auto bind_rows(Binding&& binding) {
@@ -606,6 +760,49 @@ auto bind_release(Binding binding) {
       .template Attr<int64_t>("num_told");
 }
 
+template <class Binding>
+auto bind_number(Binding binding) {
+  return std::move(binding).template Arg<Ids>().template Arg<Ids>().template Ret<Ids>().template Attr<int64_t>(
+      "chunk_size");
+}
+template <class Binding>
+auto bind_dispatch(Binding binding) {
+  return std::move(binding)
+      .template Arg<Words>()
+      .template Arg<ffi::AnyBuffer>()
+      .template Arg<ffi::AnyBuffer>()
+      .template Arg<Ids>()
+      .template Ret<Ids>()
+      .template Ret<ffi::AnyBuffer>()
+      .template Attr<int64_t>("num_blocks");
+}
+template <class Binding>
+auto bind_combine(Binding binding) {
+  return std::move(binding)
+      .template Arg<Words>()
+      .template Arg<ffi::AnyBuffer>()
+      .template Arg<ffi::AnyBuffer>()
+      .template Arg<ffi::AnyBuffer>()
+      .RemainingArgs()
+      .template Ret<Ids>()
+      .template Ret<ffi::AnyBuffer>()
+      .template Attr<int64_t>("num_blocks");
+}
+template <class Binding>
+auto bind_combine_gradient(Binding binding) {
+  return std::move(binding)
+      .template Arg<Words>()
+      .template Arg<ffi::AnyBuffer>()
+      .template Arg<ffi::AnyBuffer>()
+      .template Arg<ffi::AnyBuffer>()
+      .template Arg<Ids>()
+      .template Arg<ffi::AnyBuffer>()
+      .template Arg<ffi::AnyBuffer>()
+      .template Ret<Ids>()
+      .template Ret<ffi::AnyBuffer>()
+      .template Ret<ffi::AnyBuffer>()
+      .template Attr<int64_t>("num_blocks");
+}
 #ifdef LPLB_CUDA
 template <class Binding>
 auto bind_gather(Binding&& binding) {
@@ -643,6 +840,10 @@ LPLB_CPU_HANDLER(PlanAssignCpu, plan_assign, plan_assign_cpu);
 LPLB_CPU_HANDLER(ExposeCpu, expose, expose_cpu);
 LPLB_CPU_HANDLER(ReadRowsCpu, read_rows, read_rows_cpu);
 LPLB_CPU_HANDLER(AddRowsCpu, add_rows, add_rows_cpu);
+LPLB_CPU_HANDLER(NumberCpu, number, number_cpu);
+LPLB_CPU_HANDLER(DispatchCpu, dispatch, dispatch_cpu);
+LPLB_CPU_HANDLER(CombineCpu, combine, combine_cpu);
+LPLB_CPU_HANDLER(CombineGradientCpu, combine_gradient, combine_gradient_cpu);
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     ReleaseCpu,
@@ -677,7 +878,53 @@ LPLB_CUDA_HANDLER(PlanAssignCuda, plan_assign, plan_assign_cuda);
 LPLB_CUDA_HANDLER(ExposeCuda, expose, expose_cuda);
 LPLB_CUDA_HANDLER(ReadRowsCuda, read_rows, read_rows_cuda);
 LPLB_CUDA_HANDLER(AddRowsCuda, add_rows, add_rows_cuda);
+LPLB_CUDA_HANDLER(NumberCuda, number, number_cuda);
+LPLB_CUDA_HANDLER(DispatchCuda, dispatch, dispatch_cuda);
+LPLB_CUDA_HANDLER(CombineCuda, combine, combine_cuda);
+LPLB_CUDA_HANDLER(CombineGradientCuda, combine_gradient, combine_gradient_cuda);
 LPLB_CUDA_HANDLER(ReleaseCuda, release, in_place_cuda);
+
+// What goes wrong between processes is an error of the call.
+template <class Call>
+ffi::Error catch_error(Call call) {
+  try {
+    return call();
+  } catch (const std::exception& error) {
+    return ffi::Error::Internal(std::string("peers' memory in other processes: ") + error.what());
+  }
+}
+
+// `expose` to other processes: what it tells are words, which mean the same to all. It has no kCmdBufferCompatible, for
+// the host must see each buffer before others read from it: where XLA frees and allocates regions, an address may be
+// that of another region than in the execution before.
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    ShareCuda,
+    [](cudaStream_t stream, auto... operands) {
+      return expose(
+          [stream](PeerBuffer buffer, uint64_t* words) {
+            return catch_error([&] {
+              const uint64_t word = share(buffer.own, buffer.num_batches * buffer.num_rows * buffer.row_bytes);
+              buffer.own = reinterpret_cast<unsigned char*>(word);  // those of further batch elements count on from it
+              return check_launch("share", expose_cuda(stream, buffer, words));
+            });
+          },
+          operands...);
+    },
+    bind_expose(ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>()));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(TranslateCuda,
+                              [](cudaStream_t stream, auto... operands) {
+                                return translate(
+                                    [stream](auto... arguments) {
+                                      return catch_error([&] {
+                                        return check_launch("translate",
+                                                            translate_cuda(stream, mapped_regions(), arguments...));
+                                      });
+                                    },
+                                    operands...);
+                              },
+                              ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>().Arg<Words>().Ret<Words>(),
+                              {ffi::Traits::kCmdBufferCompatible});
 
 // Function attributes may not be set while a stream is captured; XLA initialises before it captures. It does so before
 // every execution, at each call site, so that only the first may cost something.

@@ -16,6 +16,10 @@ XLA_FFI_Error* ExposeCpu(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* ReadRowsCpu(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* AddRowsCpu(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* ReleaseCpu(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* NumberCpu(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* DispatchCpu(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* CombineCpu(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* CombineGradientCpu(XLA_FFI_CallFrame* call_frame);
 #ifdef LPLB_CUDA
 XLA_FFI_Error* CountCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* SolveCuda(XLA_FFI_CallFrame* call_frame);
@@ -28,12 +32,18 @@ XLA_FFI_Error* ExposeCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* ReadRowsCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* AddRowsCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* ReleaseCuda(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* NumberCuda(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* DispatchCuda(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* CombineCuda(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* CombineGradientCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* GatherCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* GatherInstantiateCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* GatherInitializeCuda(XLA_FFI_CallFrame* call_frame);
 // The type of what the last three keep.
 XLA_FFI_TypeId* GatherStateId();
 const XLA_FFI_TypeInfo* GatherStateInfo();
+XLA_FFI_Error* ShareCuda(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* TranslateCuda(XLA_FFI_CallFrame* call_frame);
 #endif
 }
 

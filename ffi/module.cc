@@ -1,8 +1,16 @@
 // The extension module: lists the handlers, for jax.ffi.register_ffi_target.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <string>
+#include <utility>
+#include <vector>
 
 #include "assign.h"
+#include "dispatch.h"
 #include "handlers.h"
+#include "handover.h"
 #include "peer.h"
 #include "plan.h"
 #include "solve.h"
@@ -34,6 +42,10 @@ nb::dict handlers() {
   cpu["lplb_read_rows"] = execute(lplb::ReadRowsCpu);
   cpu["lplb_add_rows"] = execute(lplb::AddRowsCpu);
   cpu["lplb_release"] = execute(lplb::ReleaseCpu);
+  cpu["lplb_number"] = execute(lplb::NumberCpu);
+  cpu["lplb_dispatch"] = execute(lplb::DispatchCpu);
+  cpu["lplb_combine"] = execute(lplb::CombineCpu);
+  cpu["lplb_combine_gradient"] = execute(lplb::CombineGradientCpu);
   nb::dict platforms;
   platforms["cpu"] = cpu;
 #ifdef LPLB_CUDA
@@ -53,6 +65,12 @@ nb::dict handlers() {
   cuda["lplb_read_rows"] = execute(lplb::ReadRowsCuda);
   cuda["lplb_add_rows"] = execute(lplb::AddRowsCuda);
   cuda["lplb_release"] = execute(lplb::ReleaseCuda);
+  cuda["lplb_number"] = execute(lplb::NumberCuda);
+  cuda["lplb_dispatch"] = execute(lplb::DispatchCuda);
+  cuda["lplb_combine"] = execute(lplb::CombineCuda);
+  cuda["lplb_combine_gradient"] = execute(lplb::CombineGradientCuda);
+  cuda["lplb_share"] = execute(lplb::ShareCuda);
+  cuda["lplb_translate"] = execute(lplb::TranslateCuda);
   platforms["CUDA"] = cuda;
 #endif
   return platforms;
@@ -80,6 +98,27 @@ bool peers_reachable() {
   return result;
 }
 
+#ifdef LPLB_CUDA
+// Handlers call `hand_over` too, in threads of XLA, as long as the process lives.
+void join_processes(int process, int num_processes, std::vector<int> devices, nb::callable hand_over) {
+  auto* callable = new nb::callable(std::move(hand_over));
+  const auto call = [callable](int number, uint64_t bytes, int file) {
+    nb::gil_scoped_acquire gil;
+    try {
+      return nb::cast<std::string>((*callable)(number, bytes, file));
+    } catch (const std::exception& error) {
+      return std::string(error.what());
+    }
+  };
+  nb::gil_scoped_release no_gil;
+  lplb::join_processes(process, num_processes, std::move(devices), call);
+}
+
+void share(int device, uintptr_t buffer, uint64_t bytes) {
+  lplb::share_on(device, reinterpret_cast<const void*>(buffer), bytes);
+}
+#endif
+
 // Group sizes whose solve uses cuSolverDx.
 nb::tuple mathdx_sizes() {
   nb::list sizes;
@@ -95,7 +134,13 @@ NB_MODULE(_handlers, m) {
   m.def("handlers", &handlers);
   m.def("gather_cuda", &gather_cuda);
   m.def("peers_reachable", &peers_reachable);
+#ifdef LPLB_CUDA
+  m.def("join_processes", &join_processes);
+  m.def("share", &share, nb::call_guard<nb::gil_scoped_release>());
+  m.def("map_region", &lplb::map_region, nb::call_guard<nb::gil_scoped_release>());
+#endif
   m.attr("max_rows_read") = lplb::kMostRowsRead;
+  m.attr("max_choices") = lplb::kMostChoices;
   m.attr("ffi_api_version") = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
   m.attr("mathdx_sizes") = mathdx_sizes();
   m.attr("max_experts") = lplb::kMaxExperts;

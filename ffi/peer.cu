@@ -1,7 +1,7 @@
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include "float16.cuh"
+#include "handover.h"
 #include "peer.h"
 
 namespace lplb {
@@ -38,6 +38,16 @@ __global__ void in_place_kernel(PeerBuffer buffer) {
     if (buffer.table[rank * buffer.num_buffers + buffer.buffer] == reinterpret_cast<uint64_t>(buffer.own)) return;
   }
   __trap();  // others have read from memory that is no longer this buffer
+}
+
+// The host may have written `regions` since the last launch.
+__global__ void translate_kernel(const volatile uint64_t* regions, const uint64_t* words, int64_t count,
+                                 uint64_t* addresses) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= count) return;
+  const uint64_t begin = regions[words[i] >> kOffsetBits];
+  if (begin == 0) __trap();  // each process hands a region over before it tells of a buffer there
+  addresses[i] = begin + (words[i] & ((uint64_t{1} << kOffsetBits) - 1));
 }
 
 // The rows of a batch element, in words that divide them, a chunk of them at a time: rows side by side, so that all
@@ -82,19 +92,6 @@ __global__ void __launch_bounds__(kReadThreads) read_rows_kernel(ReadRows read, 
     }
   }
 }
-
-__device__ float to_float(float value) { return value; }
-__device__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
-__device__ float to_float(__half value) { return __half2float(value); }
-__device__ void store(float value, float* to) { *to = value; }
-__device__ void store(float value, __nv_bfloat16* to) { *to = __float2bfloat16_rn(value); }
-__device__ void store(float value, __half* to) { *to = __float2half_rn(value); }
-
-// Elements that are loaded or stored together.
-template <class T, int kElements>
-struct alignas(sizeof(T) * kElements) Pack {
-  T values[kElements];
-};
 
 template <class From, class To, int kElements>
 __global__ void __launch_bounds__(kSumThreads) add_rows_kernel(AddRows add, int32_t* done) {
@@ -204,6 +201,12 @@ cudaError_t add_rows_cuda(cudaStream_t stream, const AddRows& add, int32_t* done
       return add_rows_to<__half>(stream, add, done);
   }
   return cudaErrorInvalidValue;
+}
+
+cudaError_t translate_cuda(cudaStream_t stream, const uint64_t* regions, const uint64_t* words, int64_t count,
+                           uint64_t* addresses) {
+  translate_kernel<<<divide_up(count, 256), 256, 0, stream>>>(regions, words, count, addresses);
+  return cudaGetLastError();
 }
 
 cudaError_t peers_reachable_cuda(bool* result) {

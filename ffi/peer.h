@@ -60,6 +60,9 @@ cudaError_t expose_cuda(cudaStream_t stream, const PeerBuffer& buffer, uint64_t*
 cudaError_t in_place_cuda(cudaStream_t stream, const PeerBuffer& buffer);
 cudaError_t read_rows_cuda(cudaStream_t stream, const ReadRows& read, int32_t* done);
 cudaError_t add_rows_cuda(cudaStream_t stream, const AddRows& add, int32_t* done);
+// Addresses for words of handover.h, by where its regions begin. A trap where a region is not mapped.
+cudaError_t translate_cuda(cudaStream_t stream, const uint64_t* regions, const uint64_t* words, int64_t count,
+                           uint64_t* addresses);
 // Whether each GPU that this process sees may access the memory of every other.
 cudaError_t peers_reachable_cuda(bool* result);
 #endif

@@ -8,6 +8,7 @@ from jax_lplb import eplb, topology
 from jax_lplb._assign import assign
 from jax_lplb._balance import Balanced, balance
 from jax_lplb._count import count_load
+from jax_lplb._dispatch import Dispatched, Handle, combine, dispatch
 from jax_lplb._evaluate import Evaluation, evaluate
 from jax_lplb._permute_experts import from_logical, permute_experts, to_logical
 from jax_lplb._placement import Placement
@@ -19,13 +20,17 @@ __version__ = "0.1.0"  # the one place: pyproject.toml reads it here
 
 __all__ = [
     "Balanced",
+    "Dispatched",
     "Evaluation",
+    "Handle",
     "Placement",
     "Solution",
     "Status",
     "assign",
     "balance",
+    "combine",
     "count_load",
+    "dispatch",
     "eplb",
     "evaluate",
     "from_logical",

@@ -90,8 +90,12 @@ def dispatch(
     ffi: Callable[..., Any],
     xla: Callable[..., Any],
     *operands: Any,
+    platforms: frozenset[str] | None = None,
 ) -> Any:
-    """Runs `ffi` where the platform that is lowered for has handlers, `xla` elsewhere, or the one asked for."""
+    """Runs `ffi` where the program is lowered for one of `platforms`, `xla` elsewhere, or the one asked for.
+
+    `platforms`: by default all that have handlers.
+    """
     if implementation == "xla":
         return xla(*operands)
     if implementation == "ffi":
@@ -102,7 +106,8 @@ def dispatch(
         raise ValueError(f"implementation must be None, 'ffi' or 'xla', got {implementation!r}")
     if _WHY_NOT and _cuda_plugin_installed():
         warnings.warn(f"jax_lplb runs as pure JAX on NVIDIA GPUs: {_WHY_NOT}", RuntimeWarning, stacklevel=4)
-    return lax.platform_dependent(*operands, default=xla, **dict.fromkeys(sorted(_PLATFORMS), ffi))
+    names = sorted(_PLATFORMS if platforms is None else platforms)
+    return lax.platform_dependent(*operands, default=xla, **dict.fromkeys(names, ffi))
 
 
 def _cuda_plugin_installed() -> bool:

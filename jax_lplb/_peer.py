@@ -1,4 +1,4 @@
-"""Peers' memory: devices of one process read rows from each other's buffers, over NVLink between GPUs.
+"""Peers' memory: devices of one host read rows from each other's buffers, over NVLink between GPUs.
 
 A rank tells the others where its buffers are, they read, and nobody's buffers go before all have read:
 
@@ -26,8 +26,9 @@ mapped together, and addresses are those of the elements.
 
 While others read the first rows of a rank's buffer, the rank writes the last ones: no byte is written and read at once.
 
-The table of addresses is the one place that knows how memory is reached: here addresses are as they are, for all
-devices belong to one process.
+The table of addresses is the one place that knows how memory is reached. Where all devices belong to one process,
+addresses are as they are. Where each GPU of a host has a process of its own, what `expose` shows means the same in all
+processes, and a further call after the `all_gather` makes addresses of it, of memory that `_handover` has mapped.
 """
 
 import math
@@ -41,7 +42,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType
 
-from jax_lplb import _ffi, _handlers
+from jax_lplb import _ffi, _handlers, _handover
 from jax_lplb._mesh import AxisName
 
 SUMMED = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))  # dtypes that `add_up` takes and gives
@@ -62,13 +63,13 @@ def why_out_of_reach(axis_name: AxisName, num_rows: int, dtypes: Sequence[Any], 
     ]
     if why_not := _ffi.why_no_handlers(platform):
         return why_not
-    if jax.process_count() > 1:
-        return f"there are {jax.process_count()} processes, and each reaches the memory of its own devices only"
+    if jax.process_count() > 1 and platform != "cuda":
+        return (
+            f"there are {jax.process_count()} processes, and on platform {platform} each reaches the memory of its own "
+            "devices only"
+        )
     if not axes <= set(mesh.manual_axes):
         return f"axis_name = {axis_name!r} is not of a mesh that jax.shard_map maps over"
-    # Whatever the default platform is: the mesh may be another's.
-    if not _handlers.peers_reachable():
-        return "some GPUs cannot access the memory of others (cudaDeviceCanAccessPeer)"
     if left:
         return f"the mesh's axes {left} are not manual here, and may cut each array in a way of its own"
     if jax.config.jax_disable_jit:
@@ -81,7 +82,17 @@ def why_out_of_reach(axis_name: AxisName, num_rows: int, dtypes: Sequence[Any], 
     for dtype in summed:
         if dtype not in SUMMED:
             return f"gradients are added up in float32, to or from {', '.join(map(str, SUMMED))}, not {dtype}"
-    return ""
+    # Whatever the default platform is: the mesh may be another's.
+    own = (
+        "" if _handlers.peers_reachable() else "some GPUs cannot access the memory of others (cudaDeviceCanAccessPeer)"
+    )
+    # Last, for all processes must come to it. What is before is the same on all.
+    return _handover.why_out_of_reach(own) if jax.process_count() > 1 else own
+
+
+def platforms() -> frozenset[str]:
+    """Platforms on which ranks can read each other's memory; those of several processes on GPUs alone."""
+    return _ffi.handlers() & {"cuda"} if jax.process_count() > 1 else _ffi.handlers()
 
 
 def _bits(dtype: Any) -> int:
@@ -125,21 +136,46 @@ def gather(words: jax.Array, axis_name: AxisName) -> jax.Array:
 
 
 class Exposed(NamedTuple):
-    """Buffers [rows, ...] that other ranks read from."""
+    """What other ranks read from or write to."""
 
-    buffers: list[jax.Array]
-    table: jax.Array  # uint32 [ranks, buffers, 2], the address of each, the lower half first
+    shown: list[jax.Array]  # read only, by others as by this rank, wherever else it is used
+    buffers: list[jax.Array]  # [rows, ...], the results that go through the calls in place
+    table: jax.Array  # uint32 [ranks, shown and buffers, 2], the address of each, the lower half first
 
 
-def expose(buffers: Sequence[jax.Array], mapped_with: jax.Array, axis_name: AxisName) -> Exposed:
-    """The buffers, in the same memory or in a copy, and where every rank has its own.
+def expose(
+    buffers: Sequence[jax.Array],
+    mapped_with: jax.Array,
+    axis_name: AxisName,
+    *,
+    shown: Sequence[jax.Array] = (),
+    rooms: Sequence[_ffi.Result] = (),
+) -> Exposed:
+    """Where every rank has its own of these.
 
-    `mapped_with`: what they are read by. Under `jax.vmap` they have addresses for each element of it.
+    Args:
+      buffers: what is written too: in the same memory from now on, or in a copy.
+      mapped_with: what they are read by. Under `jax.vmap` they have addresses for each element of it.
+      axis_name: of the ranks.
+      shown: what is read only.
+      rooms: further buffers, of which nothing is known before others have written to them.
     """
-    results = [_ffi.Result((len(buffers), 2), jnp.uint32, [mapped_with, *buffers]), *_like(buffers)]
-    aliases = {1 + i: 1 + i for i in range(len(buffers))}
-    addresses, *exposed = _ffi.call("lplb_expose", results, mapped_with, *buffers, aliases=aliases)
-    return Exposed(exposed, gather(addresses, axis_name))
+    results = [*_like(buffers), *rooms]
+    addresses = _ffi.Result((len(shown) + len(results), 2), jnp.uint32, [mapped_with, *shown, *buffers])
+    operands = (mapped_with, *shown, *buffers)
+    aliases = {1 + len(shown) + i: 1 + i for i in range(len(buffers))}
+    several = jax.process_count() > 1
+    told, *exposed = _ffi.call(
+        "lplb_share" if several else "lplb_expose",
+        [addresses, *results],
+        *operands,
+        aliases=aliases,
+        num_shown=np.int64(len(shown)),
+    )
+    table = gather(told, axis_name)
+    if several:
+        (table,) = _ffi.call("lplb_translate", _like([table]), table)
+    return Exposed(list(shown), exposed, table)
 
 
 def read_rows(exposed: Exposed, source: jax.Array) -> tuple[Exposed, jax.Array]:
@@ -161,40 +197,39 @@ def read_rows(exposed: Exposed, source: jax.Array) -> tuple[Exposed, jax.Array]:
 
 
 def add_rows(exposed: Exposed, replicas: jax.Array, dtypes: Sequence[Any]) -> tuple[list[jax.Array], jax.Array]:
-    """Sums of rows of all ranks' buffers, in float32 and in the order in which they are listed.
+    """Sums of rows of what all ranks have shown, in float32 and in the order in which they are listed.
 
     Args:
-      exposed: buffers of float32, bfloat16 or float16, of equally many rows.
+      exposed: shown are float32, bfloat16 or float16, of equally many rows.
       replicas: int32 [n, r], for each sum the rows that it has: rank * rows + row, up to the first out of range.
-      dtypes: of the sums, for each buffer.
+      dtypes: of the sums, for each of what is shown.
 
     Returns:
-      Sums [n, ...] for each buffer, and the marker for `release`.
+      Sums [n, ...] for each of what is shown, and the marker for `release`.
     """
-    operands = (exposed.table, replicas, *exposed.buffers)
+    operands = (exposed.table, replicas, *exposed.shown)
     results = [_ffi.Result((), jnp.int32, operands)]
-    for buffer, dtype in zip(exposed.buffers, dtypes, strict=True):
-        results.append(_ffi.Result((len(replicas), *buffer.shape[1:]), dtype, [replicas, buffer]))
+    for rows, dtype in zip(exposed.shown, dtypes, strict=True):
+        results.append(_ffi.Result((len(replicas), *rows.shape[1:]), dtype, [replicas, rows]))
     done, *sums = _ffi.call("lplb_add_rows", results, *operands, aliases={})
     return sums, done
 
 
-def release(
-    exposed: Exposed, done: jax.Array, axis_name: AxisName, made: Sequence[jax.Array] | None = None
-) -> list[jax.Array]:
-    """What was `made` of the buffers, by default they themselves, once all ranks have read."""
+def release(exposed: Exposed, done: jax.Array, axis_name: AxisName, made: Sequence[jax.Array] = ()) -> list[jax.Array]:
+    """The buffers, and what was `made` of all that was exposed, once all ranks have read and written."""
     done = gather(done, axis_name)
-    kept = exposed.buffers if made is None else [*exposed.buffers, *made]
-    results = exposed.buffers if made is None else made
-    aliases = {2 + len(kept) - len(results) + i: i for i in range(len(results))}
+    kept = [*exposed.shown, *exposed.buffers]
+    results = [*exposed.buffers, *made]
+    aliases = {2 + len(exposed.shown) + i: i for i in range(len(results))}
     return _ffi.call(
         "lplb_release",
         _like(results),
         exposed.table,
         done,
         *kept,
+        *made,
         aliases=aliases,
-        num_told=np.int64(len(exposed.buffers)),
+        num_told=np.int64(len(kept)),
     )
 
 
@@ -202,7 +237,7 @@ def _like(buffers: Sequence[jax.Array]) -> list[_ffi.Result]:
     return [_ffi.Result(buffer.shape, buffer.dtype, [buffer]) for buffer in buffers]
 
 
-def _one_operation(function: Callable[..., Any]) -> Callable[..., Any]:
+def one_operation(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function as one operation for JAX, which runs and repeats all of it or nothing; two arguments are static."""
     # Outside of jit, shard_map would otherwise run each call in it as a program of its own.
     operation = jax.custom_jvp(jax.jit(function, static_argnums=(0, 1)), nondiff_argnums=(0, 1))
@@ -211,13 +246,13 @@ def _one_operation(function: Callable[..., Any]) -> Callable[..., Any]:
     def refuse(*_: Any) -> NoReturn:
         raise NotImplementedError(
             "what is read from peers' memory can be differentiated once, in reverse mode; for more pass "
-            "transport='collective' to replicate"
+            "transport='collective'"
         )
 
     return operation
 
 
-@_one_operation
+@one_operation
 def bring(dtypes: tuple[Any, ...], axis_name: AxisName, leaves: list[jax.Array], source: jax.Array) -> list[jax.Array]:
     """The leaves [rows, ...] in these dtypes, and below them rows of all ranks' leaves.
 
@@ -230,7 +265,7 @@ def bring(dtypes: tuple[Any, ...], axis_name: AxisName, leaves: list[jax.Array],
     return release(exposed, done, axis_name)
 
 
-@_one_operation
+@one_operation
 def add_up(
     dtypes: tuple[Any, ...], axis_name: AxisName, gradients: list[jax.Array], replicas: jax.Array
 ) -> list[jax.Array]:
@@ -238,6 +273,6 @@ def add_up(
 
     `replicas`: int32 [n, r], rank * rows + row of what is added, up to the first out of range.
     """
-    exposed = expose(gradients, replicas, axis_name)
+    exposed = expose([], replicas, axis_name, shown=gradients)
     sums, done = add_rows(exposed, replicas, dtypes)
     return release(exposed, done, axis_name, sums)

@@ -160,12 +160,12 @@ def _transfer(
             )
         implementation = "xla" if why_not else "ffi" if transport == "peer" else None
         if not why_not:
-            _say(logging.INFO, "weights of copies: peers' memory")
+            say_once(logging.INFO, "weights of copies: peers' memory")
         elif placement.topology is not None or placement.num_ranks == 1:
-            _say(logging.INFO, f"weights of copies travel by collectives: {why_not}")
+            say_once(logging.INFO, f"weights of copies travel by collectives: {why_not}")
         else:
             slow = "weights of copies travel by slow collectives, for each slot a row from each rank to each"
-            _say(logging.WARNING, f"{slow}: {why_not}")
+            say_once(logging.WARNING, f"{slow}: {why_not}")
     axes, routes = axis_name, None
     if placement.topology is not None:
         axes, routes = _collective.routes_of(placement.topology, axis_name, placement.num_ranks)
@@ -175,8 +175,8 @@ def _transfer(
 
 
 @functools.cache
-def _say(level: int, message: str) -> None:
-    """Once in the log."""
+def say_once(level: int, message: str) -> None:
+    """In the log."""
     _log.log(level, message)
 
 
@@ -201,7 +201,10 @@ def _slots(transfer: _Transfer, leaves: list[jax.Array], rows: _Rows) -> list[ja
 def _differentiated_once(transfer: _Transfer, leaves: list[jax.Array], rows: _Rows) -> list[jax.Array]:
     with jax.named_scope("lplb_replicate"):
         by_peers, by_collectives = partial(_by_peers, transfer), partial(_by_collectives, transfer)
-        return _ffi.dispatch("read_rows", transfer.implementation, by_peers, by_collectives, leaves, rows)
+        operands, platforms = (leaves, rows), _peer.platforms()
+        return _ffi.dispatch(
+            "read_rows", transfer.implementation, by_peers, by_collectives, *operands, platforms=platforms
+        )
 
 
 def _forward(transfer: _Transfer, leaves: list[jax.Array], rows: _Rows) -> Any:
@@ -223,8 +226,10 @@ def _backward(transfer: _Transfer, rows: _Rows, gradients: list[Any]) -> Any:
         )
         with jax.named_scope("lplb_replicate"):
             by_peers, by_collectives = partial(_add_by_peers, part), partial(_add_by_collectives, part)
-            given = [gradients[i] for i in places]
-            totals = _ffi.dispatch("add_rows", transfer.implementation, by_peers, by_collectives, given, rows)
+            operands, platforms = ([gradients[i] for i in places], rows), _peer.platforms()
+            totals = _ffi.dispatch(
+                "add_rows", transfer.implementation, by_peers, by_collectives, *operands, platforms=platforms
+            )
         for i, total in zip(places, totals, strict=True):
             sums[i] = total
     return sums, None

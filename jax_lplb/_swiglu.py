@@ -22,7 +22,7 @@ def swiglu(
 
     Args:
       weights: `w_in` [experts, d_model, 2 * d_expert], gate and up side by side; `w_out` [experts, d_expert, d_model].
-      rows: those beyond the experts' give zeros.
+      rows: those beyond the experts' may give anything, and have any gradient.
       group_sizes: int32 [experts], rows of each.
       implementation: as of `grouped_matmul`.
 
@@ -48,7 +48,7 @@ def _swiglu_forward(
     gate_and_up = grouped_matmul(rows, weights["w_in"], group_sizes, implementation)
     hidden = lax.optimization_barrier(_gated(_of_groups(gate_and_up, group_sizes)))
     result = grouped_matmul(hidden, weights["w_out"], group_sizes, implementation)
-    return _of_groups(result, group_sizes), (weights, rows, group_sizes, gate_and_up, hidden)
+    return result, (weights, rows, group_sizes, gate_and_up, hidden)
 
 
 def _swiglu_backward(implementation: GroupedMatmul | None, residuals: Any, gradient: jax.Array) -> Any:
@@ -60,10 +60,10 @@ def _swiglu_backward(implementation: GroupedMatmul | None, residuals: Any, gradi
         # Copies' gradients then travel beside what comes next: on Hopper the kernels of both products keep every
         # multiprocessor, and would have to wait for a collective that holds some of them.
         of_weights, of_left = lax.optimization_barrier((of_weights, of_left))
-        return of_weights, _of_groups(of_left, group_sizes)
+        return of_weights, of_left
 
     of_out, of_hidden = products(hidden, gradient, weights["w_out"])
-    (of_gate_and_up,) = jax.vjp(_gated, _of_groups(gate_and_up, group_sizes))[1](of_hidden)
+    (of_gate_and_up,) = jax.vjp(_gated, _of_groups(gate_and_up, group_sizes))[1](_of_groups(of_hidden, group_sizes))
     of_in, of_rows = products(rows, of_gate_and_up, weights["w_in"])
     return {"w_in": of_in, "w_out": of_out}, of_rows, None
 

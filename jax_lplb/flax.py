@@ -27,7 +27,7 @@ from jax_lplb._router import Router
 from jax_lplb._status import Status
 from jax_lplb._swiglu import dense_swiglu, swiglu
 
-Dispatch = Literal["all_to_all", "ring", "dense"]
+Dispatch = Literal["peer", "all_to_all", "ring", "dense"]
 __all__ = ["Metrics", "MoE", "PlacementState", "RouterBias"]
 
 _log = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ class MoE(nnx.Module):
         topk_group: int = 1,
         router_bias: bool = False,
         n_shared_experts: int = 0,
-        dispatch: Dispatch = "all_to_all",
+        dispatch: Dispatch | None = None,
         buffer_factor: float = 1.25,
         transport: Transport = None,
         grouped_matmul: GroupedMatmul | None = None,
@@ -156,11 +156,14 @@ class MoE(nnx.Module):
           router_bias: balancing without a loss (DeepSeek-V3): a bias, changed by `update_bias`, added to the scores
             when experts are picked.
           n_shared_experts: experts that all tokens go to beside their routed ones, as one of that many times the width.
-          dispatch: "all_to_all" or "ring" (all_gather and psum_scatter). Or "dense": all ranks gather the weights, and
-            compute every expert on each of their tokens. Slow, and the only one with forward-mode derivatives and
-            derivatives of derivatives.
-          buffer_factor: size of the dispatch's buffers over what they would hold if all ranks sent and received the
-            same. Where a batch needs more, it takes several rounds; no token is dropped.
+          dispatch: how tokens get to their experts and back. "peer": through the ranks' memory, for devices of one
+            process that can access each other's. "all_to_all": each rank sends every other a buffer of equal size.
+            "ring": all ranks get all tokens (all_gather and psum_scatter). None: "peer" where that can be, else
+            "all_to_all". Or "dense": all ranks gather the weights, and compute every expert on each of their tokens;
+            slow, and the only one with forward-mode derivatives and derivatives of derivatives.
+          buffer_factor: size of the dispatch's buffers over what they would hold if all ranks received the same, and
+            with "all_to_all" each the same from each. Where a batch needs more, it takes several rounds; no token is
+            dropped.
           transport: how weights of copies travel: "peer", "collective" or None, as `jax_lplb.replicate` has it. "peer"
             cannot be on a mesh with axes beyond `token_axes`: those are left to XLA.
           grouped_matmul: "tokamax" (https://github.com/openxla/tokamax), "ragged_dot" (jax.lax), or None: the former
@@ -180,7 +183,7 @@ class MoE(nnx.Module):
         for name, count in (("d_model", d_model), ("num_experts", num_experts), ("d_expert", d_expert)):
             check_count(name, count)
         check_count("n_shared_experts", n_shared_experts, least=0)
-        check_choice("dispatch", dispatch, ("all_to_all", "ring", "dense"))
+        check_choice("dispatch", dispatch, (None, "peer", "all_to_all", "ring", "dense"))
         check_choice("transport", transport, TRANSPORTS)
         if not callable(grouped_matmul):
             check_choice("grouped_matmul", grouped_matmul, (None, "tokamax", "ragged_dot"))
@@ -239,7 +242,7 @@ class MoE(nnx.Module):
         self.shared_in = dense(d_model, 2 * width) if width else None
         self.shared_out = dense(width, d_model) if width else None
         self.bias = RouterBias(everywhere(jnp.zeros(num_experts, jnp.float32))) if router_bias else None
-        _log.info("MoE: dispatch %s, grouped matmul %s", dispatch, grouped_matmul or "by platform")
+        _log.info("MoE: dispatch %s, grouped matmul %s", dispatch or "by reach", grouped_matmul or "by platform")
 
     def prepare(self) -> dict[str, jax.Array]:
         """The weights of all slots in `dtype`, copies included, for several calls: `layer(x, slots)`.
@@ -453,7 +456,7 @@ class MoE(nnx.Module):
             partial(swiglu, implementation=self.grouped_matmul),
             placement,
             axis_name=self.axis_name,
-            dispatch="ring" if self.dispatch == "ring" else "all_to_all",
+            dispatch=None if self.dispatch == "dense" else self.dispatch,
             buffer_factor=self.buffer_factor,
             dtype=dtype,
         )

@@ -15,9 +15,10 @@ import pytest
 from flax import nnx
 from helpers import optimum, topology
 from hypothesis.extra.numpy import arrays
+from jax.experimental import multihost_utils
 
 import jax_lplb as lplb
-from jax_lplb import _expert_parallel
+from jax_lplb import _all_to_all, _expert_parallel
 from jax_lplb.flax import MoE
 
 P = jax.sharding.PartitionSpec
@@ -118,8 +119,14 @@ def assert_close(actual, expected, tolerance: float = 1e-5) -> None:
     assert np.max(np.abs(actual - expected)) <= tolerance * np.max(np.abs(expected))
 
 
+def whole(tree):
+    """The arrays, all of them in this process."""
+    return tree if jax.process_count() == 1 else multihost_utils.process_allgather(tree, tiled=True)
+
+
 def check_against_dense(layer: MoE, x, weight, prepared: bool = False, **options) -> lplb.flax.Metrics:
-    (result, metrics), (grads, x_grad) = value_and_grads(layer, x, weight, prepared)
+    (result, metrics), (grads, x_grad) = whole(value_and_grads(layer, x, weight, prepared))
+    x, weight, params = whole((x, weight, params_of(layer)))
     place = layer.placement.get_value()
 
     def reference_loss(params, x):
@@ -127,7 +134,7 @@ def check_against_dense(layer: MoE, x, weight, prepared: bool = False, **options
         return jnp.sum(result * weight), result
 
     reference = jax.jit(jax.value_and_grad(reference_loss, argnums=(0, 1), has_aux=True))
-    (_, expected), (expected_grads, expected_x) = reference(logical(params_of(layer), place), x)
+    (_, expected), (expected_grads, expected_x) = reference(logical(params, place), x)
     assert_close(result, expected)
     assert_close(x_grad, expected_x)
     got = logical(arrays_of(grads), place)
@@ -137,7 +144,7 @@ def check_against_dense(layer: MoE, x, weight, prepared: bool = False, **options
 
 
 @pytest.mark.parametrize("buffer_factor", [0.2, 8.0])
-@pytest.mark.parametrize("dispatch", ["all_to_all", "ring"])
+@pytest.mark.parametrize("dispatch", ["peer", "all_to_all", "ring"])
 def test_padding(rng, dispatch, buffer_factor):
     """Negative ids are nobody's: anywhere, and all that a rank has."""
     place, mesh = placements()["cube"], mesh_of((RANKS, "ep"))
@@ -168,7 +175,7 @@ def test_padding(rng, dispatch, buffer_factor):
     np.testing.assert_allclose(result, shares.sum(axis=1), rtol=1e-5, atol=1e-5)
 
 
-by_slot = jax.jit(_expert_parallel._by_slot, static_argnums=2)
+by_slot = jax.jit(_all_to_all._by_slot, static_argnums=2)
 
 
 @hypothesis.settings(deadline=None)
@@ -204,10 +211,18 @@ def test_kernels_leave_sigterm_to_the_program():
     assert "SIGTERM received" not in ended.stderr
 
 
-@pytest.mark.parametrize(("dispatch", "transport"), [("all_to_all", "peer"), ("ring", "collective")])
 @pytest.mark.parametrize(
-    ("name", "buffer_factor"),
-    [("none", 8.0), ("repeats", 8.0), pytest.param("rings by load", 0.2, marks=pytest.mark.smoke), ("eplb", 0.2)],
+    ("name", "buffer_factor", "dispatch", "transport"),
+    [
+        ("none", 8.0, "peer", "peer"),
+        ("none", 8.0, "ring", "collective"),
+        ("repeats", 8.0, "peer", "peer"),
+        ("repeats", 8.0, "all_to_all", "collective"),
+        pytest.param("rings by load", 0.2, "peer", "peer", marks=pytest.mark.smoke),
+        pytest.param("rings by load", 0.2, "ring", "collective", marks=pytest.mark.smoke),
+        ("eplb", 0.2, "peer", "peer"),
+        ("eplb", 0.2, "all_to_all", "collective"),
+    ],
 )
 def test_equals_dense(rng, name, dispatch, transport, buffer_factor):
     """With room for all, and far too little: several rounds."""
@@ -232,7 +247,7 @@ def test_equals_dense(rng, name, dispatch, transport, buffer_factor):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("buffer_factor", [8.0, 0.2])
-@pytest.mark.parametrize("dispatch", ["all_to_all", "ring"])
+@pytest.mark.parametrize("dispatch", ["peer", "all_to_all", "ring"])
 @pytest.mark.parametrize("name", ["none", "ring", "eplb"])
 def test_equals_dense_on_gpus(rng, name, dispatch, buffer_factor):
     devices = jax.devices("gpu")

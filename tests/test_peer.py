@@ -13,7 +13,7 @@ from helpers import garbage, many_replicas, placement, skewed_ids, topology
 from jax.sharding import AxisType
 
 import jax_lplb as lplb
-from jax_lplb import _ffi, _handlers, _peer, _replicate
+from jax_lplb import _ffi, _handlers, _handover, _peer, _replicate
 
 P = jax.sharding.PartitionSpec
 RANKS, EXPERTS = 8, 16
@@ -74,6 +74,12 @@ def assert_same_bits(one, two) -> None:
     one, two = np.asarray(one), np.asarray(two)
     assert one.dtype == two.dtype
     np.testing.assert_array_equal(one.view(np.uint8), two.view(np.uint8))
+
+
+def assert_shards(array: jax.Array, expected: np.ndarray) -> None:
+    """On this process's devices."""
+    for shard in array.addressable_shards:
+        np.testing.assert_array_equal(shard.data, expected[shard.index])
 
 
 def slots_and_gradient(dtype=None, transport="peer", mesh=None, axes="ep", check_vma=True):
@@ -422,7 +428,20 @@ def brought(transport, mesh, leaf=np.float32, names=("ep",)):
 
 def many_processes(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    return "there are 2 processes", mesh_of(), np.float32
+    return "there are 2 processes, and on platform cpu each reaches", mesh_of(), np.float32
+
+
+def several_processes(monkeypatch, why_not):
+    """As if a GPU of each of two processes came to this verdict."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(_ffi, "_PLATFORMS", frozenset({"cpu", "cuda"}))
+    monkeypatch.setattr(_handover, "why_out_of_reach", why_not)
+
+
+def processes_that_cannot(monkeypatch):
+    several_processes(monkeypatch, lambda own: "process 1 cannot be reached" + own)
+    return "process 1 cannot be reached", mesh_of(), np.float32
 
 
 def axes_that_are_not_manual(_):
@@ -445,11 +464,19 @@ def no_access(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "case", [many_processes, axes_that_are_not_manual, gradients_of_other_dtypes, parts_of_bytes, no_access]
+    "case",
+    [
+        many_processes,
+        processes_that_cannot,
+        axes_that_are_not_manual,
+        gradients_of_other_dtypes,
+        parts_of_bytes,
+        no_access,
+    ],
 )
 def test_out_of_reach(monkeypatch, caplog, case):
     """Asked for, it is refused with the reason; else collectives take over, and the log says so once."""
-    _replicate._say.cache_clear()
+    _replicate.say_once.cache_clear()
     why_not, mesh, leaf = case(monkeypatch)
     with pytest.raises(ValueError, match=f"transport = 'peer': .*{why_not}.*; pass transport='collective'"):
         brought("peer", mesh, leaf)
@@ -464,7 +491,7 @@ def test_out_of_reach(monkeypatch, caplog, case):
 
 
 def test_within_reach(caplog):
-    _replicate._say.cache_clear()
+    _replicate.say_once.cache_clear()
     with caplog.at_level(logging.INFO, "jax_lplb"):
         texts = [brought(transport, mesh_of()) for transport in (None, "peer", "collective")]
     assert [("lplb_read_rows" in text, "collective_permute" in text) for text in texts] == [
@@ -475,6 +502,19 @@ def test_within_reach(caplog):
     assert [record.getMessage() for record in caplog.records] == ["weights of copies: peers' memory"]
     with pytest.raises(ValueError, match=r"transport must be one of \(None, 'peer', 'collective'\), got 'nvlink'"):
         brought("nvlink", mesh_of())
+
+
+def test_several_processes_translate_what_they_share(monkeypatch, fresh, rng):
+    """On GPUs: addresses are made of what the all_gather brings, and nothing tells of plain ones. On CPUs never."""
+    several_processes(monkeypatch, lambda own: own)
+    step = slots_and_gradient(transport=None)
+    place = chosen(rng)
+    traced = step.trace(np.zeros((EXPERTS, 4), np.float32), place, np.zeros((place.num_physical, 4), np.float32))
+    on_gpus, on_cpus = (traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cuda", "cpu"))
+    calls = re.findall(r"stablehlo\.all_gather|@lplb_\w+", on_gpus)
+    gathered = ["@lplb_share", "stablehlo.all_gather", "@lplb_translate"]
+    assert calls == [*gathered, "@lplb_read_rows", "@lplb_release", *gathered, "@lplb_add_rows", "@lplb_release"]
+    assert "@lplb_" not in on_cpus
 
 
 def test_without_jit_at_all(rng):
@@ -524,7 +564,7 @@ def turns(mesh: jax.sharding.Mesh) -> int:
     return 8000 if mesh.devices.flat[0].platform == "cpu" else 500
 
 
-def test_any_delays_and_memory_that_is_used_again_at_once(monkeypatch, fresh, rng, mesh):
+def check_any_delays(monkeypatch, rng, mesh, elements: int = 5) -> None:
     """Steps in a loop, donated weights, slots and gradients written over in place: each step's values are right."""
 
     def before(rank, rows):
@@ -536,7 +576,7 @@ def test_any_delays_and_memory_that_is_used_again_at_once(monkeypatch, fresh, rn
     delayed(monkeypatch, before, after)
     places = [chosen(np.random.default_rng(seed), mesh.size) for seed in range(6)]
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *places)
-    factor = rng.integers(-2, 3, (places[0].num_physical, 5)).astype(np.float32)
+    factor = rng.integers(-2, 3, (places[0].num_physical, elements)).astype(np.float32)
 
     @partial(jax.jit, donate_argnums=0)
     @partial(
@@ -554,14 +594,20 @@ def test_any_delays_and_memory_that_is_used_again_at_once(monkeypatch, fresh, rn
 
         return jax.lax.scan(one, home, stacked)
 
-    home = rng.integers(-9, 9, (EXPERTS, 5)).astype(np.float32)
+    home = rng.integers(-9, 9, (EXPERTS, elements)).astype(np.float32)
     got = jax.device_put(home, jax.NamedSharding(mesh, P("ep")))
     for _ in range(2):
         got, slots = steps(got, stacked, factor)
-        for step, place in enumerate(places):
-            np.testing.assert_array_equal(slots[step], held(place, home))
+        expected = []
+        for place in places:
+            expected.append(held(place, home))
             home = home + summed(place, factor, np.float32)
-        np.testing.assert_array_equal(got, home)
+        assert_shards(slots, np.stack(expected))
+        assert_shards(got, home)
+
+
+def test_any_delays_and_memory_that_is_used_again_at_once(monkeypatch, fresh, rng, mesh):
+    check_any_delays(monkeypatch, rng, mesh)
 
 
 def without_waiting(real):

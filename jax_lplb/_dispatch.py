@@ -1,0 +1,342 @@
+"""Tokens to the ranks of their physical experts, sorted by slot, and back; within `shard_map`.
+
+Each rank has a buffer of a static size. A batch that needs more goes through it in several rounds, as many on all
+ranks: no token is dropped, and memory does not grow.
+"""
+
+import dataclasses
+import logging
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jax_lplb import _collective_tokens, _ffi, _peer, _peer_tokens
+from jax_lplb._balance import axis_size
+from jax_lplb._checks import check_choice, check_positive
+from jax_lplb._count import check_expert_ids, chunking, count
+from jax_lplb._gather import inverse
+from jax_lplb._mesh import AxisName
+from jax_lplb._placement import Placement, check_one_layer
+from jax_lplb._replicate import TRANSPORTS, Transport, say_once
+from jax_lplb._reverse_only import reverse_only
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Handle:
+    """Where a round's tokens went, for `combine`.
+
+    Attributes:
+      place: int32 [num_tokens, k], for each choice of this rank's tokens the row that is its, rank * capacity + row;
+        -1 where it is of another round, or padding.
+      group_sizes: int32 [slots_per_rank], rows of this rank's slots.
+      capacity: rows of each rank's buffer.
+      axis_name: mesh axis, or axes, of the ranks.
+      implementation: "ffi": peers' memory; "xla": collectives; None: by platform.
+    """
+
+    place: jax.Array
+    group_sizes: jax.Array
+    capacity: int = dataclasses.field(metadata={"static": True})
+    axis_name: AxisName = dataclasses.field(metadata={"static": True})
+    implementation: _ffi.Implementation = dataclasses.field(metadata={"static": True})
+
+
+class Dispatched(NamedTuple):
+    """What `dispatch` returns.
+
+    Attributes:
+      rows: [capacity, d_model], tokens for this rank's slots, sorted by slot; zeros beyond those.
+      group_sizes: int32 [slots_per_rank], rows of each slot.
+      num_rounds: int32 [], rounds that the batch needs, the same on all ranks.
+      handle: for `combine`.
+    """
+
+    rows: jax.Array
+    group_sizes: jax.Array
+    num_rounds: jax.Array
+    handle: Handle
+
+
+def dispatch(
+    tokens: jax.Array,
+    physical_ids: jax.Array,
+    placement: Placement,
+    axis_name: AxisName,
+    *,
+    buffer_factor: float = 1.25,
+    round: int | jax.Array = 0,
+    transport: Transport = None,
+) -> Dispatched:
+    """Brings tokens to the ranks of their physical experts, sorted by slot, for a grouped matmul; within `shard_map`.
+
+    A token goes over a link once for each rank that it has experts on. Differentiable, once and in reverse mode:
+    tokens' gradients are sums over their rows. Deterministic.
+
+    Args:
+      tokens: [num_tokens, d_model], of this rank; equally many on all ranks.
+      physical_ids: int32 [num_tokens, k], as `balance` returns them; ids outside of 0 .. num_physical - 1 are padding.
+      placement: whose slots the ids refer to.
+      axis_name: mesh axis, or axes, of the ranks.
+      buffer_factor: rows of a rank's buffer, over the mean that ranks get. With the copies of `Placement.per_batch`
+        1.03 holds nearly every batch in one round.
+      round: which part of the batch: rows `round * capacity` and following of what each rank gets in all. Beyond
+        `num_rounds` there are none.
+      transport: "peer": ranks read each other's memory, which takes devices of one process, CPUs or GPUs that can
+        access each other's, and tokens of float32, bfloat16 or float16 in whole 16-byte words. "collective": all ranks
+        get all tokens by `all_gather`, and take what they need. None: "peer" where that can be.
+
+    Returns:
+      A `Dispatched`.
+
+    Raises:
+      TypeError, ValueError: an argument has the wrong type, shape or value, or `transport` is "peer" and ranks cannot
+        read each other's memory.
+      NotImplementedError: it is differentiated in forward mode or twice, where ranks read each other's memory.
+    """
+    check_one_layer("placement", placement)
+    check_choice("transport", transport, TRANSPORTS)
+    check_positive("buffer_factor", buffer_factor)
+    axis_size(axis_name, placement.num_ranks)
+    check_expert_ids(physical_ids)
+    if tokens.ndim != 2 or physical_ids.ndim != 2 or len(tokens) != len(physical_ids):
+        raise ValueError(
+            "tokens and physical_ids must have shapes [num_tokens, d_model] and [num_tokens, k], got "
+            f"{tokens.shape} and {physical_ids.shape}"
+        )
+    implementation = implementation_of(transport, axis_name, tokens, physical_ids.shape[1])
+    queues = queue(physical_ids, placement, axis_name, implementation)
+    capacity = capacity_of(buffer_factor * physical_ids.size, physical_ids.size * placement.num_ranks)
+    handle = queues.handle(jnp.asarray(round, jnp.int32), capacity, axis_name, implementation)
+    return Dispatched(bring(tokens, handle), handle.group_sizes, queues.num_rounds(capacity), handle)
+
+
+def combine(rows: jax.Array, gates: jax.Array, handle: Handle) -> jax.Array:
+    """For each token the sum of its rows, times its gates: the way back from `dispatch`; within `shard_map`.
+
+    What a rank has for a token is added up there, in float32, and goes over the link in the dtype of the rows.
+    Differentiable as `dispatch` is. Deterministic.
+
+    Args:
+      rows: [capacity, d_model], what the experts made of `dispatch`'s rows.
+      gates: float32 [num_tokens, k].
+      handle: of the dispatch.
+
+    Returns:
+      float32 [num_tokens, d_model]; zeros for tokens without rows in this round.
+
+    Raises:
+      ValueError: shapes are not those of the dispatch.
+    """
+    if rows.ndim != 2 or len(rows) != handle.capacity or gates.shape != handle.place.shape:
+        raise ValueError(
+            f"rows and gates must have shapes [{handle.capacity}, d_model] and {handle.place.shape}, got {rows.shape} "
+            f"and {gates.shape}"
+        )
+    return add_up(rows, gates.astype(jnp.float32), handle)
+
+
+class Queues(NamedTuple):
+    """What each rank gets: its slots' choices, sorted by slot, then by the rank that they come from."""
+
+    slot: jax.Array  # int32 [num_tokens, k], physical expert of each choice; num_physical: none
+    number: jax.Array  # int32 [num_tokens, k], how many choices of this rank for the slot come before
+    counts: jax.Array  # int32 [ranks, num_physical], choices that each rank has for each slot; the same on all ranks
+    rank: jax.Array  # int32 [], this one
+
+    @property
+    def of_ranks(self) -> jax.Array:
+        """int32 [ranks to, slots_per_rank, ranks from], choices."""
+        ranks = len(self.counts)
+        return self.counts.reshape(ranks, ranks, -1).transpose(1, 2, 0)
+
+    def num_rounds(self, capacity: int) -> jax.Array:
+        most = jnp.max(jnp.sum(self.of_ranks, axis=(1, 2), dtype=jnp.int32))
+        return jnp.maximum(-(-most // capacity), 1)
+
+    def handle(
+        self, round_: jax.Array, capacity: int, axis_name: AxisName, implementation: _ffi.Implementation
+    ) -> Handle:
+        """Where the choices of a round are among the rows of ranks' buffers."""
+        of_ranks, ranks = self.of_ranks, len(self.counts)
+        end = jnp.cumsum(of_ranks.reshape(ranks, -1), axis=1, dtype=jnp.int32).reshape(of_ranks.shape)
+        start = (end - of_ranks)[:, :, self.rank].reshape(-1)  # of this rank's choices for each physical expert
+        row = start.at[self.slot].get(mode="clip") + self.number - round_ * capacity
+        is_row = (self.slot < len(start)) & (row >= 0) & (row < capacity)
+        place = jnp.where(is_row, self.slot // of_ranks.shape[1] * capacity + row, -1)
+        ends = jnp.clip(end[self.rank, :, -1] - round_ * capacity, 0, capacity)
+        group_sizes = jnp.diff(ends, prepend=jnp.zeros_like(ends[:1]))
+        return Handle(place, group_sizes, capacity, axis_name, implementation)
+
+
+def queue(
+    physical_ids: jax.Array, placement: Placement, axis_name: AxisName, implementation: _ffi.Implementation
+) -> Queues:
+    """All that ranks have to know of each other. `implementation`: "xla": by a collective."""
+    kinds = placement.num_physical
+    counts, number = count_and_number(physical_ids.reshape(-1), kinds)
+    slot = jnp.where((physical_ids >= 0) & (physical_ids < kinds), physical_ids, kinds)
+    by_collective = partial(lax.all_gather, to="invarying")
+    gathered = (by_collective if implementation == "xla" else _peer.gather)(counts, axis_name)
+    return Queues(slot, number.reshape(slot.shape), gathered, lax.axis_index(axis_name))
+
+
+def count_and_number(ids: jax.Array, kinds: int) -> tuple[jax.Array, jax.Array]:
+    """How often each of 0 to kinds - 1 occurs, and for each id how many equal ones come before it."""
+    implementation: _ffi.Implementation = "xla" if kinds > _ffi.MAX_EXPERTS else None
+    counts, starts = count(ids, kinds, None, implementation)
+
+    def ffi(ids: jax.Array, starts: jax.Array) -> jax.Array:
+        (number,) = _ffi.call(
+            "lplb_number",
+            [_ffi.Result(ids.shape, jnp.int32, [ids])],
+            ids,
+            starts,
+            chunk_size=np.int64(chunking(len(ids), kinds)[1]),
+        )
+        return number
+
+    def xla(ids: jax.Array, _: jax.Array) -> jax.Array:
+        kind = jnp.where((ids >= 0) & (ids < kinds), ids, kinds)
+        order = jnp.argsort(kind, stable=True).astype(jnp.int32)
+        ends = jnp.cumsum(counts, dtype=jnp.int32)
+        number = inverse(order, len(order)) - (ends - counts).at[kind].get(mode="clip")
+        return jnp.where(kind < kinds, number, 0)
+
+    return counts, _ffi.dispatch("number", implementation, ffi, xla, ids, starts)
+
+
+def capacity_of(wanted: float, most: int, num_buffers: int = 1) -> int:
+    """Rows of each buffer; those of all are a multiple of 64, as tokamax's kernels need."""
+    unit = 64 // math.gcd(64, num_buffers)
+    return max(math.ceil(min(wanted, most) / unit), 1) * unit
+
+
+def implementation_of(
+    transport: Transport, axis_name: AxisName, tokens: jax.Array, num_choices: int
+) -> _ffi.Implementation:
+    if transport == "collective":
+        return "xla"
+    why_not = _peer_tokens.why_out_of_reach(axis_name, tokens, num_choices)
+    if why_not and transport == "peer":
+        raise ValueError(
+            f"transport = 'peer': ranks cannot read each other's memory here: {why_not}; pass transport='collective', "
+            "or None for whichever can be"
+        )
+    say_once(logging.INFO, f"tokens travel by collectives: {why_not}" if why_not else "tokens: peers' memory")
+    return "xla" if why_not else "ffi" if transport == "peer" else None
+
+
+def bring(tokens: jax.Array, handle: Handle) -> jax.Array:
+    """The tokens' rows [capacity, d_model]."""
+    tokens, place, group_sizes = _alike(tokens, handle.place, handle.group_sizes)
+    handle = dataclasses.replace(handle, place=place, group_sizes=group_sizes)
+    return _bring(_once(tokens, handle), handle)
+
+
+def add_up(rows: jax.Array, gates: jax.Array, handle: Handle) -> jax.Array:
+    """float32 [num_tokens, d_model]: for each token the sum of its rows, times gates."""
+    rows, gates, place, group_sizes = _alike(rows, gates, handle.place, handle.group_sizes)
+    handle = dataclasses.replace(handle, place=place, group_sizes=group_sizes)
+    return _add_up(_once(rows, handle), gates, handle)
+
+
+def _alike(*arrays: jax.Array) -> list[jax.Array]:
+    """Varying over the same axes."""
+    axes = _ffi.varying(*arrays)
+    return [_ffi.vary(array, axes) for array in arrays]
+
+
+def _once(array: jax.Array, handle: Handle) -> jax.Array:
+    if handle.implementation == "xla":
+        return array
+    return reverse_only(
+        array,
+        "dispatch and combine can be differentiated once, in reverse mode (jax.grad, jax.vjp), where ranks read each "
+        "other's memory; for forward mode and derivatives of derivatives pass transport='collective'",
+    )
+
+
+@jax.custom_vjp
+def _bring(tokens: jax.Array, handle: Handle) -> jax.Array:
+    with jax.named_scope("lplb_dispatch"):
+        return _ffi.dispatch(
+            "dispatch",
+            handle.implementation,
+            partial(_peer_tokens.dispatch, handle.capacity, handle.axis_name),
+            lambda tokens, place, _: _collective_tokens.dispatch(handle.capacity, handle.axis_name, tokens, place),
+            tokens,
+            handle.place,
+            handle.group_sizes,
+            platforms=_peer.platforms(),
+        )
+
+
+def _bring_backward(handle: Handle, gradient: jax.Array) -> Any:
+    with jax.named_scope("lplb_dispatch"):
+        return _sums(handle, gradient, None).astype(gradient.dtype), None
+
+
+_bring.defvjp(lambda tokens, handle: (_bring(tokens, handle), handle), _bring_backward)
+
+
+@jax.custom_vjp
+def _add_up(rows: jax.Array, gates: jax.Array, handle: Handle) -> jax.Array:
+    with jax.named_scope("lplb_combine"):
+        return _sums(handle, rows, gates)
+
+
+def _add_up_backward(residuals: Any, gradient: jax.Array) -> Any:
+    rows, gates, handle = residuals
+
+    def by_peers(of_sums: jax.Array, place: jax.Array, gates: jax.Array, sizes: jax.Array, rows: jax.Array) -> Any:
+        return _peer_tokens.combine_gradient(
+            handle.capacity, handle.axis_name, of_sums.astype(rows.dtype), place, gates, sizes, rows
+        )
+
+    def by_collectives(of_sums: jax.Array, place: jax.Array, gates: jax.Array, _: jax.Array, rows: jax.Array) -> Any:
+        sums = partial(_collective_tokens.combine, handle.capacity, handle.axis_name)
+        return jax.vjp(lambda rows, gates: sums(rows, place, gates), rows, gates)[1](of_sums)
+
+    with jax.named_scope("lplb_combine"):
+        operands = (gradient, handle.place, gates, handle.group_sizes, rows)
+        of_rows, of_gates = _ffi.dispatch(
+            "combine_gradient",
+            handle.implementation,
+            by_peers,
+            by_collectives,
+            *operands,
+            platforms=_peer.platforms(),
+        )
+    return of_rows, of_gates, None
+
+
+_add_up.defvjp(lambda rows, gates, handle: (_add_up(rows, gates, handle), (rows, gates, handle)), _add_up_backward)
+
+
+def _sums(handle: Handle, rows: jax.Array, gates: jax.Array | None) -> jax.Array:
+    """float32 [num_tokens, d_model]: for each token the sum of its rows, times gates where there are any."""
+    k = handle.place.shape[1]
+    num_parts = min(k, lax.axis_size(handle.axis_name))
+
+    def by_peers(rows: jax.Array, place: jax.Array, *gates: jax.Array) -> jax.Array:
+        parts = _peer_tokens.combine(num_parts, handle.axis_name, rows, place, *(gates or (None,)))
+        # A part for each rank that has any of the token's rows.
+        rank = jnp.where(place >= 0, place // handle.capacity, -1)
+        earlier = jnp.arange(k)[None, :] < jnp.arange(k)[:, None]
+        is_first = (rank >= 0) & ~jnp.any(earlier[None] & (rank[:, None, :] == rank[:, :, None]), axis=2)
+        is_part = jnp.arange(num_parts)[None] < jnp.sum(is_first, axis=1, dtype=jnp.int32)[:, None]
+        return jnp.sum(jnp.where(is_part[..., None], parts, 0).astype(jnp.float32), axis=1)
+
+    def by_collectives(rows: jax.Array, place: jax.Array, *gates: jax.Array) -> jax.Array:
+        ones = gates[0] if gates else _ffi.vary(jnp.ones(place.shape, jnp.float32), _ffi.varying(rows, place))
+        return _collective_tokens.combine(handle.capacity, handle.axis_name, rows, place, ones)
+
+    given = [] if gates is None else [gates]
+    operands, platforms = (rows, handle.place, *given), _peer.platforms()
+    return _ffi.dispatch("combine", handle.implementation, by_peers, by_collectives, *operands, platforms=platforms)
