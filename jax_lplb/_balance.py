@@ -311,8 +311,13 @@ def _plan_assign(
 
 
 def _check_reach(axis_name: AxisName, implementation: _ffi.Implementation) -> None:
-    why_not = "implementation='xla' makes no custom calls" if implementation == "xla" else ""
-    if why_not := why_not or _peer.why_out_of_reach(axis_name, 0, (), ()):
+    if implementation == "xla":
+        why_not = "implementation='xla' makes no custom calls"
+    elif jax.process_count() > 1:
+        why_not = f"there are {jax.process_count()} processes, and mailboxes are in the memory of one"
+    else:
+        why_not = _peer.why_out_of_reach(axis_name, 0, (), ())
+    if why_not:
         raise ValueError(
             f"sync = 'peer': ranks cannot reach each other's memory here: {why_not}; pass sync='all_gather', for the "
             "same result"

@@ -174,7 +174,8 @@ def expose(
     )
     table = gather(told, axis_name)
     if several:
-        (table,) = _ffi.call("lplb_translate", _like([table]), table)
+        # Each process has addresses of its own.
+        (table,) = _ffi.call("lplb_translate", [_ffi.Result(table.shape, table.dtype, [told])], table)
     return Exposed(list(shown), exposed, table)
 
 
