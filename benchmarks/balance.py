@@ -2,11 +2,11 @@
 
 On one GPU: device time of each kernel, from JAX's profiler, one call for each of 64 log-normal instances; and wall
 time of a call in a chain of 16, unrolled and scanned, each call depending on the one before. On several GPUs: the same
-chains inside shard_map over all of them, and a single call. Baselines: lookups of the home expert, which is what runs
-without balancing; what brings the ranks' counts to all, alone (`sync`: all_gather, psum, or peers' memory); and, with
-`--noop build/bench/liblplb_noop.so`, the same step with every custom call replaced by one that launches as many empty
-kernels, which is what any implementation of such calls costs. Steps take turns within each repetition, so that what
-drifts, drifts for all.
+chains inside shard_map over all of them, and a single call, with each `sync`. Baselines: lookups of the home expert,
+which is what runs without balancing; what brings the ranks' counts to all, alone; and, with
+`--noop build/bench/liblplb_noop.so`, the same step with all other custom calls replaced by ones that launch as many
+empty kernels, which is what any implementation of such calls costs. Steps take turns within each repetition, so that
+what drifts, drifts for all.
 """
 
 import argparse

@@ -40,8 +40,8 @@ class Balanced(NamedTuple):
       physical_ids: int32, of the shape of `expert_ids`; -1 for padding. The owner of a slot is
         `physical_ids // placement.slots_per_rank`.
       load: int32 [num_experts], tokens per logical expert over the whole axis.
-      rank_load: int32 [num_ranks], tokens per rank after balancing: a prediction with `sync="psum"` and with `load=`,
-        exact otherwise.
+      rank_load: int32 [num_ranks], tokens per rank after balancing: exact with `sync="all_gather"` or `"peer"` and on
+        one shard, a prediction otherwise.
       gap: float32 [num_groups], certified relative gap of each group's split to the optimum.
       status: int32 [num_groups], values of `Status`.
       lower_bound: float32 [num_groups], certified: tokens that the busiest rank of each group has at the least, however
@@ -311,8 +311,13 @@ def _plan_assign(
 
 
 def _check_reach(axis_name: AxisName, implementation: _ffi.Implementation) -> None:
-    why_not = "implementation='xla' makes no custom calls" if implementation == "xla" else ""
-    if why_not := why_not or _peer.why_out_of_reach(axis_name, 0, (), ()):
+    if implementation == "xla":
+        why_not = "implementation='xla' makes no custom calls"
+    elif jax.process_count() > 1:
+        why_not = f"there are {jax.process_count()} processes, and mailboxes are in the memory of one"
+    else:
+        why_not = _peer.why_out_of_reach(axis_name, 0, (), ())
+    if why_not:
         raise ValueError(
             f"sync = 'peer': ranks cannot reach each other's memory here: {why_not}; pass sync='all_gather', for the "
             "same result"

@@ -105,8 +105,8 @@ def gather(words: jax.Array, axis_name: AxisName) -> jax.Array:
     """The words of all ranks [ranks, ...], elements of 32 bits; no rank has them before every rank has given its own.
 
     Between GPUs of a process they go through mailboxes in their memory (`ffi/gather.h`), by one custom call: an
-    `all_gather` of a few words is mostly the launch of a collective. On CPUs, where a handler that waits may hold the
-    thread that it waits for, and with several processes it is that. As there, all ranks must call it equally often.
+    `all_gather` of a few words is mostly the launch of a collective. With several processes it is an `all_gather`, and
+    on CPUs, where a handler that waits might hold the thread that it waits for. All ranks must call it equally often.
     """
 
     def by_collective(words: jax.Array, _: Any) -> jax.Array:
@@ -174,7 +174,8 @@ def expose(
     )
     table = gather(told, axis_name)
     if several:
-        (table,) = _ffi.call("lplb_translate", _like([table]), table)
+        # Each process has addresses of its own.
+        (table,) = _ffi.call("lplb_translate", [_ffi.Result(table.shape, table.dtype, [told])], table)
     return Exposed(list(shown), exposed, table)
 
 
