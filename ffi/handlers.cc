@@ -365,12 +365,27 @@ ffi::Error for_each_buffer(const ffi::RemainingArgs& buffers, size_t number, Vis
   return ffi::Error::Success();
 }
 
+// Puts buffer number `i` of `number` among those of the next launch, and launches once they are as many as it takes.
+template <class Launch>
+ffi::Error tell(Told& told, int i, int number, const PeerBuffer& buffer, Launch launch) {
+  if (told.number == 0) told.first = i;
+  told.num_batches = buffer.num_batches;
+  told.own[told.number] = buffer.own;
+  told.batch_bytes[told.number] = buffer.num_rows * buffer.row_bytes;
+  if (++told.number < kMostTold && i + 1 < number) return ffi::Error::Success();
+  const ffi::Error error = launch(told);
+  told.number = 0;
+  return error;
+}
+
 // Tells where the first `num_shown` buffers are, and then each result, be it in the place of an operand or new. Nothing
 // reads the first operand: under vmap the others are mapped with it, and so have addresses of their own.
 template <class Launch>
 ffi::Error expose(Launch launch, ffi::AnyBuffer, ffi::RemainingArgs buffers, ffi::Result<Words> addresses,
                   ffi::RemainingRets results, int64_t num_shown) {
   const auto shown = static_cast<size_t>(num_shown), number = shown + results.size();
+  Told told = {};
+  told.num_buffers = static_cast<int>(number);
   for (size_t i = 0; i < number; ++i) {
     ffi::ErrorOr<ffi::AnyBuffer> rows = buffers.get<ffi::AnyBuffer>(i);
     if (i >= shown) {
@@ -380,38 +395,18 @@ ffi::Error expose(Launch launch, ffi::AnyBuffer, ffi::RemainingArgs buffers, ffi
     }
     if (!rows) return rows.error();
     Shapes shapes("expose");
-    const int64_t* told = shapes.last("addresses", *addresses, 2);
-    shapes.expect("addresses", "buffers", static_cast<int64_t>(number), told[0]);
-    shapes.expect("addresses", "words", 2, told[1]);
+    const int64_t* words = shapes.last("addresses", *addresses, 2);
+    shapes.expect("addresses", "buffers", static_cast<int64_t>(number), words[0]);
+    shapes.expect("addresses", "words", 2, words[1]);
     if (!shapes.ok()) return shapes.error();
-    PeerBuffer buffer = read_buffer(shapes, "buffer", *rows, addresses->dimensions().size() - 2);
+    const PeerBuffer buffer = read_buffer(shapes, "buffer", *rows, addresses->dimensions().size() - 2);
     if (!shapes.ok()) return shapes.error();
-    buffer.num_buffers = static_cast<int>(number);
-    buffer.buffer = static_cast<int>(i);
-    const ffi::Error error = launch(buffer, reinterpret_cast<uint64_t*>(addresses->typed_data()));
+    const ffi::Error error = tell(told, static_cast<int>(i), told.num_buffers, buffer, [&](const Told& some) {
+      return launch(some, reinterpret_cast<uint64_t*>(addresses->typed_data()));
+    });
     if (error.failure()) return error;
   }
   return ffi::Error::Success();
-}
-
-template <class Launch>
-ffi::Error read_rows(Launch launch, Words table, Ids source, ffi::RemainingArgs buffers, ffi::Result<Ids> done,
-                     ffi::RemainingRets) {
-  return for_each_buffer(buffers, buffers.size(), [&](int i, const ffi::AnyBuffer& rows) {
-    Shapes shapes("read_rows");
-    ReadRows read = {};
-    read.buffer = read_told(shapes, rows, table, i);
-    const int64_t reads = shapes.last("source", source, 1)[0];
-    shapes.last("done", *done, 0);
-    shapes.require(reads >= 1 && reads <= read.buffer.num_rows && reads <= kMostRowsRead, [&] {
-      return "1 to " + std::to_string(kMostRowsRead) + " rows, and no more than the buffer has, got " +
-             std::to_string(reads);
-    });
-    if (!shapes.ok()) return shapes.error();
-    read.num_reads = static_cast<int>(reads);
-    read.source = source.typed_data();
-    return launch(read, i == 0 ? done->typed_data() : nullptr);
-  });
 }
 
 // False: no floating-point type that rows are added up in.
@@ -436,8 +431,11 @@ ffi::Error add_rows(Launch launch, Words table, Ids replicas, ffi::RemainingArgs
     const int64_t* listed = shapes.last("replicas", replicas, 2);
     shapes.last("done", *done, 0);
     shapes.expect("sums", "rows", listed[0], sum.num_rows);
-    shapes.require(read_float(rows.element_type(), &add.from) && read_float(result.element_type(), &add.to),
-                   [] { return "rows and sums of float32, bfloat16 or float16"; });
+    add.is_copy = listed[1] == 1 && rows.element_type() == result.element_type();
+    shapes.require(listed[1] >= 1, [] { return "replicas: room for at least one of each sum"; });
+    shapes.require(
+        add.is_copy || (read_float(rows.element_type(), &add.from) && read_float(result.element_type(), &add.to)),
+        [] { return "sums of float32, bfloat16 or float16, or single rows of another type"; });
     if (!shapes.ok()) return shapes.error();
     add.row_elements = add.buffer.row_bytes / static_cast<int64_t>(ffi::ByteWidth(rows.element_type()));
     shapes.expect("sums", "elements of a row", add.row_elements,
@@ -455,11 +453,15 @@ ffi::Error add_rows(Launch launch, Words table, Ids replicas, ffi::RemainingArgs
 // must be where the table says that they are.
 template <class Launch>
 ffi::Error release(Launch launch, Words table, Ids, ffi::RemainingArgs buffers, ffi::RemainingRets, int64_t num_told) {
+  Told told = {};
   return for_each_buffer(buffers, static_cast<size_t>(num_told), [&](int i, const ffi::AnyBuffer& rows) {
     Shapes shapes("release");
     const PeerBuffer buffer = read_told(shapes, rows, table, i);
     if (!shapes.ok()) return shapes.error();
-    return launch(buffer);
+    told.num_ranks = buffer.num_ranks;
+    told.num_buffers = buffer.num_buffers;
+    told.table = buffer.table;
+    return tell(told, i, static_cast<int>(num_told), buffer, launch);
   });
 }
 
@@ -734,21 +736,13 @@ auto bind_expose(Binding binding) {
       .template Attr<int64_t>("num_shown");
 }
 template <class Binding>
-auto bind_rows(Binding&& binding) {
+auto bind_add_rows(Binding binding) {
   return std::move(binding)
       .template Arg<Words>()
       .template Arg<Ids>()
       .RemainingArgs()
       .template Ret<Ids>()
       .RemainingRets();
-}
-template <class Binding>
-auto bind_read_rows(Binding binding) {
-  return bind_rows(std::move(binding));
-}
-template <class Binding>
-auto bind_add_rows(Binding binding) {
-  return bind_rows(std::move(binding));
 }
 template <class Binding>
 auto bind_release(Binding binding) {
@@ -838,7 +832,6 @@ LPLB_CPU_HANDLER(SolveAssignCpu, solve_assign, solve_assign_cpu);
 LPLB_CPU_HANDLER(PlanCpu, plan, plan_solve_cpu);
 LPLB_CPU_HANDLER(PlanAssignCpu, plan_assign, plan_assign_cpu);
 LPLB_CPU_HANDLER(ExposeCpu, expose, expose_cpu);
-LPLB_CPU_HANDLER(ReadRowsCpu, read_rows, read_rows_cpu);
 LPLB_CPU_HANDLER(AddRowsCpu, add_rows, add_rows_cpu);
 LPLB_CPU_HANDLER(NumberCpu, number, number_cpu);
 LPLB_CPU_HANDLER(DispatchCpu, dispatch, dispatch_cpu);
@@ -849,9 +842,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
     ReleaseCpu,
     [](auto... operands) {
       return release(
-          [](const PeerBuffer& buffer) {
-            return in_place_cpu(buffer) ? ffi::Error::Success()
-                                        : ffi::Error::Internal("release: XLA has moved a buffer that others read from");
+          [](const Told& told) {
+            return in_place_cpu(told) ? ffi::Error::Success()
+                                      : ffi::Error::Internal("release: XLA has moved a buffer that others read from");
           },
           operands...);
     },
@@ -876,7 +869,6 @@ LPLB_CUDA_HANDLER(SolveAssignCuda, solve_assign, solve_assign_cuda);
 LPLB_CUDA_HANDLER(PlanCuda, plan, plan_solve_cuda);
 LPLB_CUDA_HANDLER(PlanAssignCuda, plan_assign, plan_assign_cuda);
 LPLB_CUDA_HANDLER(ExposeCuda, expose, expose_cuda);
-LPLB_CUDA_HANDLER(ReadRowsCuda, read_rows, read_rows_cuda);
 LPLB_CUDA_HANDLER(AddRowsCuda, add_rows, add_rows_cuda);
 LPLB_CUDA_HANDLER(NumberCuda, number, number_cuda);
 LPLB_CUDA_HANDLER(DispatchCuda, dispatch, dispatch_cuda);
@@ -901,11 +893,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
     ShareCuda,
     [](cudaStream_t stream, auto... operands) {
       return expose(
-          [stream](PeerBuffer buffer, uint64_t* words) {
+          [stream](Told told, uint64_t* words) {
             return catch_error([&] {
-              const uint64_t word = share(buffer.own, buffer.num_batches * buffer.num_rows * buffer.row_bytes);
-              buffer.own = reinterpret_cast<unsigned char*>(word);  // those of further batch elements count on from it
-              return check_launch("share", expose_cuda(stream, buffer, words));
+              for (int i = 0; i < told.number; ++i) {
+                const uint64_t word = share(told.own[i], told.num_batches * told.batch_bytes[i]);
+                told.own[i] = reinterpret_cast<unsigned char*>(word);  // further batch elements count on from it
+              }
+              return check_launch("share", expose_cuda(stream, told, words));
             });
           },
           operands...);

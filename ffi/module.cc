@@ -39,7 +39,6 @@ nb::dict handlers() {
   cpu["lplb_plan"] = execute(lplb::PlanCpu);
   cpu["lplb_plan_assign"] = execute(lplb::PlanAssignCpu);
   cpu["lplb_expose"] = execute(lplb::ExposeCpu);
-  cpu["lplb_read_rows"] = execute(lplb::ReadRowsCpu);
   cpu["lplb_add_rows"] = execute(lplb::AddRowsCpu);
   cpu["lplb_release"] = execute(lplb::ReleaseCpu);
   cpu["lplb_number"] = execute(lplb::NumberCpu);
@@ -62,7 +61,6 @@ nb::dict handlers() {
   cuda["lplb_plan"] = initialize_and_execute(lplb::PlanCuda);
   cuda["lplb_plan_assign"] = initialize_and_execute(lplb::PlanAssignCuda);
   cuda["lplb_expose"] = execute(lplb::ExposeCuda);
-  cuda["lplb_read_rows"] = execute(lplb::ReadRowsCuda);
   cuda["lplb_add_rows"] = execute(lplb::AddRowsCuda);
   cuda["lplb_release"] = execute(lplb::ReleaseCuda);
   cuda["lplb_number"] = execute(lplb::NumberCuda);
@@ -139,7 +137,6 @@ NB_MODULE(_handlers, m) {
   m.def("share", &share, nb::call_guard<nb::gil_scoped_release>());
   m.def("map_region", &lplb::map_region, nb::call_guard<nb::gil_scoped_release>());
 #endif
-  m.attr("max_rows_read") = lplb::kMostRowsRead;
   m.attr("max_choices") = lplb::kMostChoices;
   m.attr("ffi_api_version") = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
   m.attr("mathdx_sizes") = mathdx_sizes();

@@ -316,7 +316,7 @@ def _check_reach(axis_name: AxisName, implementation: _ffi.Implementation) -> No
     elif jax.process_count() > 1:
         why_not = f"there are {jax.process_count()} processes, and mailboxes are in the memory of one"
     else:
-        why_not = _peer.why_out_of_reach(axis_name, 0, (), ())
+        why_not = _peer.why_out_of_reach(axis_name, (), ())
     if why_not:
         raise ValueError(
             f"sync = 'peer': ranks cannot reach each other's memory here: {why_not}; pass sync='all_gather', for the "

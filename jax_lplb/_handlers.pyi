@@ -4,7 +4,6 @@ from typing import Any
 ffi_api_version: tuple[int, int]
 mathdx_sizes: tuple[int, ...]
 max_experts: int
-max_rows_read: int
 max_choices: int
 max_group_ranks: int
 max_group_slots: int

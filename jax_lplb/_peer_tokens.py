@@ -24,7 +24,7 @@ def why_out_of_reach(axis_name: AxisName, tokens: jax.Array, num_choices: int) -
         return f"a token of {row_bytes} bytes is not of whole 16-byte words"
     if num_choices > _handlers.max_choices:
         return f"a token has {num_choices} choices, and custom calls at most {_handlers.max_choices}"
-    return _peer.why_out_of_reach(axis_name, 1, [tokens.dtype], [tokens.dtype])
+    return _peer.why_out_of_reach(axis_name, [tokens.dtype], [tokens.dtype])
 
 
 @_peer.one_operation

@@ -73,7 +73,7 @@ def replicate(
     brought = {}
     if full:
         of_leaves, of_slots = [leaves[i].dtype for i in full], [dtypes[i] for i in full]
-        transfer = _transfer(transport, placement, axis_name, len(rows.source), of_leaves, of_slots)
+        transfer = _transfer(transport, placement, axis_name, of_leaves, of_slots)
         brought = dict(zip(full, _slots(transfer, [leaves[i] for i in full], rows), strict=True))
 
     def empty(i: int) -> jax.Array:
@@ -91,11 +91,9 @@ def _homes_first(placement: Placement) -> bool:
 class _Rows(NamedTuple):
     """Which rows go where, for this rank. Rows of buffers are numbered over all ranks, rank * rows + row."""
 
-    # int32 [n], the row of each slot that is brought, in buffers of the home rows and room for n; none: out of range
-    source: jax.Array
+    source: jax.Array  # int32 [slots], the home row of each of this rank's slots; none: negative
     replicas: jax.Array  # int32 [home rows, max_replicas], the slots of each row's expert; none: out of range
-    # int32 [ranks, n], of what is brought to each rank the home row, in buffers of home rows alone; none: negative
-    wanted: jax.Array
+    wanted: jax.Array  # int32 [ranks, n], the home rows of what collectives bring to each rank; none: negative
     sent: Any  # along a topology: int32 [redundant experts], this rank's rows that others have copies of
 
 
@@ -105,16 +103,16 @@ def _rows(placement: Placement, axis_name: AxisName) -> _Rows:
     of_slots, log2phy = jnp.asarray(placement.phy2log).reshape(ranks, slots), jnp.asarray(placement.log2phy)
     rank = lax.axis_index(axis_name)
     experts = jnp.minimum(of_slots, placement.num_experts - 1)
-    brought, buffer_rows = (experts[:, home:], slots) if _homes_first(placement) else (experts, home + slots)
-    wanted = brought[rank]
-    at_home = wanted // home * buffer_rows + wanted % home if topology is None else log2phy[wanted, 0]
-    sent = None
+    source, sent = experts[rank], None
     if topology is not None:
         _, receiver = owners_and_receivers(topology, ranks, slots - home)
         copies = of_slots[receiver, home + np.arange(slots - home)]
         sent = (log2phy[copies, 0] % slots)[rank]
+        first = log2phy[source, 0]  # its home
+        source = first // slots * home + first % slots
     replicas = log2phy[jnp.asarray(placement.home_order).reshape(ranks, home)[rank]]
-    return _Rows(jnp.where(wanted < 0, -1, at_home), replicas, brought, sent)
+    brought = experts[:, home:] if _homes_first(placement) else experts
+    return _Rows(jnp.where(of_slots[rank] < 0, -1, source), replicas, brought, sent)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,11 +137,9 @@ def _transfer(
     transport: Transport,
     placement: Placement,
     axis_name: AxisName,
-    num_rows: int,
     dtypes: list[Any],
     slot_dtypes: list[Any],
 ) -> _Transfer:
-    """`num_rows`: that are brought to a rank."""
     implementation: _ffi.Implementation = "xla"
     if transport != "collective":
         summed = [
@@ -152,7 +148,7 @@ def _transfer(
             if all(jnp.issubdtype(dtype, jnp.inexact) for dtype in of_leaf)
             for dtype in of_leaf
         ]
-        why_not = _peer.why_out_of_reach(axis_name, num_rows, slot_dtypes, summed)
+        why_not = _peer.why_out_of_reach(axis_name, slot_dtypes, summed)
         if why_not and transport == "peer":
             raise ValueError(
                 f"transport = 'peer': ranks cannot read each other's memory here: {why_not}; pass "
@@ -239,8 +235,7 @@ _differentiated_once.defvjp(_forward, _backward)
 
 
 def _by_peers(transfer: _Transfer, leaves: list[jax.Array], rows: _Rows) -> list[jax.Array]:
-    buffers = _peer.bring(transfer.slot_dtypes, transfer.axis_name, leaves, rows.source)
-    return buffers if transfer.homes_first else [buffer[-len(rows.source) :] for buffer in buffers]
+    return _peer.add_up(transfer.slot_dtypes, transfer.axis_name, leaves, rows.source[:, None])
 
 
 def _add_by_peers(transfer: _Transfer, gradients: list[jax.Array], rows: _Rows) -> list[jax.Array]:
