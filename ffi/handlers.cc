@@ -417,34 +417,40 @@ bool read_float(ffi::DataType type, Float* result) {
   return type == ffi::F32 || type == ffi::BF16 || type == ffi::F16;
 }
 
+// Sums of the rows of a buffer, column number `i` of the table.
+AddRows read_add(Shapes& shapes, const Words& table, int i, const Ids& replicas, const ffi::AnyBuffer& rows,
+                 const ffi::AnyBuffer& sums) {
+  AddRows add = {};
+  add.buffer = read_told(shapes, rows, table, i);
+  const PeerBuffer sum = read_buffer(shapes, "sums", sums, table.dimensions().size() - 3);
+  const int64_t* listed = shapes.last("replicas", replicas, 2);
+  shapes.expect("sums", "rows", listed[0], sum.num_rows);
+  add.is_copy = listed[1] == 1 && rows.element_type() == sums.element_type();
+  shapes.require(listed[1] >= 1, [] { return "replicas: room for at least one of each sum"; });
+  shapes.require(
+      add.is_copy || (read_float(rows.element_type(), &add.from) && read_float(sums.element_type(), &add.to)),
+      [] { return "sums of float32, bfloat16 or float16, or single rows of another type"; });
+  if (!shapes.ok()) return add;
+  add.row_elements = add.buffer.row_bytes / static_cast<int64_t>(ffi::ByteWidth(rows.element_type()));
+  shapes.expect("sums", "elements of a row", add.row_elements,
+                sum.row_bytes / static_cast<int64_t>(ffi::ByteWidth(sums.element_type())));
+  add.num_sums = static_cast<int>(listed[0]);
+  add.max_replicas = static_cast<int>(listed[1]);
+  add.replicas = replicas.typed_data();
+  add.sums = sums.untyped_data();
+  return add;
+}
+
 template <class Launch>
 ffi::Error add_rows(Launch launch, Words table, Ids replicas, ffi::RemainingArgs buffers, ffi::Result<Ids> done,
                     ffi::RemainingRets sums) {
   return for_each_buffer(buffers, buffers.size(), [&](int i, const ffi::AnyBuffer& rows) {
     auto of_rows = sums.get<ffi::AnyBuffer>(i);
     if (!of_rows) return of_rows.error();
-    ffi::AnyBuffer result = **of_rows;
     Shapes shapes("add_rows");
-    AddRows add = {};
-    add.buffer = read_told(shapes, rows, table, i);
-    const PeerBuffer sum = read_buffer(shapes, "sums", result, table.dimensions().size() - 3);
-    const int64_t* listed = shapes.last("replicas", replicas, 2);
+    const AddRows add = read_add(shapes, table, i, replicas, rows, **of_rows);
     shapes.last("done", *done, 0);
-    shapes.expect("sums", "rows", listed[0], sum.num_rows);
-    add.is_copy = listed[1] == 1 && rows.element_type() == result.element_type();
-    shapes.require(listed[1] >= 1, [] { return "replicas: room for at least one of each sum"; });
-    shapes.require(
-        add.is_copy || (read_float(rows.element_type(), &add.from) && read_float(result.element_type(), &add.to)),
-        [] { return "sums of float32, bfloat16 or float16, or single rows of another type"; });
     if (!shapes.ok()) return shapes.error();
-    add.row_elements = add.buffer.row_bytes / static_cast<int64_t>(ffi::ByteWidth(rows.element_type()));
-    shapes.expect("sums", "elements of a row", add.row_elements,
-                  sum.row_bytes / static_cast<int64_t>(ffi::ByteWidth(result.element_type())));
-    if (!shapes.ok()) return shapes.error();
-    add.num_sums = static_cast<int>(listed[0]);
-    add.max_replicas = static_cast<int>(listed[1]);
-    add.replicas = replicas.typed_data();
-    add.sums = result.untyped_data();
     return launch(add, i == 0 ? done->typed_data() : nullptr);
   });
 }
@@ -531,23 +537,51 @@ Dispatch read_dispatch(Shapes& shapes, const Words& table, const ffi::AnyBuffer&
   return dispatch;
 }
 
+// What is added up beside tokens: `given`, from number `first` on, are the replicas, and then buffers, which are the
+// columns `column` and following of the table. Nothing where nothing is given.
+ffi::Error read_beside(Shapes& shapes, const Words& table, int column, const ffi::RemainingArgs& given, size_t first,
+                       ffi::RemainingRets& sums, Beside* beside) {
+  if (given.size() == first) return ffi::Error::Success();
+  const auto replicas = given.get<Ids>(first);
+  if (!replicas) return replicas.error();
+  shapes.require(sums.size() <= kMostBeside && given.size() == first + 1 + sums.size(), [&] {
+    return "as many sums as buffers, at most " + std::to_string(kMostBeside) + ", got " + std::to_string(sums.size());
+  });
+  if (!shapes.ok()) return shapes.error();
+  for (size_t i = 0; i < sums.size(); ++i) {
+    const auto rows = given.get<ffi::AnyBuffer>(first + 1 + i);
+    auto of_rows = sums.get<ffi::AnyBuffer>(i);
+    if (!rows) return rows.error();
+    if (!of_rows) return of_rows.error();
+    beside->adds[beside->number++] = read_add(shapes, table, column + static_cast<int>(i), *replicas, *rows, **of_rows);
+    if (!shapes.ok()) return shapes.error();
+  }
+  return ffi::Error::Success();
+}
+
 template <class Launch>
 ffi::Error dispatch(Launch launch, Words table, ffi::AnyBuffer tokens, ffi::AnyBuffer place, Ids group_sizes,
-                    ffi::Result<Ids> done, ffi::Result<ffi::AnyBuffer> rows, int64_t num_blocks) {
+                    ffi::RemainingArgs given, ffi::Result<Ids> done, ffi::Result<ffi::AnyBuffer> rows,
+                    ffi::RemainingRets slots, int64_t num_blocks) {
   Shapes shapes("dispatch");
   const Dispatch of = read_dispatch(shapes, table, tokens, place, group_sizes, *rows, *done, num_blocks);
   if (!shapes.ok()) return shapes.error();
-  return launch(of, done->typed_data());
+  Beside beside = {};
+  const ffi::Error error = read_beside(shapes, table, 2, given, 0, slots, &beside);
+  if (error.failure()) return error;
+  return launch(of, beside, done->typed_data());
 }
 
-// Gates are an operand, and the second column of the table, or are not there.
+// The first `num_gates` (0 or 1) of what is given are gates, and the second column of the table.
 template <class Launch>
 ffi::Error combine(Launch launch, Words table, ffi::AnyBuffer place, ffi::AnyBuffer rows, ffi::AnyBuffer parts,
-                   ffi::RemainingArgs gates, ffi::Result<Ids> done, ffi::Result<ffi::AnyBuffer>, int64_t num_blocks) {
+                   ffi::RemainingArgs given, ffi::Result<Ids> done, ffi::Result<ffi::AnyBuffer>,
+                   ffi::RemainingRets sums, int64_t num_gates, int64_t num_blocks) {
   Shapes shapes("combine");
   Combine of = {};
-  of.has_gates = gates.size() > 0;
-  of.parts = read_told(shapes, parts, table, of.has_gates ? 2 : 1);
+  of.has_gates = num_gates > 0;
+  const int column = of.has_gates ? 2 : 1;  // the first of what is added up
+  of.parts = read_told(shapes, parts, table, column + static_cast<int>(sums.size()));
   if (!shapes.ok()) return shapes.error();
   const size_t batch_dimensions = table.dimensions().size() - 3;
   const PeerBuffer own = read_buffer(shapes, "rows", rows, batch_dimensions);
@@ -557,9 +591,9 @@ ffi::Error combine(Launch launch, Words table, ffi::AnyBuffer place, ffi::AnyBuf
   of.num_blocks = static_cast<int>(num_blocks);
   shapes.last("done", *done, 0);
   if (of.has_gates) {
-    const auto of_choices = gates.get<ffi::AnyBuffer>(0);
-    if (!of_choices) return of_choices.error();
-    of.gates = read_choices(shapes, "gates", *of_choices, table, 1, of.places);
+    const auto gates = given.get<ffi::AnyBuffer>(0);
+    if (!gates) return gates.error();
+    of.gates = read_choices(shapes, "gates", *gates, table, 1, of.places);
   }
   shapes.expect("parts", "tokens", of.places.place.num_rows, of.parts.num_rows);
   shapes.expect("parts", "bytes of a token", own.row_bytes * of.num_parts, of.parts.row_bytes);
@@ -572,7 +606,10 @@ ffi::Error combine(Launch launch, Words table, ffi::AnyBuffer place, ffi::AnyBuf
   shapes.require(num_blocks >= 1 && num_blocks <= 65535, [] { return "num_blocks from 1 to 65535"; });
   if (!shapes.ok()) return shapes.error();
   of.row_elements = own.row_bytes / static_cast<int64_t>(ffi::ByteWidth(rows.element_type()));
-  return launch(of, done->typed_data());
+  Beside beside = {};
+  const ffi::Error error = read_beside(shapes, table, column, given, of.has_gates ? 1 : 0, sums, &beside);
+  if (error.failure()) return error;
+  return launch(of, beside, done->typed_data());
 }
 
 template <class Launch>
@@ -766,8 +803,10 @@ auto bind_dispatch(Binding binding) {
       .template Arg<ffi::AnyBuffer>()
       .template Arg<ffi::AnyBuffer>()
       .template Arg<Ids>()
+      .RemainingArgs()
       .template Ret<Ids>()
       .template Ret<ffi::AnyBuffer>()
+      .RemainingRets()
       .template Attr<int64_t>("num_blocks");
 }
 template <class Binding>
@@ -780,6 +819,8 @@ auto bind_combine(Binding binding) {
       .RemainingArgs()
       .template Ret<Ids>()
       .template Ret<ffi::AnyBuffer>()
+      .RemainingRets()
+      .template Attr<int64_t>("num_gates")
       .template Attr<int64_t>("num_blocks");
 }
 template <class Binding>
@@ -930,7 +971,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
       int device = 0;
       cudaError_t error = cudaGetDevice(&device);
       if (error == cudaSuccess && device < kMaxDevices && prepared[device].load()) return ffi::Error::Success();
-      for (const auto prepare : {prepare_plan_cuda, prepare_solve_cuda, prepare_assign_cuda}) {
+      for (const auto prepare : {prepare_plan_cuda, prepare_solve_cuda, prepare_assign_cuda, prepare_dispatch_cuda}) {
         if (error == cudaSuccess) error = prepare();
       }
       if (error == cudaSuccess && device < kMaxDevices) prepared[device].store(true);

@@ -64,8 +64,8 @@ nb::dict handlers() {
   cuda["lplb_add_rows"] = execute(lplb::AddRowsCuda);
   cuda["lplb_release"] = execute(lplb::ReleaseCuda);
   cuda["lplb_number"] = execute(lplb::NumberCuda);
-  cuda["lplb_dispatch"] = execute(lplb::DispatchCuda);
-  cuda["lplb_combine"] = execute(lplb::CombineCuda);
+  cuda["lplb_dispatch"] = initialize_and_execute(lplb::DispatchCuda);
+  cuda["lplb_combine"] = initialize_and_execute(lplb::CombineCuda);
   cuda["lplb_combine_gradient"] = execute(lplb::CombineGradientCuda);
   cuda["lplb_share"] = execute(lplb::ShareCuda);
   cuda["lplb_translate"] = execute(lplb::TranslateCuda);
@@ -138,6 +138,7 @@ NB_MODULE(_handlers, m) {
   m.def("map_region", &lplb::map_region, nb::call_guard<nb::gil_scoped_release>());
 #endif
   m.attr("max_choices") = lplb::kMostChoices;
+  m.attr("max_beside") = lplb::kMostBeside;
   m.attr("ffi_api_version") = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
   m.attr("mathdx_sizes") = mathdx_sizes();
   m.attr("max_experts") = lplb::kMaxExperts;

@@ -191,11 +191,19 @@ def add_rows(exposed: Exposed, replicas: jax.Array, dtypes: Sequence[Any]) -> tu
       Sums [n, ...] for each of what is shown, and the marker for `release`.
     """
     operands = (exposed.table, replicas, *exposed.shown)
-    results = [_ffi.Result((), jnp.int32, operands)]
-    for rows, dtype in zip(exposed.shown, dtypes, strict=True):
-        results.append(_ffi.Result((len(replicas), *rows.shape[1:]), dtype, [replicas, rows]))
+    results = [_ffi.Result((), jnp.int32, operands), *sums_like(exposed.shown, replicas, dtypes)]
     done, *sums = _ffi.call("lplb_add_rows", results, *operands, aliases={})
     return sums, done
+
+
+def sums_like(leaves: Sequence[jax.Array], replicas: jax.Array | None, dtypes: Sequence[Any]) -> list[_ffi.Result]:
+    """What sums of rows of the leaves are like, in these dtypes; none without replicas."""
+    if replicas is None:
+        return []
+    return [
+        _ffi.Result((len(replicas), *leaf.shape[1:]), dtype, [replicas, leaf])
+        for leaf, dtype in zip(leaves, dtypes, strict=True)
+    ]
 
 
 def release(exposed: Exposed, done: jax.Array, axis_name: AxisName, made: Sequence[jax.Array] = ()) -> list[jax.Array]:
