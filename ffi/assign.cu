@@ -142,7 +142,6 @@ struct Rows {
         num_experts(shape.count.num_experts),
         max_replicas(shape.max_replicas),
         num_physical(shape.num_physical) {}
-  __device__ bool is_slot(int32_t slot) const { return Replica{0.0f, slot}.is_slot(num_physical); }
   // None beyond the row's end.
   __device__ Replica replica(int e, int r) const {
     if (r >= max_replicas) return {0.0f, kNoSlot};
@@ -165,39 +164,36 @@ struct Rows {
   }
 };
 
-// Writes the heads, a thread for each expert, and opens the places of those with up to kNarrowRow replicas.
-__device__ void open_narrow_rows(const Rows& in, const Wide& wide) {
-#pragma unroll 1
-  for (int e = threadIdx.x; e < in.num_experts; e += blockDim.x) {
-    Replica row[kNarrowRow];
-    in.first_replicas(e, row);
-    const int32_t load = in.load[e];
-    uint32_t count = 0;
-    float largest = 0.0f;
+// Writes an expert's head, and opens its places where it has up to kNarrowRow replicas.
+__device__ void open_row(const Rows& in, const Wide& wide, int e) {
+  Replica row[kNarrowRow];
+  in.first_replicas(e, row);
+  const int32_t load = in.load[e];
+  uint32_t count = 0;
+  float largest = 0.0f;
 #pragma unroll
-    for (int r = 0; r < kNarrowRow && row[r].is_slot(in.num_physical); ++r) {
-      ++count;
-      largest = fmaxf(largest, row[r].positive());
-    }
-    if (count <= 1) {
-      wide.heads[e] = count > 0 ? row[0].slot : kNoSlot;
-      continue;
-    }
-    if (count == kNarrowRow && in.max_replicas > kNarrowRow) {
-      wide.long_row[atomicAdd(&wide.totals->long_rows, 1u)] = static_cast<uint16_t>(e);
-      continue;
-    }
-    const uint32_t place = atomicAdd(&wide.totals->used, count);
-    wide.heads[e] = head_of(place, count, wide.room);
-    const Weigher weigher(largest, in.max_replicas);
+  for (int r = 0; r < kNarrowRow && row[r].is_slot(in.num_physical); ++r) {
+    ++count;
+    largest = fmaxf(largest, row[r].positive());
+  }
+  if (count <= 1) {
+    wide.heads[e] = count > 0 ? row[0].slot : kNoSlot;
+    return;
+  }
+  if (count == kNarrowRow && in.max_replicas > kNarrowRow) {
+    wide.long_row[atomicAdd(&wide.totals->long_rows, 1u)] = static_cast<uint16_t>(e);
+    return;
+  }
+  const uint32_t place = atomicAdd(&wide.totals->used, count);
+  wide.heads[e] = head_of(place, count, wide.room);
+  const Weigher weigher(largest, in.max_replicas);
 #pragma unroll
-    for (uint32_t r = 0; r < kNarrowRow; ++r) {
-      if (r < count) wide.open(place, {row[r].slot, r, count, load}, weigher.weight(row[r]));
-    }
+  for (uint32_t r = 0; r < kNarrowRow; ++r) {
+    if (r < count) wide.open(place, {row[r].slot, r, count, load}, weigher.weight(row[r]));
   }
 }
 
-// As above for the others, a warp for each.
+// As above for the experts with more, a warp for each.
 __device__ void open_long_rows(const Rows& in, const Wide& wide) {
   const int lane = threadIdx.x % kWarp, num_warps = blockDim.x / kWarp, rows = wide.totals->long_rows;
   const auto load_first = [&](int i) { return i < rows ? in.replica(wide.long_row[i], lane) : Replica{}; };
@@ -253,22 +249,6 @@ __device__ void close_places(const Wide& wide) {
     const uint32_t begin = tokens_upto(before, total, tokens);
     wide.places[i].share = make_share(open.slot, begin, tokens_upto(upto, total, tokens), tokens);
   }
-}
-
-// Writes all heads and shares (kWide), what follows `at` bytes of shared memory. For all threads, with the totals zero.
-// Not inlined: it is called in two places.
-__device__ __noinline__ void store_wide_shares(const Rows in, int at, uint32_t room) {
-  extern __shared__ uint4 memory[];
-  // The compiler does not see where they come from, and would have each load find out.
-  __builtin_assume(__isGlobal(in.split));
-  __builtin_assume(__isGlobal(in.log2phy));
-  __builtin_assume(__isGlobal(in.load));
-  const Wide wide(reinterpret_cast<char*>(memory) + at, in.num_experts, room);
-  open_narrow_rows(in, wide);
-  __syncthreads();
-  open_long_rows(in, wide);
-  __syncthreads();
-  close_places(wide);
 }
 
 // Calls visit(next), where next() gives the shares of an expert that did not fit, one after the other. Not inlined:
@@ -373,22 +353,39 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
       }
       if constexpr (kWide) {
         // A thread for each place: an expert may have many.
-        for (int i = threadIdx.x; i < wide.used(); i += threads) {
+        const int used = static_cast<int>(wide.used());
+        for (int i = threadIdx.x; i < used; i += threads) {
           const Share& share = wide.places[i].share;
           add(share.slot, share.quota);
         }
       }
     };
-    const auto store = [&](int e) { store_shares(shape, in, b, e, rows + e * shape.max_replicas); };
-    const auto get_shares = [&] {
-      wait_for_launch<kAhead>();
+    // An expert's shares; where kWide, what finish_shares makes them of, after the block's threads have met.
+    const auto store = [&](int e) {
       if constexpr (kWide) {
-        store_wide_shares(Rows(shape, in, b), static_cast<int>(Shared::bytes(shape, num_warps)), room);
+        open_row(Rows(shape, in, b), wide, e);
       } else {
-        for (int e = threadIdx.x; e < experts; e += threads) store(e);
+        store_shares(shape, in, b, e, rows + e * shape.max_replicas);
       }
     };
-    if (kWide && threadIdx.x == 0) *wide.totals = {};
+    const auto finish_shares = [&] {
+      if constexpr (kWide) {
+        open_long_rows(Rows(shape, in, b), wide);
+        __syncthreads();
+        close_places(wide);
+      }
+    };
+    const auto get_shares = [&] {
+      wait_for_launch<kAhead>();
+#pragma unroll 1
+      for (int e = threadIdx.x; e < experts; e += threads) store(e);
+      if (kWide) __syncthreads();
+      finish_shares();
+    };
+    if constexpr (kWide) {
+      if (threadIdx.x == 0) *wide.totals = {};
+      __syncthreads();
+    }
     bool has_shares = false;
     for (int item = blockIdx.x; item <= shape.count.num_chunks; item += gridDim.x) {
       if (item == 0) {
@@ -429,7 +426,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
       for (int e = threadIdx.x; e < experts; e += threads) {
         // All loads before the first use of any.
         const int32_t start = starts[e], before = offset[e];
-        if (!kWide && !kAhead && !has_shares) store(e);
+        if (!kAhead && !has_shares) store(e);
         shared.seen[e] = static_cast<uint32_t>(start) + static_cast<uint32_t>(max(0, before));
       }
       for (int tile = 0; tile < num_ids; tile += kIds * threads) {
@@ -448,7 +445,13 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
         number_in_warp(ids, counts, numbers);
         __syncthreads();
         add_up_warps(padded, num_warps, shared.of_warp);
-        if ((kWide || kAhead) && !has_shares) get_shares();
+        if (!has_shares) {
+          if constexpr (kAhead) {
+            get_shares();
+          } else {
+            finish_shares();
+          }
+        }
         has_shares = true;
         __syncthreads();
 #pragma unroll
