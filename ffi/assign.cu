@@ -287,6 +287,7 @@ __device__ void add_up_warps(int padded, int num_warps, uint16_t* of_warp) {
   for (int pair = threadIdx.x; pair < pairs; pair += blockDim.x) {
     uint32_t* counts = reinterpret_cast<uint32_t*>(of_warp) + pair;
     uint32_t sum = 0;
+#pragma unroll 1
     for (int warp = 0; warp < num_warps; warp += kLeastWarps, counts += kLeastWarps * pairs) {
       uint32_t here[kLeastWarps];
 #pragma unroll
