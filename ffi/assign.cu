@@ -46,12 +46,12 @@ union Place {
 // What follows the counts: where experts have few replicas, and all fit, a row of shares for each; else this (kWide).
 struct Wide {
   struct alignas(16) Totals {
-    uint32_t used;  // how many places were asked for
-    uint32_t long_rows;
+    uint32_t used;       // how many places were asked for
+    uint32_t long_rows;  // of experts with kNarrowRow replicas and, it may be, more
   };
   Totals* totals;
   int32_t* heads;      // [padded experts] see head_of
-  uint16_t* long_row;  // [padded experts] those with more than kNarrowRow replicas, in any order
+  uint16_t* long_row;  // [padded experts] those of long rows, in any order
   Place* places;       // of experts with several replicas: next to each other, experts in any order, it does not show
   uint32_t* weights;   // of each place
   uint32_t room;       // how many places there are
@@ -164,7 +164,7 @@ struct Rows {
   }
 };
 
-// Writes an expert's head, and opens its places where it has up to kNarrowRow replicas.
+// Writes an expert's head and opens its places, or puts it among those whose rows are long.
 __device__ void open_row(const Rows& in, const Wide& wide, int e) {
   Replica row[kNarrowRow];
   in.first_replicas(e, row);
@@ -193,14 +193,14 @@ __device__ void open_row(const Rows& in, const Wide& wide, int e) {
   }
 }
 
-// As above for the experts with more, a warp for each.
+// Does so for long rows, a warp for each, which loads the next one ahead.
 __device__ void open_long_rows(const Rows& in, const Wide& wide) {
-  const int lane = threadIdx.x % kWarp, num_warps = blockDim.x / kWarp, rows = wide.totals->long_rows;
-  const auto load_first = [&](int i) { return i < rows ? in.replica(wide.long_row[i], lane) : Replica{}; };
+  const int lane = threadIdx.x % kWarp, num_warps = blockDim.x / kWarp, num_rows = wide.totals->long_rows;
+  const auto load_first = [&](int i) { return i < num_rows ? in.replica(wide.long_row[i], lane) : Replica{}; };
   int i = threadIdx.x / kWarp;
   Replica next = load_first(i);
 #pragma unroll 1
-  for (; i < rows; i += num_warps) {
+  for (; i < num_rows; i += num_warps) {
     const int e = wide.long_row[i];
     const int32_t load = in.load[e];
     Replica replica = next;
@@ -324,6 +324,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
   [[maybe_unused]] Share* const rows = reinterpret_cast<Share*>(shared.end);  // elsewhere
   uint16_t* counts = shared.of_warp + warp * padded;
   for (int64_t b = blockIdx.y; b < shape.count.num_batches; b += gridDim.y) {
+    // The slot of an expert's token.
     const auto slot_of = [&](int e, uint32_t number) {
       const auto choose = [=](auto next) { return choose_slot(next, number); };
       if constexpr (kWide) {
@@ -337,6 +338,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
         return choose([&] { return *share++; });
       }
     };
+    // Calls add(slot, quota) for the replicas of all experts, over the block's threads.
     const auto for_quotas = [&](auto add) {
       const auto add_all = [=](auto next) {
         for_each_quota(next, add);
