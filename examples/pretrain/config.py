@@ -102,8 +102,8 @@ class Compute:
     """How tokens travel to their experts. By default through peers' memory where devices can reach each other's, else
     by all_to_all."""
     buffer_factor: float | None = None
-    """Room of the dispatch's buffers over that of an even load. By default 1.05 where they are a rank's, and copies are
-    chosen by the batch; else 1.25."""
+    """Room of the dispatch's buffers over that of an even load. By default 1.05 with --copies batch, where the buffers
+    are for all that a rank gets and not for each pair of ranks, and with --route even; else 1.25."""
     distributed: bool = False
     """Several processes; where no cluster manager such as SLURM tells JAX, with the three options below."""
     coordinator: str | None = None
@@ -192,12 +192,13 @@ def settle(config: Config) -> Config:
     """The settings with what is left open decided."""
     compute = config.compute
     copies = config.placing.copies or ("past" if compute.distributed else "batch")
-    # Of each rank, what it gets is within a few percent of an even load where the batch chooses copies. Not so what
-    # each rank gets from each other, which is what buffers of all_to_all are for.
+    # Where the batch chooses copies, what a rank gets is within a few percent of the mean. Not so what it gets from each
+    # other rank, which is what buffers of all_to_all are for.
     of_ranks = compute.dispatch in ("peer", "ring") or (compute.dispatch is None and not compute.distributed)
+    is_even = config.model.route == "even" or (copies == "batch" and of_ranks)
     factor = compute.buffer_factor
     if factor is None:
-        factor = 1.05 if of_ranks and copies == "batch" else 1.25
+        factor = 1.05 if is_even else 1.25
     return dataclasses.replace(
         config,
         placing=dataclasses.replace(config.placing, copies=copies),

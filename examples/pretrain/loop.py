@@ -118,6 +118,7 @@ def train(config: Config, terminal: Terminal, trainer: Trainer | None = None) ->
                     terminal.stage("writing a checkpoint after step")
                     checkpoints.save(step, state, placement)
                     recorder.saved(step)
+            recorder.flush()
     if start >= config.steps:
         terminal.say(
             f"nothing to do: {config.out} has {start} steps already; go on with a larger --steps, or start again with "
