@@ -14,12 +14,12 @@ Options that are not listed below are the trainer's, for all modes, such as `--b
 checkpoints, and no validation unless `--validate-every` asks for it. All modes are compiled at once, then run one after
 the other in one process; where one fails, its row says so, and another process goes on with those that follow.
 
-Rows count all steps after the 20th, with what the host does between them: `tokens_per_s` is their number over their
-seconds, `share_of_even` this over that of `even`, `mfu` what it is of the devices' peak. `imbalance` is the median step's
-mean over layers, `imbalance_p95` the 95th percentile of the worst layer of a step, `rounds_max` the most rounds through
-the dispatch's buffers, `final_loss` the mean of the last 20 steps, and `loss_difference` the largest relative difference
-of the losses, means of 20 steps, from those of the first mode that is not `even`. FOLDER gets `pretrain.json` and
-`pretrain.png`.
+Rows count all steps after the 20th, with what the host does between them: `tokens_per_s` is their tokens over their
+seconds, `share_of_even` this over that of `even`, `mfu` what it is of the devices' peak. `imbalance` is the median of
+the steps' means over layers, `imbalance_p95` the 95th percentile of the steps' worst layers, `rounds_max` the most
+rounds through the dispatch's buffers, `final_loss` the mean of the last 20 steps, and `loss_difference` the largest
+relative difference of the losses, means of 20 steps, from those of the first mode that is not `even`. FOLDER gets
+`pretrain.json` and `pretrain.png`.
 """
 
 import argparse
@@ -27,7 +27,6 @@ import contextlib
 import json
 import os
 import pathlib
-import shutil
 import subprocess
 import sys
 import tempfile

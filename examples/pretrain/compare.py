@@ -1,4 +1,4 @@
-"""Loss by step and by time, throughput and imbalance of runs in a figure, and a table: `python compare.py RUN... --out PNG`."""
+"""Loss by step and time, throughput, imbalance of runs in a figure, and a table: `python compare.py RUN... --out PNG`."""
 
 import contextlib
 import json

@@ -192,8 +192,8 @@ def settle(config: Config) -> Config:
     """The settings with what is left open decided."""
     compute = config.compute
     copies = config.placing.copies or ("past" if compute.distributed else "batch")
-    # Where the batch chooses copies, what a rank gets is within a few percent of the mean. Not so what it gets from each
-    # other rank, which is what buffers of all_to_all are for.
+    # Where the batch chooses copies, what a rank gets is within a few percent of the mean. Not so what it gets from
+    # each other rank, which is what buffers of all_to_all are for.
     of_ranks = compute.dispatch in ("peer", "ring") or (compute.dispatch is None and not compute.distributed)
     is_even = config.model.route == "even" or (copies == "batch" and of_ranks)
     factor = compute.buffer_factor

@@ -75,7 +75,8 @@ class EvenRouter(NamedTuple):
 
     def __call__(self, logits: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
         """As the layer's own, but for the bias, which could say otherwise."""
-        return self.router(jnp.where(even_choices(*logits.shape, self.top_k), logits, -1e9), None)
+        tokens, experts = logits.shape
+        return self.router(jnp.where(even_choices(tokens, experts, self.top_k), logits, -1e9), None)
 
 
 class Block(nnx.Module):
