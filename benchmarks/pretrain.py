@@ -36,10 +36,9 @@ from typing import Any
 import numpy as np
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples" / "pretrain"))
-from compare import column, differences, draw, read_lines
+from compare import SETTLED, column, differences, draw, read_lines
 from config import PRESETS, Config, check, parse
 from flops import utilisation
-from report import SETTLED
 from train import set_flags
 
 MODES = {

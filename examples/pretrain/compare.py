@@ -1,4 +1,4 @@
-"""Loss by step and time, throughput, imbalance of runs in a figure, and a table: `python compare.py RUN... --out PNG`."""
+"""Loss by step and time, throughput and imbalance of runs, and a table: `python compare.py RUN... --out PNG`."""
 
 import contextlib
 import json
@@ -18,6 +18,7 @@ import matplotlib.pyplot as plt
 
 COLOURS = ("#542788", "#e08214", "#1b7837", "#2166ac", "#b2182b", "#777777", "#01665e")
 SMOOTHED = 20  # steps
+SETTLED = 20  # steps before which the throughput is not counted
 # Of the metrics, by their names: experts in logical order, experts where they are but without copies, a certified lower
 # bound of what the copies allow, and what it was.
 IMBALANCES = {"contiguous": "contiguous", "home": "at home", "optimum": "optimum", "balanced": "balanced"}

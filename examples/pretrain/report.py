@@ -13,12 +13,11 @@ import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
-from compare import IMBALANCES, column, draw, read_lines
+from compare import IMBALANCES, SETTLED, column, draw, read_lines
 from config import Config
 from flops import per_token, utilisation
 from terminal import Terminal
 
-SETTLED = 20  # steps before which the throughput is not counted
 ROUTING = {
     "learned": "learned",
     "even": "even, each expert equally often and at random, whatever the router says: the throughput is a ceiling, and "
