@@ -93,13 +93,11 @@ class Trainer:
         if self.past and (steps - 1) // every > start // every:
             self.move.lower(self.abstract, placement, placement).compile()
         text = lowered.as_text()
-        otherwise = self.config.compute.dispatch or "all_to_all"
-        copies = placement.num_physical > placement.num_experts
-        by_reach = "peer" if "lplb_read_rows" in text else "collective"
-        return {
-            "dispatch": "peer" if "lplb_dispatch" in text else otherwise,
-            "transport": by_reach if copies else "none",
-        }
+        dispatch = "peer" if "lplb_dispatch" in text else self.config.compute.dispatch or "all_to_all"
+        # Whatever is read from peers' memory has been exposed, or shared with other processes, before.
+        transport = "peer" if "lplb_expose" in text or "lplb_share" in text else "collective"
+        has_copies = placement.num_physical > placement.num_experts
+        return {"dispatch": dispatch, "transport": transport if has_copies else "none"}
 
     @property
     def num_parameters(self) -> int:
