@@ -317,7 +317,7 @@ def _has_reach(sync: Sync, axis_name: AxisName, implementation: _ffi.Implementat
     elif jax.process_count() > 1:
         why_not = f"there are {jax.process_count()} processes, and mailboxes are in the memory of one"
     else:
-        why_not = _peer.why_out_of_reach(axis_name, (), ())
+        why_not = _peer.why_out_of_reach(axis_name, (), (), asked=sync == "peer")
     if why_not and sync == "peer":
         raise ValueError(
             f"sync = 'peer': ranks cannot reach each other's memory here: {why_not}; pass sync='all_gather', for the "

@@ -222,7 +222,7 @@ def implementation_of(
 ) -> _ffi.Implementation:
     if transport == "collective":
         return "xla"
-    why_not = _peer_tokens.why_out_of_reach(axis_name, tokens, num_choices)
+    why_not = _peer_tokens.why_out_of_reach(axis_name, tokens, num_choices, asked=transport == "peer")
     if why_not and transport == "peer":
         raise ValueError(
             f"transport = 'peer': ranks cannot read each other's memory here: {why_not}; pass transport='collective', "

@@ -48,8 +48,8 @@ from jax_lplb._mesh import AxisName
 SUMMED = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))  # dtypes that `add_up` takes and gives
 
 
-def why_out_of_reach(axis_name: AxisName, dtypes: Sequence[Any], summed: Sequence[Any]) -> str:
-    """Why ranks cannot read each other's memory here; empty where they can.
+def why_out_of_reach(axis_name: AxisName, dtypes: Sequence[Any], summed: Sequence[Any], *, asked: bool) -> str:
+    """Why ranks cannot read each other's memory here, or do not unless asked to; empty where they can.
 
     `dtypes` are those of what is read, `summed` those that are added up, and of sums.
     """
@@ -68,6 +68,8 @@ def why_out_of_reach(axis_name: AxisName, dtypes: Sequence[Any], summed: Sequenc
             f"there are {jax.process_count()} processes, and on platform {platform} each reaches the memory of its own "
             "devices only"
         )
+    if jax.process_count() > 1 and not asked:
+        return f"there are {jax.process_count()} processes, which reach each other's memory only if asked to ('peer')"
     if not axes <= set(mesh.manual_axes):
         return f"axis_name = {axis_name!r} is not of a mesh that jax.shard_map maps over"
     if left:

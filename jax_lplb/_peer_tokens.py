@@ -17,14 +17,14 @@ from jax_lplb._mesh import AxisName
 _NUM_BLOCKS = 132  # of a kernel, at once
 
 
-def why_out_of_reach(axis_name: AxisName, tokens: jax.Array, num_choices: int) -> str:
+def why_out_of_reach(axis_name: AxisName, tokens: jax.Array, num_choices: int, *, asked: bool) -> str:
     """Why tokens cannot go through peers' memory; empty where they can."""
     row_bytes = int(np.prod(tokens.shape[1:])) * tokens.dtype.itemsize
     if row_bytes % 16 or row_bytes == 0:
         return f"a token of {row_bytes} bytes is not of whole 16-byte words"
     if num_choices > _handlers.max_choices:
         return f"a token has {num_choices} choices, and custom calls at most {_handlers.max_choices}"
-    return _peer.why_out_of_reach(axis_name, [tokens.dtype], [tokens.dtype])
+    return _peer.why_out_of_reach(axis_name, [tokens.dtype], [tokens.dtype], asked=asked)
 
 
 @_peer.one_operation

@@ -186,7 +186,7 @@ def _transfer(
             if all(jnp.issubdtype(dtype, jnp.inexact) for dtype in of_leaf)
             for dtype in of_leaf
         ]
-        why_not = _peer.why_out_of_reach(axis_name, slot_dtypes, summed)
+        why_not = _peer.why_out_of_reach(axis_name, slot_dtypes, summed, asked=transport == "peer")
         if why_not and transport == "peer":
             raise ValueError(
                 f"transport = 'peer': ranks cannot read each other's memory here: {why_not}; pass "

@@ -432,11 +432,6 @@ def several_processes(monkeypatch, why_not):
     monkeypatch.setattr(_handover, "why_out_of_reach", why_not)
 
 
-def processes_that_cannot(monkeypatch):
-    several_processes(monkeypatch, lambda own: "process 1 cannot be reached" + own)
-    return "process 1 cannot be reached", mesh_of(), np.float32
-
-
 def axes_that_are_not_manual(_):
     return r"axes \['tp'\] are not manual", mesh_of("ep", "tp", shape=(4, 2)), np.float32
 
@@ -460,7 +455,6 @@ def no_access(monkeypatch):
     "case",
     [
         many_processes,
-        processes_that_cannot,
         axes_that_are_not_manual,
         gradients_of_other_dtypes,
         parts_of_bytes,
@@ -497,18 +491,28 @@ def test_within_reach(caplog):
         brought("nvlink", mesh_of())
 
 
+def test_processes_that_cannot_reach_each_other(monkeypatch, caplog):
+    """Asked for, it is refused with the reason; processes that are not asked do not try."""
+    _replicate.say_once.cache_clear()
+    several_processes(monkeypatch, lambda own: "process 1 cannot be reached" + own)
+    with pytest.raises(ValueError, match=r"transport = 'peer': .*process 1 cannot be reached"):
+        brought("peer", mesh_of())
+    with caplog.at_level(logging.INFO, "jax_lplb"):
+        assert "lplb_add_rows" not in brought(None, mesh_of())
+    (said,) = caplog.records
+    assert re.search("there are 2 processes, .* only if asked to", said.getMessage())
+
+
 def test_several_processes_translate_what_they_share(monkeypatch, fresh, rng):
-    """On GPUs: addresses are made of what the all_gather brings, and nothing tells of plain ones. On CPUs never."""
+    """On GPUs: addresses are made of what the all_gather brings, and nothing tells of plain ones."""
     several_processes(monkeypatch, lambda own: own)
-    step = slots_and_gradient(transport=None)
+    step = slots_and_gradient(transport="peer")
     place = chosen(rng)
     traced = step.trace(np.zeros((EXPERTS, 4), np.float32), place, np.zeros((place.num_physical, 4), np.float32))
-    on_gpus, on_cpus = (traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cuda", "cpu"))
-    calls = re.findall(r"stablehlo\.all_gather|@lplb_\w+", on_gpus)
+    calls = re.findall(r"stablehlo\.all_gather|@lplb_\w+", traced.lower(lowering_platforms=("cuda",)).as_text())
     shared = ["@lplb_share", "stablehlo.all_gather", "@lplb_translate"]
     released = ["stablehlo.all_gather", "@lplb_release"]
     assert calls == [*shared, "@lplb_add_rows", *released, *shared, "@lplb_add_rows", *released]
-    assert "@lplb_" not in on_cpus
 
 
 def test_without_jit_at_all(rng):
