@@ -252,6 +252,19 @@ def test_runs_without_checkpoints_and_validation(whole, tmp_path, capsys):
     assert summary["validation_loss"] is None
 
 
+def test_steps_run_what_was_compiled_ahead(config, caplog):
+    trainer = Elementwise(config, mesh_of(8), place(config, 8))
+    placement = trainer.put(place(config, 8))
+    batch = on_devices(next(Corpus(read(config.data, print), config).training(0, 1, 0)), trainer.mesh)
+    with jax.log_compiles():
+        trainer.compile(placement)
+        state = trainer.create()
+        for _ in range(2):
+            state, _ = trainer.step(state, placement, batch)
+    compilations = [text for text in caplog.messages if "Finished XLA compilation of jit(_step)" in text]
+    assert len(compilations) == 1
+
+
 def test_finished_run_says_so(whole, capsys):
     before = rows_of(whole), loads_of(whole)
     run(whole)
