@@ -252,6 +252,16 @@ def test_runs_without_checkpoints_and_validation(whole, tmp_path, capsys):
     assert summary["validation_loss"] is None
 
 
+def test_peers_out_of_reach_end_with_a_line(config, tmp_path):
+    """As those of tokens of 72 bytes, where 16 go at a time."""
+    model = dataclasses.replace(config.model, d_model=18, heads=1)
+    compute = dataclasses.replace(config.compute, dispatch="peer")
+    with pytest.raises(SystemExit) as error:
+        run(dataclasses.replace(config, out=tmp_path, model=model, compute=compute))
+    assert re.match("train: --dispatch peer cannot be here, leave it out: .*memory", str(error.value))
+    assert "\n" not in str(error.value)
+
+
 def test_steps_run_what_was_compiled_ahead(config, caplog):
     trainer = Elementwise(config, mesh_of(8), place(config, 8))
     placement = trainer.put(place(config, 8))
