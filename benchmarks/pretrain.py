@@ -102,7 +102,7 @@ def write(out: pathlib.Path, configs: dict[str, Config], failed: dict[str, str])
             with contextlib.suppress(ValueError):  # ended before there was anything to count
                 row |= row_of(ended[mode].out, ended[mode], baseline)
         if mode in failed:
-            row["ended"] = failed[mode]
+            row["ended"] = ": ".join(filter(None, (failed[mode], row.get("ended"))))
         if len(row) > 2:
             rows.append(row)
     even = next((row.get("tokens_per_s") for row in rows if row["mode"] == "even"), None)

@@ -1,9 +1,8 @@
 """All that is measured on several devices, one after the other: `python benchmarks/suite.py --out FOLDER`.
 
 On all GPUs, two, four, eight or more: the GPU tests, `balance` beside no-op kernels, the Flax layer, and 200 steps of
-the pretraining example with copies by batch, by the past and without, and of an even load, compared. What fails does
-not keep the rest from running; exit code 1 says that something did. `--small` takes sizes for the 8 virtual devices of
-a CPU, and leaves out the tests.
+the pretraining example in each mode of benchmarks/pretrain.py. What fails does not keep the rest from running; exit
+code 1 says that something did. `--small` takes sizes for the 8 virtual devices of a CPU, and leaves out the tests.
 """
 
 import argparse
@@ -19,12 +18,6 @@ from rich.table import Table
 
 ROOT = pathlib.Path(__file__).parents[1]
 EIGHT = "--xla_force_host_platform_device_count=8"
-RUNS: dict[str, list[str]] = {
-    "batch": [],
-    "past": ["--copies", "past"],
-    "none": ["--copies", "none"],
-    "even": ["--copies", "none", "--route", "even"],
-}
 
 
 def commands(args: argparse.Namespace) -> dict[str, list[str]]:
@@ -37,16 +30,12 @@ def commands(args: argparse.Namespace) -> dict[str, list[str]]:
     if args.small:
         tokens, sizes, preset, steps = ["64"], ["64"], "tiny", 20
         smaller = ["--d-model", "64", "--d-expert", "64", "--repeats", "3", "--sigmas", "0.6"]
-    train = [python, "examples/pretrain/train.py", preset, "--steps", str(steps), "--checkpoint-every", "1000000"]
     tests = [python, "-P", "-m", "pytest", "tests", "-m", "gpu", "-n", "auto", "--maxprocesses", "16", "-q", *traces]
-    runs = [f"{out}/{name}" for name in RUNS]
     return {
         **({} if args.small else {"tests": tests}),
         "balance": [python, "benchmarks/balance.py", "--tokens", *tokens, *noop, "--out", f"{out}/balance.json"],
         "layer": [python, "benchmarks/layer.py", "--tokens", *sizes, *traces, *smaller, "--out", f"{out}/layer.json"],
-        **{f"pretrain {name}": [*train, *options, "--out", f"{out}/{name}"] for name, options in RUNS.items()},
-        "compare": [python, "examples/pretrain/compare.py", *runs, "--out", f"{out}/compare.png"],
-        "rows": [python, "benchmarks/pretrain.py", *runs, "--out", f"{out}/pretrain.json"],
+        "pretrain": [python, "benchmarks/pretrain.py", preset, "--steps", str(steps), "--out", f"{out}/pretrain"],
     }
 
 
@@ -61,8 +50,8 @@ def main() -> None:
     every = commands(args)
     if unknown := set(args.only or ()) - set(every):
         parser.error(f"--only: no such command: {', '.join(sorted(unknown))}; there are {', '.join(every)}")
-    if any((args.out / name).exists() for name in RUNS) and not args.only:
-        parser.error(f"--out: {args.out} has runs that would only be gone on with; name another folder")
+    if (args.out / "pretrain").exists() and "pretrain" in (args.only or every):
+        parser.error(f"--out: {args.out} has pretraining runs already; name another folder")
     args.out.mkdir(parents=True, exist_ok=True)
     environment = dict(os.environ)
     if args.small:

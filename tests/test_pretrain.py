@@ -5,6 +5,7 @@ import errno
 import functools
 import io
 import json
+import math
 import pathlib
 import re
 import shutil
@@ -35,9 +36,10 @@ import train
 from checkpoint import Checkpoints, require_space
 from config import PRESETS, Compute, Config, Data, Model, Optimiser, Placing, check, parse, settle
 from data import Corpus, on_devices, read, unigram_entropy
+from jax_lplb import _ffi
 from jax_lplb._router import Router
 from jax_lplb.flax import Metrics, MoE
-from model import InTurn, Transformer
+from model import EvenRouter, Transformer, even_choices, look_up
 from placement import place
 from step import METRICS, Trainer, mesh_of, past_load
 from terminal import Terminal
@@ -99,8 +101,8 @@ def trainer_of(config: Config, ranks: int) -> Trainer:
 
 
 def compiled(config: Config, ranks: int) -> Trainer:
-    """Once for all folders."""
-    return trainer_of(dataclasses.replace(config, out=pathlib.Path()), ranks)
+    """Once for all folders, and for what is done between steps."""
+    return trainer_of(dataclasses.replace(config, out=pathlib.Path(), checkpoint_every=8, validate_every=100), ranks)
 
 
 def opened(config: Config, ranks: int) -> tuple[Trainer, Checkpoints]:
@@ -173,6 +175,8 @@ def test_learns_and_reports(whole):
     assert summary["validation_loss"] == pytest.approx(rows[-1]["loss"], rel=0.1)
     assert summary["routing"] == "learned"
     assert summary["mfu"] is None  # of a CPU
+    ways = ("peer", "peer") if "cpu" in _ffi.handlers() else ("all_to_all", "collective")
+    assert (summary["dispatch"], summary["transport"]) == ways
     assert summary["unigram_entropy"] == unigram_entropy(read(whole.data, print))
     loads = loads_of(whole)
     assert loads.shape == (STEPS, LAYERS, EXPERTS)
@@ -231,6 +235,44 @@ def test_goes_on_as_if_never_interrupted(whole, tmp_path, capsys):
     jax.tree.map(np.testing.assert_array_equal, *states)
     assert trainer.step._cache_size() == 1  # compiled once, for both runs, and ahead of the first step
     assert states[0][0].load is None  # no past that nobody asks for
+
+
+def test_runs_without_checkpoints_and_validation(whole, tmp_path, capsys):
+    """Which has all of its steps, begins anew, and promises nothing else."""
+    config = dataclasses.replace(whole, out=tmp_path, checkpoint_every=0, validate_every=0)
+    run(config, interrupted_at=7)
+    assert "stopped after step 7" in (told := said(capsys))
+    assert "the same command goes on" not in told
+    assert [row["step"] for row in rows_of(config)] == list(range(1, 8))
+    assert not any((tmp_path / "checkpoints").iterdir())
+    run(config)
+    assert rows_of(config) == rows_of(whole)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["finished"]
+    assert summary["validation_loss"] is None
+
+
+def test_peers_out_of_reach_end_with_a_line(config, tmp_path):
+    """As those of tokens of 72 bytes, where 16 go at a time."""
+    model = dataclasses.replace(config.model, d_model=18, heads=1)
+    compute = dataclasses.replace(config.compute, dispatch="peer")
+    with pytest.raises(SystemExit) as error:
+        run(dataclasses.replace(config, out=tmp_path, model=model, compute=compute))
+    assert re.match("train: --dispatch peer cannot be here, leave it out: .*memory", str(error.value))
+    assert "\n" not in str(error.value)
+
+
+def test_steps_run_what_was_compiled_ahead(config, caplog):
+    trainer = Elementwise(config, mesh_of(8), place(config, 8))
+    placement = trainer.put(place(config, 8))
+    batch = on_devices(next(Corpus(read(config.data, print), config).training(0, 1, 0)), trainer.mesh)
+    with jax.log_compiles():
+        trainer.compile(placement)
+        state = trainer.create()
+        for _ in range(2):
+            state, _ = trainer.step(state, placement, batch)
+    compilations = [text for text in caplog.messages if "Finished XLA compilation of jit(_step)" in text]
+    assert len(compilations) == 1
 
 
 def test_finished_run_says_so(whole, capsys):
@@ -642,23 +684,60 @@ def test_presets_fit_their_devices():
     assert parse(["small", "--distributed", "--copies", "none"]).placing.copies == "none"
 
 
-# ---- Routing in turn, and model FLOPs --------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("options", "factor"),
+    [
+        ("", 1.05),
+        ("--dispatch ring", 1.05),
+        ("--dispatch all_to_all", 1.25),
+        ("--copies past", 1.25),
+        ("--copies none", 1.25),
+        ("--copies none --route even", 1.05),
+        ("--distributed", 1.25),
+        ("--distributed --copies batch", 1.25),  # where processes cannot reach each other, buffers are of pairs
+        ("--distributed --copies batch --dispatch peer", 1.05),
+        ("--buffer-factor 2", 2.0),
+    ],
+)
+def test_room_of_buffers(options, factor):
+    """Little where copies even out what the buffers are for."""
+    assert parse(["small", *options.split()]).compute.buffer_factor == factor
+
+
+# ---- Embedding, even routing, and model FLOPs ------------------------------------------------------------------------
+
+
+def test_gradient_of_the_embedding_is_added_up_in_float32(rng):
+    """Of which bfloat16 has no more than 256 ones."""
+    table, tokens = jnp.asarray(rng.normal(size=(4, 8)), jnp.float32), jnp.asarray([3] * 1000 + [1] * 30)
+    rows, pull = jax.vjp(lambda table: look_up(table, tokens, jnp.dtype(jnp.bfloat16)), table)
+    np.testing.assert_array_equal(rows, table.astype(jnp.bfloat16)[tokens])
+    np.testing.assert_array_equal(pull(jnp.ones_like(rows))[0], np.outer([0, 30, 0, 1000], np.ones(8)))
+
+
+def test_even_choices_are_spread_at_random():
+    """Over the experts: a token's are on as many ranks as those of a random choice, 3.33 of 4 in the mean."""
+    chosen = even_choices(4096 + 10, 64, 6)
+    np.testing.assert_array_equal(chosen.sum(axis=1), 6)
+    np.testing.assert_array_equal(chosen[:4096].reshape(64, 64, 64).sum(axis=1), 6)  # of each 64 tokens
+    ranks = chosen.reshape(-1, 4, 16).any(axis=2).sum(axis=1).mean()
+    assert ranks == pytest.approx(4 * (1 - math.comb(48, 6) / math.comb(64, 6)), rel=0.01)
 
 
 def test_even_routing(rng, config):
     """As many tokens to each expert, and gates that are still the router's."""
     logits, bias = (rng.normal(size=shape).astype(np.float32) for shape in ((32, EXPERTS), EXPERTS))
-    ids, gates, _ = map(np.asarray, InTurn(Router("softmax", 3, None, 1.0, 1, 1), 3)(jnp.asarray(logits), bias))
+    ids, gates, _ = map(np.asarray, EvenRouter(Router("softmax", 3, None, 1.0, 1, 1), 3)(jnp.asarray(logits), bias))
     np.testing.assert_array_equal(np.bincount(ids.ravel()), 32 * 3 / EXPERTS)
     assert all(len(set(row)) == 3 for row in ids)
     chosen = np.exp(np.take_along_axis(logits, ids, axis=1))
     np.testing.assert_allclose(gates, chosen / chosen.sum(axis=1, keepdims=True), rtol=1e-5)
     one_device = jax.make_mesh((1,), ("ep",), devices=jax.devices()[:1])
     layer = MoE(8, EXPERTS, 8, 3, mesh=one_device, axis_name="ep", dispatch="dense", rngs=nnx.Rngs(0))
-    layer.route = InTurn(layer.route, 3)
+    layer.route = EvenRouter(layer.route, 3)
     _, metrics = nnx.jit(lambda layer, x: layer(x))(layer, jnp.asarray(logits[:, :8]))
     np.testing.assert_array_equal(metrics.load, 32 * 3 / EXPERTS)
-    for route, kind in (("learned", Router), ("even", InTurn)):
+    for route, kind in (("learned", Router), ("even", EvenRouter)):
         routed = dataclasses.replace(config, model=dataclasses.replace(config.model, route=route))
         one, mesh = jax.tree.map(lambda leaf: leaf[0], place(routed, 8)), mesh_of(8)
         model = nnx.eval_shape(
@@ -708,7 +787,7 @@ def test_says_how_it_routes_and_the_utilisation(config, monkeypatch, tmp_path, c
             recorder.push(step, metrics, 0.0)
         recorder.flush()
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["routing"].startswith("even, whatever the router says: the throughput is a ceiling")
+    assert summary["routing"].startswith("even, each expert equally often and at random, whatever the router says: the")
     speed = summary["median"]["tokens_per_s"]
     assert summary["mfu"] == pytest.approx(speed * flops.per_token(config) / (8 * 1e9))
     assert len(re.findall(r"tokens/s MFU \d+\.\d% rounds", said(capsys))) == 2  # of the first step no speed is known

@@ -91,7 +91,12 @@ def train(config: Config, terminal: Terminal, trainer: Trainer | None = None) ->
             place_every = config.placing.placement_every if trainer.past else 0
             if start < config.steps:
                 terminal.stage("compiling")
-                ways = trainer.compile(placement, start)
+                try:
+                    ways = trainer.compile(placement, start)
+                except ValueError as error:
+                    if config.compute.dispatch != "peer" or "memory" not in str(error):
+                        raise
+                    raise SystemExit(f"train: --dispatch peer cannot be here, leave it out: {error}") from None
                 recorder.about(ways)
                 terminal.say("tokens travel by {dispatch}, copies by {transport}".format(**ways))
                 batches = corpus.training(start, processes, process)

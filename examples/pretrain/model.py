@@ -13,6 +13,14 @@ from config import VOCABULARY, Config
 from jax_lplb.flax import Metrics, MoE
 
 
+def look_up(table: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Rows of a small table, as a product: its gradient is added up in float32, by a matrix multiplication.
+
+    That of an indexed look-up adds up in `dtype`, one token after the other of the many that are the same byte.
+    """
+    return jax.nn.one_hot(tokens, len(table), dtype=dtype) @ table.astype(dtype)
+
+
 def rotate(x: jax.Array, base: float = 10_000.0) -> jax.Array:
     """Rotary positions (RoPE) for [batch, tokens, heads, width], in float32."""
     half = x.shape[-1] // 2
@@ -138,10 +146,7 @@ class Transformer(nnx.Module):
 
     def __call__(self, tokens: jax.Array) -> tuple[jax.Array, Metrics]:
         """int32 [batch, tokens] to float32 [batch, tokens, VOCABULARY] and metrics with a leading layer axis."""
-        # The gradient of a look-up adds up, in bfloat16, one token after the other; that of a product in float32.
-        one_hot = jax.nn.one_hot(tokens, VOCABULARY, dtype=self.dtype)
-        embedded = one_hot @ self.embed.embedding[...].astype(self.dtype)
-        x = jax.lax.with_sharding_constraint(embedded, self.batch)
+        x = jax.lax.with_sharding_constraint(look_up(self.embed.embedding[...], tokens, self.dtype), self.batch)
 
         # One block is compiled, however many there are.
         def run(block: Block, x: jax.Array) -> tuple[jax.Array, Metrics]:
