@@ -218,15 +218,17 @@ def capacity_of(wanted: float, most: int, num_buffers: int = 1) -> int:
 
 
 def implementation_of(
-    transport: Transport, axis_name: AxisName, tokens: jax.Array, num_choices: int
+    transport: Transport, axis_name: AxisName, tokens: jax.Array, num_choices: int, asked_by: str = "transport"
 ) -> _ffi.Implementation:
+    """`asked_by`: the argument that says "peer", and by which an error names it and its cure."""
     if transport == "collective":
         return "xla"
     why_not = _peer_tokens.why_out_of_reach(axis_name, tokens, num_choices, asked=transport == "peer")
     if why_not and transport == "peer":
+        cure = {"transport": "collective", "dispatch": "all_to_all"}[asked_by]
         raise ValueError(
-            f"transport = 'peer': ranks cannot read each other's memory here: {why_not}; pass transport='collective', "
-            "or None for whichever can be"
+            f"{asked_by} = 'peer': ranks cannot read each other's memory here: {why_not}; pass {asked_by}='{cure}', or "
+            "None for whichever can be"
         )
     say_once(logging.INFO, f"tokens travel by collectives: {why_not}" if why_not else "tokens: peers' memory")
     return "xla" if why_not else "ffi" if transport == "peer" else None

@@ -73,8 +73,8 @@ def expert_parallel(
     others = tuple(sorted(_ffi.varying(tokens, physical_ids, *given) - axes))
     implementation: _ffi.Implementation = "xla"
     if dispatch in (None, "peer"):
-        transport: Any = dispatch
-        implementation = _dispatch.implementation_of(transport, axis_name, tokens, physical_ids.shape[1])
+        asked: Any = dispatch
+        implementation = _dispatch.implementation_of(asked, axis_name, tokens, physical_ids.shape[1], "dispatch")
         dispatch = dispatch or ("all_to_all" if implementation == "xla" else "peer")
     copies: Copies | None = None
     if isinstance(slots, Home):
