@@ -63,8 +63,9 @@ def expert_parallel(
     others = tuple(sorted(_ffi.varying(tokens, physical_ids, *jax.tree.leaves(slots)) - axes))
     implementation: _ffi.Implementation = "xla"
     if dispatch in (None, "peer"):
-        transport: Any = dispatch
-        implementation = _dispatch.implementation_of(transport, axis_name, tokens, physical_ids.shape[1])
+        implementation = _dispatch.implementation_of(
+            dispatch, axis_name, tokens, physical_ids.shape[1], "dispatch", "all_to_all"
+        )
         dispatch = dispatch or ("all_to_all" if implementation == "xla" else "peer")
     queues = _dispatch.queue(physical_ids, placement, axis_name, implementation)
     if dispatch == "all_to_all":

@@ -18,9 +18,11 @@ _NUM_BLOCKS = 132  # of a kernel, at once
 
 
 def why_out_of_reach(axis_name: AxisName, tokens: jax.Array, num_choices: int) -> str:
-    """Why tokens cannot go through peers' memory; empty where they can."""
+    """Why tokens, or rows of theirs, cannot go through peers' memory; empty where they can."""
+    if tokens.dtype not in _peer.SUMMED:
+        return f"tokens travel as {', '.join(map(str, _peer.SUMMED))}, not {tokens.dtype}"
     row_bytes = int(np.prod(tokens.shape[1:])) * tokens.dtype.itemsize
-    if row_bytes % 16 or row_bytes == 0:
+    if row_bytes % 16:
         return f"a token of {row_bytes} bytes is not of whole 16-byte words"
     if num_choices > _handlers.max_choices:
         return f"a token has {num_choices} choices, and custom calls at most {_handlers.max_choices}"
@@ -55,7 +57,7 @@ def combine(
     """
     given = [] if gates is None else [gates]
     room = _ffi.Result((len(place), num_parts, *rows.shape[1:]), rows.dtype, [rows, place, *given])
-    exposed = _peer.expose([], place, axis_name, shown=[place, *given], rooms=[room])
+    exposed = _peer.expose([], _nothing_of(rows), axis_name, shown=[place, *given], rooms=[room])
     operands = (exposed.table, place, rows, *exposed.buffers, *given)
     done, parts = _ffi.call(
         "lplb_combine",
@@ -79,7 +81,7 @@ def combine_gradient(
 ) -> tuple[jax.Array, jax.Array]:
     """Of the gradients [num_tokens, d_model] of the tokens' sums: those of the rows and of the gates."""
     zeros = _ffi.vary(jnp.zeros_like(gates), _ffi.varying(of_sums, place, gates, rows))
-    exposed = _peer.expose([zeros], place, axis_name, shown=[of_sums, place, gates])
+    exposed = _peer.expose([zeros], _nothing_of(rows), axis_name, shown=[of_sums, place, gates])
     operands: Any = (exposed.table, of_sums, place, gates, group_sizes, rows, *exposed.buffers)
     results = [
         _ffi.Result((), jnp.int32, operands),
@@ -91,3 +93,8 @@ def combine_gradient(
     )
     of_gates, of_rows = _peer.release(exposed._replace(buffers=[of_gates]), done, axis_name, [of_rows])
     return of_rows, of_gates
+
+
+def _nothing_of(rows: jax.Array) -> jax.Array:
+    """Zero, mapped under `jax.vmap` as the rows are, which nobody has to wait for."""
+    return jnp.sum(rows[:0], dtype=jnp.float32)
