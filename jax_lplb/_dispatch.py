@@ -362,7 +362,7 @@ def _sums(handle: Handle, rows: jax.Array, gates: jax.Array | None) -> jax.Array
         rank = jnp.where(place >= 0, place // handle.capacity, -1)
         earlier = jnp.arange(k)[None, :] < jnp.arange(k)[:, None]
         is_first = (rank >= 0) & ~jnp.any(earlier[None] & (rank[:, None, :] == rank[:, :, None]), axis=2)
-        is_part = jnp.arange(num_parts)[None] < jnp.sum(is_first, axis=1, dtype=jnp.int32)[:, None]
+        is_part = jnp.arange(num_parts, dtype=jnp.int32)[None] < jnp.sum(is_first, axis=1, dtype=jnp.int32)[:, None]
         return jnp.sum(jnp.where(is_part[..., None], parts, 0).astype(jnp.float32), axis=1)
 
     def by_collectives(rows: jax.Array, place: jax.Array, *gates: jax.Array) -> jax.Array:
