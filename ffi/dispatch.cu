@@ -1,5 +1,7 @@
 #include <cuda_runtime.h>
 
+#include <mutex>
+
 #include "dispatch.h"
 #include "float16.cuh"
 
@@ -269,24 +271,49 @@ __global__ void __launch_bounds__(kThreads) combine_gradient_kernel(const Combin
   clear_padding(dispatch, batch, reinterpret_cast<uint4*>(of_rows));
 }
 
+// A stream of each device for what runs beside the kernel that a call is for. It forks from the call's stream and joins
+// it again within the call, so that XLA sees nothing of it, and a capture both.
+struct Fork {
+  std::mutex mutex;  // a capture must not meet another call's work
+  cudaStream_t side = nullptr;
+  cudaEvent_t begin = nullptr, end = nullptr;
+};
+
+constexpr int kMaxDevices = 64;
+
+cudaError_t own_fork(Fork** fork) {
+  static Fork forks[kMaxDevices];
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess && device >= kMaxDevices) return cudaErrorInvalidDevice;
+  *fork = &forks[device];
+  return error;
+}
+
+// launch(), and the rest beside it.
+template <class Launch>
+cudaError_t launch_beside(cudaStream_t stream, const Beside& beside, Launch launch) {
+  if (beside.number == 0) return launch();
+  Fork* fork;
+  if (const cudaError_t error = own_fork(&fork); error != cudaSuccess) return error;
+  std::lock_guard lock(fork->mutex);
+  cudaError_t error = cudaEventRecord(fork->begin, stream);
+  if (error == cudaSuccess) error = cudaStreamWaitEvent(fork->side, fork->begin, 0);
+  // First what takes a part of each multiprocessor; the other's many blocks take what is left.
+  if (error == cudaSuccess) error = launch();
+  for (int i = 0; i < beside.number && error == cudaSuccess; ++i) {
+    error = add_rows_cuda(fork->side, beside.adds[i], nullptr);
+  }
+  if (error == cudaSuccess) error = cudaEventRecord(fork->end, fork->side);
+  if (error == cudaSuccess) error = cudaStreamWaitEvent(stream, fork->end, 0);
+  return error;
+}
+
 dim3 grid_of(const Places& places, int num_blocks) {
   return dim3(static_cast<unsigned>(num_blocks), static_cast<unsigned>(places.place.num_batches));
 }
 
-}  // namespace
-
-cudaError_t number_cuda(cudaStream_t stream, const Number& number, int32_t* result) {
-  const dim3 grid(number.num_chunks, number.num_batches);
-  number_kernel<<<grid, kWarp, number.num_kinds * sizeof(int32_t), stream>>>(number, result);
-  return cudaGetLastError();
-}
-
-cudaError_t dispatch_cuda(cudaStream_t stream, const Dispatch& dispatch, int32_t* done) {
-  dispatch_kernel<<<grid_of(dispatch.places, dispatch.num_blocks), kThreads, 0, stream>>>(dispatch, done);
-  return cudaGetLastError();
-}
-
-cudaError_t combine_cuda(cudaStream_t stream, const Combine& combine, int32_t* done) {
+cudaError_t launch_combine(cudaStream_t stream, const Combine& combine, int32_t* done) {
   const dim3 grid = grid_of(combine.places, combine.num_blocks);
   switch (combine.type) {
     case Float::kFloat32:
@@ -300,6 +327,39 @@ cudaError_t combine_cuda(cudaStream_t stream, const Combine& combine, int32_t* d
       break;
   }
   return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t number_cuda(cudaStream_t stream, const Number& number, int32_t* result) {
+  const dim3 grid(number.num_chunks, number.num_batches);
+  number_kernel<<<grid, kWarp, number.num_kinds * sizeof(int32_t), stream>>>(number, result);
+  return cudaGetLastError();
+}
+
+cudaError_t prepare_dispatch_cuda() {
+  Fork* fork;
+  if (const cudaError_t error = own_fork(&fork); error != cudaSuccess) return error;
+  std::lock_guard lock(fork->mutex);
+  cudaError_t error = cudaSuccess;
+  if (fork->begin == nullptr) error = cudaEventCreateWithFlags(&fork->begin, cudaEventDisableTiming);
+  if (error == cudaSuccess && fork->end == nullptr)
+    error = cudaEventCreateWithFlags(&fork->end, cudaEventDisableTiming);
+  if (error == cudaSuccess && fork->side == nullptr) {
+    error = cudaStreamCreateWithFlags(&fork->side, cudaStreamNonBlocking);
+  }
+  return error;
+}
+
+cudaError_t dispatch_cuda(cudaStream_t stream, const Dispatch& dispatch, const Beside& beside, int32_t* done) {
+  return launch_beside(stream, beside, [&] {
+    dispatch_kernel<<<grid_of(dispatch.places, dispatch.num_blocks), kThreads, 0, stream>>>(dispatch, done);
+    return cudaGetLastError();
+  });
+}
+
+cudaError_t combine_cuda(cudaStream_t stream, const Combine& combine, const Beside& beside, int32_t* done) {
+  return launch_beside(stream, beside, [&] { return launch_combine(stream, combine, done); });
 }
 
 cudaError_t combine_gradient_cuda(cudaStream_t stream, const CombineGradient& gradient, int32_t* done) {

@@ -365,12 +365,27 @@ ffi::Error for_each_buffer(const ffi::RemainingArgs& buffers, size_t number, Vis
   return ffi::Error::Success();
 }
 
+// Puts buffer number `i` of `number` among those of the next launch, and launches once they are as many as it takes.
+template <class Launch>
+ffi::Error tell(Told& told, int i, int number, const PeerBuffer& buffer, Launch launch) {
+  if (told.number == 0) told.first = i;
+  told.num_batches = buffer.num_batches;
+  told.own[told.number] = buffer.own;
+  told.batch_bytes[told.number] = buffer.num_rows * buffer.row_bytes;
+  if (++told.number < kMostTold && i + 1 < number) return ffi::Error::Success();
+  const ffi::Error error = launch(told);
+  told.number = 0;
+  return error;
+}
+
 // Tells where the first `num_shown` buffers are, and then each result, be it in the place of an operand or new. Nothing
 // reads the first operand: under vmap the others are mapped with it, and so have addresses of their own.
 template <class Launch>
 ffi::Error expose(Launch launch, ffi::AnyBuffer, ffi::RemainingArgs buffers, ffi::Result<Words> addresses,
                   ffi::RemainingRets results, int64_t num_shown) {
   const auto shown = static_cast<size_t>(num_shown), number = shown + results.size();
+  Told told = {};
+  told.num_buffers = static_cast<int>(number);
   for (size_t i = 0; i < number; ++i) {
     ffi::ErrorOr<ffi::AnyBuffer> rows = buffers.get<ffi::AnyBuffer>(i);
     if (i >= shown) {
@@ -380,38 +395,18 @@ ffi::Error expose(Launch launch, ffi::AnyBuffer, ffi::RemainingArgs buffers, ffi
     }
     if (!rows) return rows.error();
     Shapes shapes("expose");
-    const int64_t* told = shapes.last("addresses", *addresses, 2);
-    shapes.expect("addresses", "buffers", static_cast<int64_t>(number), told[0]);
-    shapes.expect("addresses", "words", 2, told[1]);
+    const int64_t* words = shapes.last("addresses", *addresses, 2);
+    shapes.expect("addresses", "buffers", static_cast<int64_t>(number), words[0]);
+    shapes.expect("addresses", "words", 2, words[1]);
     if (!shapes.ok()) return shapes.error();
-    PeerBuffer buffer = read_buffer(shapes, "buffer", *rows, addresses->dimensions().size() - 2);
+    const PeerBuffer buffer = read_buffer(shapes, "buffer", *rows, addresses->dimensions().size() - 2);
     if (!shapes.ok()) return shapes.error();
-    buffer.num_buffers = static_cast<int>(number);
-    buffer.buffer = static_cast<int>(i);
-    const ffi::Error error = launch(buffer, reinterpret_cast<uint64_t*>(addresses->typed_data()));
+    const ffi::Error error = tell(told, static_cast<int>(i), told.num_buffers, buffer, [&](const Told& some) {
+      return launch(some, reinterpret_cast<uint64_t*>(addresses->typed_data()));
+    });
     if (error.failure()) return error;
   }
   return ffi::Error::Success();
-}
-
-template <class Launch>
-ffi::Error read_rows(Launch launch, Words table, Ids source, ffi::RemainingArgs buffers, ffi::Result<Ids> done,
-                     ffi::RemainingRets) {
-  return for_each_buffer(buffers, buffers.size(), [&](int i, const ffi::AnyBuffer& rows) {
-    Shapes shapes("read_rows");
-    ReadRows read = {};
-    read.buffer = read_told(shapes, rows, table, i);
-    const int64_t reads = shapes.last("source", source, 1)[0];
-    shapes.last("done", *done, 0);
-    shapes.require(reads >= 1 && reads <= read.buffer.num_rows && reads <= kMostRowsRead, [&] {
-      return "1 to " + std::to_string(kMostRowsRead) + " rows, and no more than the buffer has, got " +
-             std::to_string(reads);
-    });
-    if (!shapes.ok()) return shapes.error();
-    read.num_reads = static_cast<int>(reads);
-    read.source = source.typed_data();
-    return launch(read, i == 0 ? done->typed_data() : nullptr);
-  });
 }
 
 // False: no floating-point type that rows are added up in.
@@ -422,31 +417,40 @@ bool read_float(ffi::DataType type, Float* result) {
   return type == ffi::F32 || type == ffi::BF16 || type == ffi::F16;
 }
 
+// Sums of the rows of a buffer, column number `i` of the table.
+AddRows read_add(Shapes& shapes, const Words& table, int i, const Ids& replicas, const ffi::AnyBuffer& rows,
+                 const ffi::AnyBuffer& sums) {
+  AddRows add = {};
+  add.buffer = read_told(shapes, rows, table, i);
+  const PeerBuffer sum = read_buffer(shapes, "sums", sums, table.dimensions().size() - 3);
+  const int64_t* listed = shapes.last("replicas", replicas, 2);
+  shapes.expect("sums", "rows", listed[0], sum.num_rows);
+  add.is_copy = listed[1] == 1 && rows.element_type() == sums.element_type();
+  shapes.require(listed[1] >= 1, [] { return "replicas: room for at least one of each sum"; });
+  shapes.require(
+      add.is_copy || (read_float(rows.element_type(), &add.from) && read_float(sums.element_type(), &add.to)),
+      [] { return "sums of float32, bfloat16 or float16, or single rows of another type"; });
+  if (!shapes.ok()) return add;
+  add.row_elements = add.buffer.row_bytes / static_cast<int64_t>(ffi::ByteWidth(rows.element_type()));
+  shapes.expect("sums", "elements of a row", add.row_elements,
+                sum.row_bytes / static_cast<int64_t>(ffi::ByteWidth(sums.element_type())));
+  add.num_sums = static_cast<int>(listed[0]);
+  add.max_replicas = static_cast<int>(listed[1]);
+  add.replicas = replicas.typed_data();
+  add.sums = sums.untyped_data();
+  return add;
+}
+
 template <class Launch>
 ffi::Error add_rows(Launch launch, Words table, Ids replicas, ffi::RemainingArgs buffers, ffi::Result<Ids> done,
                     ffi::RemainingRets sums) {
   return for_each_buffer(buffers, buffers.size(), [&](int i, const ffi::AnyBuffer& rows) {
     auto of_rows = sums.get<ffi::AnyBuffer>(i);
     if (!of_rows) return of_rows.error();
-    ffi::AnyBuffer result = **of_rows;
     Shapes shapes("add_rows");
-    AddRows add = {};
-    add.buffer = read_told(shapes, rows, table, i);
-    const PeerBuffer sum = read_buffer(shapes, "sums", result, table.dimensions().size() - 3);
-    const int64_t* listed = shapes.last("replicas", replicas, 2);
+    const AddRows add = read_add(shapes, table, i, replicas, rows, **of_rows);
     shapes.last("done", *done, 0);
-    shapes.expect("sums", "rows", listed[0], sum.num_rows);
-    shapes.require(read_float(rows.element_type(), &add.from) && read_float(result.element_type(), &add.to),
-                   [] { return "rows and sums of float32, bfloat16 or float16"; });
     if (!shapes.ok()) return shapes.error();
-    add.row_elements = add.buffer.row_bytes / static_cast<int64_t>(ffi::ByteWidth(rows.element_type()));
-    shapes.expect("sums", "elements of a row", add.row_elements,
-                  sum.row_bytes / static_cast<int64_t>(ffi::ByteWidth(result.element_type())));
-    if (!shapes.ok()) return shapes.error();
-    add.num_sums = static_cast<int>(listed[0]);
-    add.max_replicas = static_cast<int>(listed[1]);
-    add.replicas = replicas.typed_data();
-    add.sums = result.untyped_data();
     return launch(add, i == 0 ? done->typed_data() : nullptr);
   });
 }
@@ -455,11 +459,15 @@ ffi::Error add_rows(Launch launch, Words table, Ids replicas, ffi::RemainingArgs
 // must be where the table says that they are.
 template <class Launch>
 ffi::Error release(Launch launch, Words table, Ids, ffi::RemainingArgs buffers, ffi::RemainingRets, int64_t num_told) {
+  Told told = {};
   return for_each_buffer(buffers, static_cast<size_t>(num_told), [&](int i, const ffi::AnyBuffer& rows) {
     Shapes shapes("release");
     const PeerBuffer buffer = read_told(shapes, rows, table, i);
     if (!shapes.ok()) return shapes.error();
-    return launch(buffer);
+    told.num_ranks = buffer.num_ranks;
+    told.num_buffers = buffer.num_buffers;
+    told.table = buffer.table;
+    return tell(told, i, static_cast<int>(num_told), buffer, launch);
   });
 }
 
@@ -529,23 +537,51 @@ Dispatch read_dispatch(Shapes& shapes, const Words& table, const ffi::AnyBuffer&
   return dispatch;
 }
 
+// What is added up beside tokens: `given`, from number `first` on, are the replicas, and then buffers, which are the
+// columns `column` and following of the table. Nothing where nothing is given.
+ffi::Error read_beside(Shapes& shapes, const Words& table, int column, const ffi::RemainingArgs& given, size_t first,
+                       ffi::RemainingRets& sums, Beside* beside) {
+  if (given.size() == first) return ffi::Error::Success();
+  const auto replicas = given.get<Ids>(first);
+  if (!replicas) return replicas.error();
+  shapes.require(sums.size() <= kMostBeside && given.size() == first + 1 + sums.size(), [&] {
+    return "as many sums as buffers, at most " + std::to_string(kMostBeside) + ", got " + std::to_string(sums.size());
+  });
+  if (!shapes.ok()) return shapes.error();
+  for (size_t i = 0; i < sums.size(); ++i) {
+    const auto rows = given.get<ffi::AnyBuffer>(first + 1 + i);
+    auto of_rows = sums.get<ffi::AnyBuffer>(i);
+    if (!rows) return rows.error();
+    if (!of_rows) return of_rows.error();
+    beside->adds[beside->number++] = read_add(shapes, table, column + static_cast<int>(i), *replicas, *rows, **of_rows);
+    if (!shapes.ok()) return shapes.error();
+  }
+  return ffi::Error::Success();
+}
+
 template <class Launch>
 ffi::Error dispatch(Launch launch, Words table, ffi::AnyBuffer tokens, ffi::AnyBuffer place, Ids group_sizes,
-                    ffi::Result<Ids> done, ffi::Result<ffi::AnyBuffer> rows, int64_t num_blocks) {
+                    ffi::RemainingArgs given, ffi::Result<Ids> done, ffi::Result<ffi::AnyBuffer> rows,
+                    ffi::RemainingRets slots, int64_t num_blocks) {
   Shapes shapes("dispatch");
   const Dispatch of = read_dispatch(shapes, table, tokens, place, group_sizes, *rows, *done, num_blocks);
   if (!shapes.ok()) return shapes.error();
-  return launch(of, done->typed_data());
+  Beside beside = {};
+  const ffi::Error error = read_beside(shapes, table, 2, given, 0, slots, &beside);
+  if (error.failure()) return error;
+  return launch(of, beside, done->typed_data());
 }
 
-// Gates are an operand, and the second column of the table, or are not there.
+// The first `num_gates` (0 or 1) of what is given are gates, and the second column of the table.
 template <class Launch>
 ffi::Error combine(Launch launch, Words table, ffi::AnyBuffer place, ffi::AnyBuffer rows, ffi::AnyBuffer parts,
-                   ffi::RemainingArgs gates, ffi::Result<Ids> done, ffi::Result<ffi::AnyBuffer>, int64_t num_blocks) {
+                   ffi::RemainingArgs given, ffi::Result<Ids> done, ffi::Result<ffi::AnyBuffer>,
+                   ffi::RemainingRets sums, int64_t num_gates, int64_t num_blocks) {
   Shapes shapes("combine");
   Combine of = {};
-  of.has_gates = gates.size() > 0;
-  of.parts = read_told(shapes, parts, table, of.has_gates ? 2 : 1);
+  of.has_gates = num_gates > 0;
+  const int column = of.has_gates ? 2 : 1;  // the first of what is added up
+  of.parts = read_told(shapes, parts, table, column + static_cast<int>(sums.size()));
   if (!shapes.ok()) return shapes.error();
   const size_t batch_dimensions = table.dimensions().size() - 3;
   const PeerBuffer own = read_buffer(shapes, "rows", rows, batch_dimensions);
@@ -555,9 +591,9 @@ ffi::Error combine(Launch launch, Words table, ffi::AnyBuffer place, ffi::AnyBuf
   of.num_blocks = static_cast<int>(num_blocks);
   shapes.last("done", *done, 0);
   if (of.has_gates) {
-    const auto of_choices = gates.get<ffi::AnyBuffer>(0);
-    if (!of_choices) return of_choices.error();
-    of.gates = read_choices(shapes, "gates", *of_choices, table, 1, of.places);
+    const auto gates = given.get<ffi::AnyBuffer>(0);
+    if (!gates) return gates.error();
+    of.gates = read_choices(shapes, "gates", *gates, table, 1, of.places);
   }
   shapes.expect("parts", "tokens", of.places.place.num_rows, of.parts.num_rows);
   shapes.expect("parts", "bytes of a token", own.row_bytes * of.num_parts, of.parts.row_bytes);
@@ -570,7 +606,10 @@ ffi::Error combine(Launch launch, Words table, ffi::AnyBuffer place, ffi::AnyBuf
   shapes.require(num_blocks >= 1 && num_blocks <= 65535, [] { return "num_blocks from 1 to 65535"; });
   if (!shapes.ok()) return shapes.error();
   of.row_elements = own.row_bytes / static_cast<int64_t>(ffi::ByteWidth(rows.element_type()));
-  return launch(of, done->typed_data());
+  Beside beside = {};
+  const ffi::Error error = read_beside(shapes, table, column, given, of.has_gates ? 1 : 0, sums, &beside);
+  if (error.failure()) return error;
+  return launch(of, beside, done->typed_data());
 }
 
 template <class Launch>
@@ -734,21 +773,13 @@ auto bind_expose(Binding binding) {
       .template Attr<int64_t>("num_shown");
 }
 template <class Binding>
-auto bind_rows(Binding&& binding) {
+auto bind_add_rows(Binding binding) {
   return std::move(binding)
       .template Arg<Words>()
       .template Arg<Ids>()
       .RemainingArgs()
       .template Ret<Ids>()
       .RemainingRets();
-}
-template <class Binding>
-auto bind_read_rows(Binding binding) {
-  return bind_rows(std::move(binding));
-}
-template <class Binding>
-auto bind_add_rows(Binding binding) {
-  return bind_rows(std::move(binding));
 }
 template <class Binding>
 auto bind_release(Binding binding) {
@@ -772,8 +803,10 @@ auto bind_dispatch(Binding binding) {
       .template Arg<ffi::AnyBuffer>()
       .template Arg<ffi::AnyBuffer>()
       .template Arg<Ids>()
+      .RemainingArgs()
       .template Ret<Ids>()
       .template Ret<ffi::AnyBuffer>()
+      .RemainingRets()
       .template Attr<int64_t>("num_blocks");
 }
 template <class Binding>
@@ -786,6 +819,8 @@ auto bind_combine(Binding binding) {
       .RemainingArgs()
       .template Ret<Ids>()
       .template Ret<ffi::AnyBuffer>()
+      .RemainingRets()
+      .template Attr<int64_t>("num_gates")
       .template Attr<int64_t>("num_blocks");
 }
 template <class Binding>
@@ -838,7 +873,6 @@ LPLB_CPU_HANDLER(SolveAssignCpu, solve_assign, solve_assign_cpu);
 LPLB_CPU_HANDLER(PlanCpu, plan, plan_solve_cpu);
 LPLB_CPU_HANDLER(PlanAssignCpu, plan_assign, plan_assign_cpu);
 LPLB_CPU_HANDLER(ExposeCpu, expose, expose_cpu);
-LPLB_CPU_HANDLER(ReadRowsCpu, read_rows, read_rows_cpu);
 LPLB_CPU_HANDLER(AddRowsCpu, add_rows, add_rows_cpu);
 LPLB_CPU_HANDLER(NumberCpu, number, number_cpu);
 LPLB_CPU_HANDLER(DispatchCpu, dispatch, dispatch_cpu);
@@ -849,9 +883,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
     ReleaseCpu,
     [](auto... operands) {
       return release(
-          [](const PeerBuffer& buffer) {
-            return in_place_cpu(buffer) ? ffi::Error::Success()
-                                        : ffi::Error::Internal("release: XLA has moved a buffer that others read from");
+          [](const Told& told) {
+            return in_place_cpu(told) ? ffi::Error::Success()
+                                      : ffi::Error::Internal("release: XLA has moved a buffer that others read from");
           },
           operands...);
     },
@@ -876,7 +910,6 @@ LPLB_CUDA_HANDLER(SolveAssignCuda, solve_assign, solve_assign_cuda);
 LPLB_CUDA_HANDLER(PlanCuda, plan, plan_solve_cuda);
 LPLB_CUDA_HANDLER(PlanAssignCuda, plan_assign, plan_assign_cuda);
 LPLB_CUDA_HANDLER(ExposeCuda, expose, expose_cuda);
-LPLB_CUDA_HANDLER(ReadRowsCuda, read_rows, read_rows_cuda);
 LPLB_CUDA_HANDLER(AddRowsCuda, add_rows, add_rows_cuda);
 LPLB_CUDA_HANDLER(NumberCuda, number, number_cuda);
 LPLB_CUDA_HANDLER(DispatchCuda, dispatch, dispatch_cuda);
@@ -901,11 +934,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
     ShareCuda,
     [](cudaStream_t stream, auto... operands) {
       return expose(
-          [stream](PeerBuffer buffer, uint64_t* words) {
+          [stream](Told told, uint64_t* words) {
             return catch_error([&] {
-              const uint64_t word = share(buffer.own, buffer.num_batches * buffer.num_rows * buffer.row_bytes);
-              buffer.own = reinterpret_cast<unsigned char*>(word);  // those of further batch elements count on from it
-              return check_launch("share", expose_cuda(stream, buffer, words));
+              for (int i = 0; i < told.number; ++i) {
+                const uint64_t word = share(told.own[i], told.num_batches * told.batch_bytes[i]);
+                told.own[i] = reinterpret_cast<unsigned char*>(word);  // further batch elements count on from it
+              }
+              return check_launch("share", expose_cuda(stream, told, words));
             });
           },
           operands...);
@@ -936,7 +971,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
       int device = 0;
       cudaError_t error = cudaGetDevice(&device);
       if (error == cudaSuccess && device < kMaxDevices && prepared[device].load()) return ffi::Error::Success();
-      for (const auto prepare : {prepare_plan_cuda, prepare_solve_cuda, prepare_assign_cuda}) {
+      for (const auto prepare : {prepare_plan_cuda, prepare_solve_cuda, prepare_assign_cuda, prepare_dispatch_cuda}) {
         if (error == cudaSuccess) error = prepare();
       }
       if (error == cudaSuccess && device < kMaxDevices) prepared[device].store(true);

@@ -39,7 +39,6 @@ nb::dict handlers() {
   cpu["lplb_plan"] = execute(lplb::PlanCpu);
   cpu["lplb_plan_assign"] = execute(lplb::PlanAssignCpu);
   cpu["lplb_expose"] = execute(lplb::ExposeCpu);
-  cpu["lplb_read_rows"] = execute(lplb::ReadRowsCpu);
   cpu["lplb_add_rows"] = execute(lplb::AddRowsCpu);
   cpu["lplb_release"] = execute(lplb::ReleaseCpu);
   cpu["lplb_number"] = execute(lplb::NumberCpu);
@@ -62,12 +61,11 @@ nb::dict handlers() {
   cuda["lplb_plan"] = initialize_and_execute(lplb::PlanCuda);
   cuda["lplb_plan_assign"] = initialize_and_execute(lplb::PlanAssignCuda);
   cuda["lplb_expose"] = execute(lplb::ExposeCuda);
-  cuda["lplb_read_rows"] = execute(lplb::ReadRowsCuda);
   cuda["lplb_add_rows"] = execute(lplb::AddRowsCuda);
   cuda["lplb_release"] = execute(lplb::ReleaseCuda);
   cuda["lplb_number"] = execute(lplb::NumberCuda);
-  cuda["lplb_dispatch"] = execute(lplb::DispatchCuda);
-  cuda["lplb_combine"] = execute(lplb::CombineCuda);
+  cuda["lplb_dispatch"] = initialize_and_execute(lplb::DispatchCuda);
+  cuda["lplb_combine"] = initialize_and_execute(lplb::CombineCuda);
   cuda["lplb_combine_gradient"] = execute(lplb::CombineGradientCuda);
   cuda["lplb_share"] = execute(lplb::ShareCuda);
   cuda["lplb_translate"] = execute(lplb::TranslateCuda);
@@ -139,8 +137,8 @@ NB_MODULE(_handlers, m) {
   m.def("share", &share, nb::call_guard<nb::gil_scoped_release>());
   m.def("map_region", &lplb::map_region, nb::call_guard<nb::gil_scoped_release>());
 #endif
-  m.attr("max_rows_read") = lplb::kMostRowsRead;
   m.attr("max_choices") = lplb::kMostChoices;
+  m.attr("max_beside") = lplb::kMostBeside;
   m.attr("ffi_api_version") = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
   m.attr("mathdx_sizes") = mathdx_sizes();
   m.attr("max_experts") = lplb::kMaxExperts;

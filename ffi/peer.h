@@ -1,4 +1,4 @@
-// Peers' memory: rows that are read from the buffers of other devices of the process. Raw pointers, no framework.
+// Peers' memory: rows that are read from the buffers of other devices. Raw pointers, no framework.
 //
 // Each rank tells the others where its buffers are. Of each buffer, `num_rows` rows on every rank, row r of rank g has
 // the number g * num_rows + r; what is out of range is no row.
@@ -12,7 +12,7 @@
 
 namespace lplb {
 
-constexpr int kMostRowsRead = 8192;  // their numbers are put in order in shared memory
+constexpr int kMostTold = 16;  // of a launch
 
 enum class Float { kFloat32, kBfloat16, kFloat16 };
 
@@ -28,16 +28,23 @@ struct PeerBuffer {
   int64_t row_bytes;
 };
 
-// Rows for the last `num_reads` rows of this rank's buffer. Only what comes before those may be read from it meanwhile.
-struct ReadRows {
-  PeerBuffer buffer;
-  int num_reads;
-  const int32_t* source;  // [batch, num_reads], the rows to read; none: the row stays as it is
+// Buffers of this rank, number `first` and following of those that the table tells of.
+struct Told {
+  int num_batches;
+  int num_ranks;
+  int num_buffers;
+  int first;
+  int number;
+  const uint64_t* table;  // [batch, num_ranks, num_buffers]
+  const unsigned char* own[kMostTold];
+  int64_t batch_bytes[kMostTold];  // of a batch element
 };
 
-// Sums of rows in float32, each in the order in which `replicas` names its rows.
+// Sums of rows in float32, each in the order in which `replicas` names its rows; zeros where there is none. Single rows
+// of the type of the sums are copied, whatever they hold.
 struct AddRows {
   PeerBuffer buffer;
+  bool is_copy;
   Float from, to;  // what rows hold, and sums
   int64_t row_elements;
   int num_sums;
@@ -46,23 +53,18 @@ struct AddRows {
   void* sums;               // [batch, num_sums, row_elements]
 };
 
-// addresses [batch, num_buffers]: where each batch element of this buffer is.
-void expose_cpu(const PeerBuffer& buffer, uint64_t* addresses);
-// Whether this rank's buffer is where the table says that it is: XLA has not moved it since.
-bool in_place_cpu(const PeerBuffer& buffer);
+// addresses [batch, num_buffers]: where each batch element of these buffers is.
+void expose_cpu(const Told& told, uint64_t* addresses);
+// Whether this rank's buffers are where the table says that they are: XLA has not moved them since.
+bool in_place_cpu(const Told& told);
 // done [batch], where there is one: zeros.
-void read_rows_cpu(const ReadRows& read, int32_t* done);
 void add_rows_cpu(const AddRows& add, int32_t* done);
 
 #ifdef LPLB_CUDA
-cudaError_t expose_cuda(cudaStream_t stream, const PeerBuffer& buffer, uint64_t* addresses);
-// Stops the program (a trap in the kernel) where the buffer is elsewhere.
-cudaError_t in_place_cuda(cudaStream_t stream, const PeerBuffer& buffer);
-cudaError_t read_rows_cuda(cudaStream_t stream, const ReadRows& read, int32_t* done);
+cudaError_t expose_cuda(cudaStream_t stream, const Told& told, uint64_t* addresses);
+// Stops the program (a trap in the kernel) where a buffer is elsewhere.
+cudaError_t in_place_cuda(cudaStream_t stream, const Told& told);
 cudaError_t add_rows_cuda(cudaStream_t stream, const AddRows& add, int32_t* done);
-// Addresses for words of handover.h, by where its regions begin. A trap where a region is not mapped.
-cudaError_t translate_cuda(cudaStream_t stream, const uint64_t* regions, const uint64_t* words, int64_t count,
-                           uint64_t* addresses);
 // Whether each GPU that this process sees may access the memory of every other.
 cudaError_t peers_reachable_cuda(bool* result);
 #endif

@@ -7,9 +7,9 @@
 namespace lplb {
 namespace {
 
-// Where row `number` of the batch element is; nullptr: there is no such row, or it is not among the first `end`.
-const unsigned char* find_row(const PeerBuffer& buffer, int batch, int64_t number, int64_t end) {
-  if (number < 0 || number >= buffer.num_ranks * buffer.num_rows || number % buffer.num_rows >= end) return nullptr;
+// Where row `number` of the batch element is; nullptr: there is no such row.
+const unsigned char* find_row(const PeerBuffer& buffer, int batch, int64_t number) {
+  if (number < 0 || number >= buffer.num_ranks * buffer.num_rows) return nullptr;
   const int64_t rank = number / buffer.num_rows;
   const uint64_t* of_batch = buffer.table + static_cast<int64_t>(batch) * buffer.num_ranks * buffer.num_buffers;
   return reinterpret_cast<const unsigned char*>(of_batch[rank * buffer.num_buffers + buffer.buffer]) +
@@ -23,10 +23,10 @@ void add_row(const AddRows& add, int batch, int row, To* sum) {
   for (int64_t first = 0; first < add.row_elements; first += kBlock) {
     const int64_t size = std::min(kBlock, add.row_elements - first);
     float total[kBlock];
-    std::fill_n(total, size, -0.0f);  // -0 + x is x, and 0 + -0 were 0
+    const bool is_empty = add.max_replicas == 0 || find_row(add.buffer, batch, replicas[0]) == nullptr;
+    std::fill_n(total, size, is_empty ? 0.0f : -0.0f);  // -0 + x is x, and 0 + -0 were 0
     for (int i = 0; i < add.max_replicas; ++i) {
-      const auto* of_replica =
-          reinterpret_cast<const From*>(find_row(add.buffer, batch, replicas[i], add.buffer.num_rows));
+      const auto* of_replica = reinterpret_cast<const From*>(find_row(add.buffer, batch, replicas[i]));
       if (of_replica == nullptr) break;
       for (int64_t j = 0; j < size; ++j) total[j] += to_float(of_replica[first + j]);
     }
@@ -54,46 +54,57 @@ void add_rows_to(const AddRows& add) {
   }
 }
 
-}  // namespace
-
-void expose_cpu(const PeerBuffer& buffer, uint64_t* addresses) {
-  for (int batch = 0; batch < buffer.num_batches; ++batch) {
-    addresses[batch * buffer.num_buffers + buffer.buffer] =
-        reinterpret_cast<uint64_t>(buffer.own + batch * buffer.num_rows * buffer.row_bytes);
-  }
-}
-
-bool in_place_cpu(const PeerBuffer& buffer) {
-  for (int rank = 0; rank < buffer.num_ranks; ++rank) {
-    if (buffer.table[rank * buffer.num_buffers + buffer.buffer] == reinterpret_cast<uint64_t>(buffer.own)) return true;
-  }
-  return false;
-}
-
-void read_rows_cpu(const ReadRows& read, int32_t* done) {
-  const PeerBuffer& buffer = read.buffer;
-  const int64_t before = buffer.num_rows - read.num_reads;
-  for (int batch = 0; batch < buffer.num_batches; ++batch) {
-    unsigned char* to = buffer.own + (batch * buffer.num_rows + before) * buffer.row_bytes;
-    for (int i = 0; i < read.num_reads; ++i, to += buffer.row_bytes) {
-      const unsigned char* from = find_row(buffer, batch, read.source[batch * read.num_reads + i], before);
-      if (from != nullptr) std::memcpy(to, from, buffer.row_bytes);
+void copy_rows(const AddRows& add) {
+  auto* to = static_cast<unsigned char*>(add.sums);
+  for (int batch = 0; batch < add.buffer.num_batches; ++batch) {
+    for (int i = 0; i < add.num_sums; ++i, to += add.buffer.row_bytes) {
+      const unsigned char* from = find_row(add.buffer, batch, add.replicas[batch * add.num_sums + i]);
+      if (from != nullptr) {
+        std::memcpy(to, from, add.buffer.row_bytes);
+      } else {
+        std::memset(to, 0, add.buffer.row_bytes);
+      }
     }
   }
-  if (done != nullptr) std::fill_n(done, buffer.num_batches, 0);
+}
+
+}  // namespace
+
+void expose_cpu(const Told& told, uint64_t* addresses) {
+  for (int batch = 0; batch < told.num_batches; ++batch) {
+    for (int i = 0; i < told.number; ++i) {
+      addresses[batch * told.num_buffers + told.first + i] =
+          reinterpret_cast<uint64_t>(told.own[i] + batch * told.batch_bytes[i]);
+    }
+  }
+}
+
+bool in_place_cpu(const Told& told) {
+  for (int i = 0; i < told.number; ++i) {
+    bool is_told = false;
+    for (int rank = 0; rank < told.num_ranks; ++rank) {
+      is_told |= told.table[rank * told.num_buffers + told.first + i] == reinterpret_cast<uint64_t>(told.own[i]);
+    }
+    if (!is_told) return false;
+  }
+  return true;
 }
 
 void add_rows_cpu(const AddRows& add, int32_t* done) {
-  switch (add.from) {
-    case Float::kFloat32:
-      add_rows_to<float>(add);
-      break;
-    case Float::kBfloat16:
-      add_rows_to<Bfloat16>(add);
-      break;
-    case Float::kFloat16:
-      add_rows_to<Float16>(add);
-      break;
+  if (add.is_copy) {
+    copy_rows(add);
+  } else {
+    switch (add.from) {
+      case Float::kFloat32:
+        add_rows_to<float>(add);
+        break;
+      case Float::kBfloat16:
+        add_rows_to<Bfloat16>(add);
+        break;
+      case Float::kFloat16:
+        add_rows_to<Float16>(add);
+        break;
+    }
   }
   if (done != nullptr) std::fill_n(done, add.buffer.num_batches, 0);
 }

@@ -1,7 +1,7 @@
 """`balance`: count, add up over the axis, choose copies where they are chosen for each batch, solve, assign."""
 
 import dataclasses
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,8 @@ from jax_lplb._solve import (
 from jax_lplb._solve import ffi_attributes as solve_attributes
 from jax_lplb._solve import ffi_results as solve_results
 
-Sync = Literal["all_gather", "peer", "psum"]
+Sync = Literal["all_gather", "peer", "psum"] | None
+SYNCS = (None, "all_gather", "peer", "psum")
 _MOST_TOKENS = 2**31 - 1
 
 
@@ -40,8 +41,8 @@ class Balanced(NamedTuple):
       physical_ids: int32, of the shape of `expert_ids`; -1 for padding. The owner of a slot is
         `physical_ids // placement.slots_per_rank`.
       load: int32 [num_experts], tokens per logical expert over the whole axis.
-      rank_load: int32 [num_ranks], tokens per rank after balancing: exact with `sync="all_gather"` or `"peer"` and on
-        one shard, a prediction otherwise.
+      rank_load: int32 [num_ranks], tokens per rank after balancing: a prediction with `sync="psum"` on several
+        shards and with `load=`, exact otherwise.
       gap: float32 [num_groups], certified relative gap of each group's split to the optimum.
       status: int32 [num_groups], values of `Status`.
       lower_bound: float32 [num_groups], certified: tokens that the busiest rank of each group has at the least, however
@@ -65,7 +66,7 @@ def balance(
     *,
     axis_name: AxisName | None = None,
     load: jax.Array | None = None,
-    sync: Sync = "all_gather",
+    sync: Sync = None,
     solver: Solver = "auto",
     tol: float = 1e-4,
     threshold: float | None = None,
@@ -90,8 +91,9 @@ def balance(
         `rank_load` of the result are then predictions.
       sync: how ranks learn of each other's tokens. "all_gather": each rank's counts; quotas are exact. "peer": the
         same, to the bit, but GPUs of one process write their counts into each other's memory, without XLA's
-        collectives. "psum": the sum only, cheaper on very large axes; each rank spreads its own tokens as the whole
-        should, to within a few tokens for each rank and replica.
+        collectives. None: "peer" where that can be, "all_gather" elsewhere. "psum": the sum only, cheaper on very
+        large axes; each rank spreads its own tokens as the whole should, to within a few tokens for each rank and
+        replica.
       solver: "auto", "ipm" or "edge_balance"; see `solve`.
       tol: relative gap to the optimum at which the solver stops.
       threshold: all load of a group stays at home where that leaves the busiest rank at most `threshold` times the
@@ -165,9 +167,8 @@ def _balance(
         elif axis_name is None:
             total, offset, predicted = local_load, jnp.zeros_like(local_load), local_load
         elif sync != "psum":
-            if sync == "peer":
-                _check_reach(axis_name, implementation)
-            loads = (_peer.gather if sync == "peer" else _of_all_shards)(local_load, axis_name)
+            by_peers = sync != "all_gather" and _has_reach(sync, axis_name, implementation)
+            loads = (_peer.gather if by_peers else _of_all_shards)(local_load, axis_name)
             total = jnp.sum(loads, axis=0, dtype=jnp.int32)
             before = jnp.arange(num_shards, dtype=jnp.int32) < lax.axis_index(axis_name)
             offset = jnp.sum(jnp.where(before[:, None], loads, 0), axis=0, dtype=jnp.int32)
@@ -196,7 +197,7 @@ def _balance(
 def check_balance_options(
     placement: Placement,
     *,
-    sync: Sync = "all_gather",
+    sync: Sync = None,
     solver: Solver = "auto",
     tol: float = 1e-4,
     threshold: float | None = None,
@@ -206,7 +207,7 @@ def check_balance_options(
     """Checks what `balance` takes beside a batch."""
     check_placement(placement, implementation)
     check_num_sms(num_sms)
-    check_choice("sync", sync, get_args(Sync))
+    check_choice("sync", sync, SYNCS)
     return check_options(placement, solver, tol, threshold)
 
 
@@ -310,18 +311,19 @@ def _plan_assign(
     return [physical_ids, assigned, in_tokens(rank_load, unit), gap, status], chosen
 
 
-def _check_reach(axis_name: AxisName, implementation: _ffi.Implementation) -> None:
+def _has_reach(sync: Sync, axis_name: AxisName, implementation: _ffi.Implementation) -> bool:
     if implementation == "xla":
         why_not = "implementation='xla' makes no custom calls"
     elif jax.process_count() > 1:
         why_not = f"there are {jax.process_count()} processes, and mailboxes are in the memory of one"
     else:
-        why_not = _peer.why_out_of_reach(axis_name, 0, (), ())
-    if why_not:
+        why_not = _peer.why_out_of_reach(axis_name, (), ())
+    if why_not and sync == "peer":
         raise ValueError(
             f"sync = 'peer': ranks cannot reach each other's memory here: {why_not}; pass sync='all_gather', for the "
             "same result"
         )
+    return not why_not
 
 
 def _of_all_shards(local_load: jax.Array, axis_name: AxisName) -> jax.Array:

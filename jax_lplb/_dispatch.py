@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_lplb import _collective_tokens, _ffi, _peer, _peer_tokens
+from jax_lplb import _collective_tokens, _ffi, _peer, _peer_tokens, _replicate
 from jax_lplb._balance import axis_size
 from jax_lplb._checks import check_choice, check_count, check_positive
 from jax_lplb._count import check_expert_ids, chunking, count
@@ -268,9 +268,24 @@ def implementation_of(
 
 def bring(tokens: jax.Array, handle: Handle) -> jax.Array:
     """The tokens' rows [capacity, d_model]."""
+    return bring_beside(tokens, handle, [], None, None)[0]
+
+
+def bring_beside(
+    tokens: jax.Array,
+    handle: Handle,
+    leaves: list[jax.Array],
+    rows: _replicate.Rows | None,
+    transfer: _replicate.Transfer | None,
+) -> tuple[jax.Array, list[jax.Array]]:
+    """The tokens' rows, and the slots of `_replicate.Copies`.
+
+    Casting weights keeps the memory busy, and tokens the links: together both take little longer than one of them. In
+    the backward pass likewise, where gradients of weights are added up.
+    """
     tokens, place, group_sizes = _alike(tokens, handle.place, handle.group_sizes)
     handle = dataclasses.replace(handle, place=place, group_sizes=group_sizes)
-    return _bring(_once(tokens), handle)
+    return _bring(transfer, _once(tokens), _once(leaves), handle, rows)
 
 
 def add_up(rows: jax.Array, gates: jax.Array, handle: Handle) -> jax.Array:
@@ -286,89 +301,102 @@ def _alike(*arrays: jax.Array) -> list[jax.Array]:
     return [_ffi.vary(array, axes) for array in arrays]
 
 
-def _once(array: jax.Array) -> jax.Array:
+def _once(tree: Any) -> Any:
     return reverse_only(
-        array,
+        tree,
         "dispatch and combine can be differentiated once, in reverse mode (jax.grad, jax.vjp); for forward mode and "
         "derivatives of derivatives compute every expert on every token, as jax_lplb.flax.MoE(dispatch='dense') does",
     )
 
 
-@jax.custom_vjp
-def _bring(tokens: jax.Array, handle: Handle) -> jax.Array:
-    with jax.named_scope("lplb_dispatch"):
-        return _ffi.dispatch(
-            "dispatch",
-            handle.implementation,
-            partial(_peer_tokens.dispatch, handle.capacity, handle.axis_name),
-            lambda tokens, place, _: _collective_tokens.dispatch(handle.capacity, handle.axis_name, tokens, place),
-            tokens,
-            handle.place,
-            handle.group_sizes,
-            platforms=_peer.platforms(),
-        )
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _bring(
+    transfer: _replicate.Transfer | None, tokens: jax.Array, leaves: list[jax.Array], handle: Handle, rows: Any
+) -> tuple[jax.Array, list[jax.Array]]:
+    def by_peers(tokens: jax.Array, leaves: list[jax.Array], handle: Handle, rows: Any) -> Any:
+        dtypes, source = ((), None) if transfer is None else (transfer.slot_dtypes, rows.source[:, None])
+        operands = (tokens, handle.place, handle.group_sizes, leaves, source)
+        return _peer_tokens.dispatch((handle.capacity, dtypes), handle.axis_name, *operands)
+
+    def by_collectives(tokens: jax.Array, leaves: list[jax.Array], handle: Handle, rows: Any) -> Any:
+        slots = [] if transfer is None else _replicate.by_collectives(transfer, leaves, rows)
+        return _collective_tokens.dispatch(handle.capacity, handle.axis_name, tokens, handle.place), slots
+
+    return _choose("dispatch", by_peers, by_collectives, handle, tokens, leaves, handle, rows)
 
 
-def _bring_backward(handle: Handle, gradient: jax.Array) -> Any:
-    with jax.named_scope("lplb_dispatch"):
-        return _sums(handle, gradient, None).astype(gradient.dtype), None
+def _bring_backward(transfer: _replicate.Transfer | None, residuals: Any, gradients: Any) -> Any:
+    handle, rows = residuals
+
+    def by_peers(of_rows: jax.Array, of_slots: list[jax.Array], handle: Handle, rows: Any) -> Any:
+        dtypes, replicas = ((), None) if transfer is None else (transfer.dtypes, rows.replicas)
+        return _sum_by_peers(handle, of_rows, None, dtypes, of_slots, replicas)
+
+    def by_collectives(of_rows: jax.Array, of_slots: list[jax.Array], handle: Handle, rows: Any) -> Any:
+        ones = _ffi.vary(jnp.ones(handle.place.shape, jnp.float32), _ffi.varying(of_rows, handle.place))
+        sums = _collective_tokens.combine(handle.capacity, handle.axis_name, of_rows, handle.place, ones)
+        return sums, [] if transfer is None else _replicate.add_by_collectives(transfer, of_slots, rows)
+
+    of_tokens, of_leaves = _choose("dispatch", by_peers, by_collectives, handle, *gradients, handle, rows)
+    return of_tokens.astype(gradients[0].dtype), of_leaves, None, None
 
 
-_bring.defvjp(lambda tokens, handle: (_bring(tokens, handle), handle), _bring_backward)
+_bring.defvjp(
+    lambda transfer, tokens, leaves, handle, rows: (_bring(transfer, tokens, leaves, handle, rows), (handle, rows)),
+    _bring_backward,
+)
 
 
 @jax.custom_vjp
 def _add_up(rows: jax.Array, gates: jax.Array, handle: Handle) -> jax.Array:
-    with jax.named_scope("lplb_combine"):
-        return _sums(handle, rows, gates)
+    def by_peers(rows: jax.Array, gates: jax.Array, handle: Handle) -> jax.Array:
+        return _sum_by_peers(handle, rows, gates, (), [], None)[0]
+
+    def by_collectives(rows: jax.Array, gates: jax.Array, handle: Handle) -> jax.Array:
+        return _collective_tokens.combine(handle.capacity, handle.axis_name, rows, handle.place, gates)
+
+    return _choose("combine", by_peers, by_collectives, handle, rows, gates, handle)
 
 
 def _add_up_backward(residuals: Any, gradient: jax.Array) -> Any:
     rows, gates, handle = residuals
 
-    def by_peers(of_sums: jax.Array, place: jax.Array, gates: jax.Array, sizes: jax.Array, rows: jax.Array) -> Any:
-        return _peer_tokens.combine_gradient(
-            handle.capacity, handle.axis_name, of_sums.astype(rows.dtype), place, gates, sizes, rows
-        )
+    def by_peers(of_sums: jax.Array, rows: jax.Array, gates: jax.Array, handle: Handle) -> Any:
+        operands = (of_sums.astype(rows.dtype), handle.place, gates, handle.group_sizes, rows)
+        return _peer_tokens.combine_gradient(handle.capacity, handle.axis_name, *operands)
 
-    def by_collectives(of_sums: jax.Array, place: jax.Array, gates: jax.Array, _: jax.Array, rows: jax.Array) -> Any:
+    def by_collectives(of_sums: jax.Array, rows: jax.Array, gates: jax.Array, handle: Handle) -> Any:
         sums = partial(_collective_tokens.combine, handle.capacity, handle.axis_name)
-        return jax.vjp(lambda rows, gates: sums(rows, place, gates), rows, gates)[1](of_sums)
+        return jax.vjp(lambda rows, gates: sums(rows, handle.place, gates), rows, gates)[1](of_sums)
 
-    with jax.named_scope("lplb_combine"):
-        operands = (gradient, handle.place, gates, handle.group_sizes, rows)
-        of_rows, of_gates = _ffi.dispatch(
-            "combine_gradient",
-            handle.implementation,
-            by_peers,
-            by_collectives,
-            *operands,
-            platforms=_peer.platforms(),
-        )
-    return of_rows, of_gates, None
+    return *_choose("combine", by_peers, by_collectives, handle, gradient, rows, gates, handle), None
 
 
 _add_up.defvjp(lambda rows, gates, handle: (_add_up(rows, gates, handle), (rows, gates, handle)), _add_up_backward)
 
 
-def _sums(handle: Handle, rows: jax.Array, gates: jax.Array | None) -> jax.Array:
-    """float32 [num_tokens, d_model]: for each token the sum of its rows, times gates where there are any."""
-    k = handle.place.shape[1]
+def _choose(step: str, by_peers: Any, by_collectives: Any, handle: Handle, *operands: Any) -> Any:
+    with jax.named_scope(f"lplb_{step}"):
+        return _ffi.dispatch(
+            step, handle.implementation, by_peers, by_collectives, *operands, platforms=_peer.platforms()
+        )
+
+
+def _sum_by_peers(
+    handle: Handle,
+    rows: jax.Array,
+    gates: jax.Array | None,
+    dtypes: tuple[Any, ...],
+    leaves: list[jax.Array],
+    replicas: jax.Array | None,
+) -> tuple[jax.Array, list[jax.Array]]:
+    """float32 [num_tokens, d_model]: for each token the sum of its rows, times gates; and beside it sums of leaves."""
+    place, k = handle.place, handle.place.shape[1]
     num_parts = min(k, lax.axis_size(handle.axis_name))
-
-    def by_peers(rows: jax.Array, place: jax.Array, *gates: jax.Array) -> jax.Array:
-        parts = _peer_tokens.combine(num_parts, handle.axis_name, rows, place, *(gates or (None,)))
-        # A part for each rank that has any of the token's rows.
-        rank = jnp.where(place >= 0, place // handle.capacity, -1)
-        earlier = jnp.arange(k)[None, :] < jnp.arange(k)[:, None]
-        is_first = (rank >= 0) & ~jnp.any(earlier[None] & (rank[:, None, :] == rank[:, :, None]), axis=2)
-        is_part = jnp.arange(num_parts, dtype=jnp.int32)[None] < jnp.sum(is_first, axis=1, dtype=jnp.int32)[:, None]
-        return jnp.sum(jnp.where(is_part[..., None], parts, 0).astype(jnp.float32), axis=1)
-
-    def by_collectives(rows: jax.Array, place: jax.Array, *gates: jax.Array) -> jax.Array:
-        ones = gates[0] if gates else _ffi.vary(jnp.ones(place.shape, jnp.float32), _ffi.varying(rows, place))
-        return _collective_tokens.combine(handle.capacity, handle.axis_name, rows, place, ones)
-
-    given = [] if gates is None else [gates]
-    operands, platforms = (rows, handle.place, *given), _peer.platforms()
-    return _ffi.dispatch("combine", handle.implementation, by_peers, by_collectives, *operands, platforms=platforms)
+    parts, sums = _peer_tokens.combine((num_parts, dtypes), handle.axis_name, rows, place, gates, leaves, replicas)
+    # A part for each rank that has any of the token's rows.
+    rank = jnp.where(place >= 0, place // handle.capacity, -1)
+    earlier = jnp.arange(k)[None, :] < jnp.arange(k)[:, None]
+    is_first = (rank >= 0) & ~jnp.any(earlier[None] & (rank[:, None, :] == rank[:, :, None]), axis=2)
+    is_part = jnp.arange(num_parts, dtype=jnp.int32)[None] < jnp.sum(is_first, axis=1, dtype=jnp.int32)[:, None]
+    return jnp.sum(jnp.where(is_part[..., None], parts, 0).astype(jnp.float32), axis=1), sums

@@ -4,8 +4,8 @@ from typing import Any
 ffi_api_version: tuple[int, int]
 mathdx_sizes: tuple[int, ...]
 max_experts: int
-max_rows_read: int
 max_choices: int
+max_beside: int
 max_group_ranks: int
 max_group_slots: int
 max_edge_ranks: int

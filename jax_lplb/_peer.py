@@ -3,7 +3,7 @@
 A rank tells the others where its buffers are, they read, and nobody's buffers go before all have read:
 
 1. `expose`: a custom call writes down the addresses of the buffers, and `gather` shows them to all ranks.
-2. `read_rows` and `add_rows`: custom calls read from the places that the addresses name.
+2. `add_rows`: a custom call reads from the places that the addresses name, and adds up what it reads.
 3. `release`: ranks that have read join another `gather`, and a custom call takes the buffers, and what that brought.
 
 This is right because of four things that XLA guarantees:
@@ -48,10 +48,10 @@ from jax_lplb._mesh import AxisName
 SUMMED = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))  # dtypes that `add_up` takes and gives
 
 
-def why_out_of_reach(axis_name: AxisName, num_rows: int, dtypes: Sequence[Any], summed: Sequence[Any]) -> str:
+def why_out_of_reach(axis_name: AxisName, dtypes: Sequence[Any], summed: Sequence[Any]) -> str:
     """Why ranks cannot read each other's memory here; empty where they can.
 
-    `num_rows` are read by a rank, `dtypes` are those of what is read, `summed` those that are added up, and of sums.
+    `dtypes` are those of what is read, `summed` those that are added up, and of sums.
     """
     axes = {axis_name} if isinstance(axis_name, str) else set(axis_name)
     platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
@@ -74,8 +74,6 @@ def why_out_of_reach(axis_name: AxisName, num_rows: int, dtypes: Sequence[Any], 
         return f"the mesh's axes {left} are not manual here, and may cut each array in a way of its own"
     if jax.config.jax_disable_jit:
         return "jax.disable_jit runs operations one by one, and frees what they read"
-    if num_rows > _handlers.max_rows_read:
-        return f"a rank reads {num_rows} rows, and custom calls at most {_handlers.max_rows_read}"
     for dtype in dtypes:
         if _bits(dtype) < 8:
             return f"a row of {dtype} may begin within a byte"
@@ -179,41 +177,33 @@ def expose(
     return Exposed(list(shown), exposed, table)
 
 
-def read_rows(exposed: Exposed, source: jax.Array) -> tuple[Exposed, jax.Array]:
-    """Fills the last rows of each buffer from the others of all ranks' buffers.
-
-    Args:
-      exposed: buffers of equally many rows.
-      source: int32 [n], for each of the last n rows the row to read: rank * rows + row. Where that is out of
-        range, or one of the last n, the row stays as it is.
-
-    Returns:
-      The buffers, in place, and the marker for `release`.
-    """
-    results = [_ffi.Result((), jnp.int32, [exposed.table, source, *exposed.buffers]), *_like(exposed.buffers)]
-    aliases = {2 + i: 1 + i for i in range(len(exposed.buffers))}
-    operands = (exposed.table, source, *exposed.buffers)
-    done, *buffers = _ffi.call("lplb_read_rows", results, *operands, aliases=aliases)
-    return exposed._replace(buffers=buffers), done
-
-
 def add_rows(exposed: Exposed, replicas: jax.Array, dtypes: Sequence[Any]) -> tuple[list[jax.Array], jax.Array]:
     """Sums of rows of what all ranks have shown, in float32 and in the order in which they are listed.
 
     Args:
-      exposed: shown are float32, bfloat16 or float16, of equally many rows.
-      replicas: int32 [n, r], for each sum the rows that it has: rank * rows + row, up to the first out of range.
+      exposed: shown are float32, bfloat16 or float16, of equally many rows; or of any dtype, which is that of the sums,
+        where these are of one row each.
+      replicas: int32 [n, r], for each sum the rows that it has: rank * rows + row, up to the first out of range. Zeros
+        where there is none.
       dtypes: of the sums, for each of what is shown.
 
     Returns:
       Sums [n, ...] for each of what is shown, and the marker for `release`.
     """
     operands = (exposed.table, replicas, *exposed.shown)
-    results = [_ffi.Result((), jnp.int32, operands)]
-    for rows, dtype in zip(exposed.shown, dtypes, strict=True):
-        results.append(_ffi.Result((len(replicas), *rows.shape[1:]), dtype, [replicas, rows]))
+    results = [_ffi.Result((), jnp.int32, operands), *sums_like(exposed.shown, replicas, dtypes)]
     done, *sums = _ffi.call("lplb_add_rows", results, *operands, aliases={})
     return sums, done
+
+
+def sums_like(leaves: Sequence[jax.Array], replicas: jax.Array | None, dtypes: Sequence[Any]) -> list[_ffi.Result]:
+    """What sums of rows of the leaves are like, in these dtypes; none without replicas."""
+    if replicas is None:
+        return []
+    return [
+        _ffi.Result((len(replicas), *leaf.shape[1:]), dtype, [replicas, leaf])
+        for leaf, dtype in zip(leaves, dtypes, strict=True)
+    ]
 
 
 def release(exposed: Exposed, done: jax.Array, axis_name: AxisName, made: Sequence[jax.Array] = ()) -> list[jax.Array]:
@@ -254,26 +244,19 @@ def one_operation(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @one_operation
-def bring(dtypes: tuple[Any, ...], axis_name: AxisName, leaves: list[jax.Array], source: jax.Array) -> list[jax.Array]:
-    """The leaves [rows, ...] in these dtypes, and below them rows of all ranks' leaves.
-
-    `source`: int32 [n], rank * (rows + n) + row of what is to come; out of range: zeros.
-    """
-    casted = [leaf.astype(dtype) for leaf, dtype in zip(leaves, dtypes, strict=True)]
-    buffers = [jnp.pad(leaf, [(0, len(source)), *[(0, 0)] * (leaf.ndim - 1)]) for leaf in casted]
-    buffers = [_ffi.vary(buffer, _ffi.varying(buffer, source)) for buffer in buffers]
-    exposed, done = read_rows(expose(buffers, source, axis_name), source)
-    return release(exposed, done, axis_name)
-
-
-@one_operation
 def add_up(
-    dtypes: tuple[Any, ...], axis_name: AxisName, gradients: list[jax.Array], replicas: jax.Array
+    dtypes: tuple[Any, ...], axis_name: AxisName, leaves: list[jax.Array], replicas: jax.Array
 ) -> list[jax.Array]:
-    """Sums in these dtypes of rows of all ranks' gradients [rows, ...], added up in float32 and in the listed order.
+    """Sums in these dtypes of rows of all ranks' leaves [rows, ...], added up in float32 and in the listed order.
 
-    `replicas`: int32 [n, r], rank * rows + row of what is added, up to the first out of range.
+    `replicas`: int32 [n, r], rank * rows + row of what is added, up to the first out of range. Sums of one row bring
+    rows, cast on the way; for those, leaves of other dtypes than sums may have are cast before.
     """
-    exposed = expose([], replicas, axis_name, shown=gradients)
+    if replicas.shape[1] == 1:
+        leaves = [
+            leaf if {leaf.dtype, jnp.dtype(dtype)} <= set(SUMMED) else leaf.astype(dtype)
+            for leaf, dtype in zip(leaves, dtypes, strict=True)
+        ]
+    exposed = expose([], replicas, axis_name, shown=leaves)
     sums, done = add_rows(exposed, replicas, dtypes)
     return release(exposed, done, axis_name, sums)

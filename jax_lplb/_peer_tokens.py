@@ -26,47 +26,93 @@ def why_out_of_reach(axis_name: AxisName, tokens: jax.Array, num_choices: int) -
         return f"a token of {row_bytes} bytes is not of whole 16-byte words"
     if num_choices > _handlers.max_choices:
         return f"a token has {num_choices} choices, and custom calls at most {_handlers.max_choices}"
-    return _peer.why_out_of_reach(axis_name, 1, [tokens.dtype], [tokens.dtype])
+    return _peer.why_out_of_reach(axis_name, [tokens.dtype], [tokens.dtype])
 
 
 @_peer.one_operation
 def dispatch(
-    capacity: int, axis_name: AxisName, tokens: jax.Array, place: jax.Array, group_sizes: jax.Array
-) -> jax.Array:
-    """Rows [capacity, d_model]: the tokens whose places are this rank's, and zeros beyond those of the groups.
+    sizes: tuple[int, tuple[Any, ...]],
+    axis_name: AxisName,
+    tokens: jax.Array,
+    place: jax.Array,
+    group_sizes: jax.Array,
+    leaves: list[jax.Array],
+    source: jax.Array | None,
+) -> tuple[jax.Array, list[jax.Array]]:
+    """Tokens' rows, and beside them rows of weights.
 
-    `place`: int32 [num_tokens, k], rank * capacity + row; negative: none.
+    Args:
+      sizes: capacity, and the dtypes of what is made of the leaves.
+      axis_name: of the ranks.
+      tokens: [num_tokens, d_model].
+      place: int32 [num_tokens, k], rank * capacity + row; negative: none.
+      group_sizes: int32 [slots].
+      leaves: as `_peer.add_up` takes them, to bring the rows `source`; or none.
+      source: int32 [slots, 1], or None.
+
+    Returns:
+      Rows [capacity, d_model]: the tokens whose places are this rank's, and zeros beyond those of the groups. And
+      [slots, ...] of each leaf.
     """
-    exposed = _peer.expose([], place, axis_name, shown=[tokens, place])
-    operands = (exposed.table, tokens, place, group_sizes)
+    capacity, dtypes = sizes
+    exposed = _peer.expose([], _zero_like(group_sizes, source), axis_name, shown=[tokens, place, *leaves])
+    beside = _beside(leaves, source)
+    operands = (exposed.table, tokens, place, group_sizes, *beside)
     results = [
         _ffi.Result((), jnp.int32, operands),
-        _ffi.Result((capacity, *tokens.shape[1:]), tokens.dtype, operands),
+        _ffi.Result((capacity, *tokens.shape[1:]), tokens.dtype, (tokens, place, group_sizes)),
+        *_peer.sums_like(leaves, source, dtypes),
     ]
-    done, rows = _ffi.call("lplb_dispatch", results, *operands, aliases={}, num_blocks=np.int64(_NUM_BLOCKS))
-    return _peer.release(exposed, done, axis_name, [rows])[0]
+    done, *made = _ffi.call("lplb_dispatch", results, *operands, aliases={}, num_blocks=np.int64(_NUM_BLOCKS))
+    rows, *slots = _peer.release(exposed, done, axis_name, made)
+    return rows, slots
 
 
 @_peer.one_operation
 def combine(
-    num_parts: int, axis_name: AxisName, rows: jax.Array, place: jax.Array, gates: jax.Array | None
-) -> jax.Array:
-    """[num_tokens, num_parts, d_model]: of each token the sum of its rows, times gates, on each rank that has any.
+    sizes: tuple[int, tuple[Any, ...]],
+    axis_name: AxisName,
+    rows: jax.Array,
+    place: jax.Array,
+    gates: jax.Array | None,
+    leaves: list[jax.Array],
+    replicas: jax.Array | None,
+) -> tuple[jax.Array, list[jax.Array]]:
+    """Of each token the sum of its rows, times gates, on each rank that has any, and beside them sums of other rows.
 
-    Parts are in the order of the token's choices; of those beyond the last nothing is known.
+    Args:
+      sizes: the number of parts that there is room for, and the dtypes of what is made of the leaves.
+      axis_name: of the ranks.
+      rows: [capacity, d_model].
+      place: int32 [num_tokens, k].
+      gates: float32 [num_tokens, k], or None.
+      leaves: as `_peer.add_up` takes them, or none.
+      replicas: int32 [n, r], or None.
+
+    Returns:
+      [num_tokens, num_parts, d_model], in the order of the token's choices; of parts beyond the last nothing is known.
+      And sums [n, ...] for each leaf.
     """
+    num_parts, dtypes = sizes
     given = [] if gates is None else [gates]
-    room = _ffi.Result((len(place), num_parts, *rows.shape[1:]), rows.dtype, [rows, place, *given])
-    exposed = _peer.expose([], _nothing_of(rows), axis_name, shown=[place, *given], rooms=[room])
-    operands = (exposed.table, place, rows, *exposed.buffers, *given)
-    done, parts = _ffi.call(
+    of_rows = (rows, place, *given)
+    room = _ffi.Result((len(place), num_parts, *rows.shape[1:]), rows.dtype, of_rows)
+    exposed = _peer.expose([], _zero_like(rows, replicas), axis_name, shown=[place, *given, *leaves], rooms=[room])
+    operands = (exposed.table, place, rows, *exposed.buffers, *given, *_beside(leaves, replicas))
+    done, parts, *sums = _ffi.call(
         "lplb_combine",
-        [_ffi.Result((), jnp.int32, operands), room._replace(varies_with=operands)],
+        [_ffi.Result((), jnp.int32, operands), room, *_peer.sums_like(leaves, replicas, dtypes)],
         *operands,
         aliases={3: 1},
+        num_gates=np.int64(len(given)),
         num_blocks=np.int64(_NUM_BLOCKS),
     )
-    return _peer.release(exposed._replace(buffers=[parts]), done, axis_name)[0]
+    parts, *sums = _peer.release(exposed._replace(buffers=[parts]), done, axis_name, sums)
+    return parts, sums
+
+
+def _beside(leaves: list[jax.Array], replicas: jax.Array | None) -> list[jax.Array]:
+    return [] if replicas is None else [replicas, *leaves]
 
 
 @_peer.one_operation
@@ -81,7 +127,7 @@ def combine_gradient(
 ) -> tuple[jax.Array, jax.Array]:
     """Of the gradients [num_tokens, d_model] of the tokens' sums: those of the rows and of the gates."""
     zeros = _ffi.vary(jnp.zeros_like(gates), _ffi.varying(of_sums, place, gates, rows))
-    exposed = _peer.expose([zeros], _nothing_of(rows), axis_name, shown=[of_sums, place, gates])
+    exposed = _peer.expose([zeros], _zero_like(rows, group_sizes), axis_name, shown=[of_sums, place, gates])
     operands: Any = (exposed.table, of_sums, place, gates, group_sizes, rows, *exposed.buffers)
     results = [
         _ffi.Result((), jnp.int32, operands),
@@ -95,6 +141,8 @@ def combine_gradient(
     return of_rows, of_gates
 
 
-def _nothing_of(rows: jax.Array) -> jax.Array:
-    """Zero, mapped under `jax.vmap` as the rows are, which nobody has to wait for."""
-    return jnp.sum(rows[:0], dtype=jnp.float32)
+def _zero_like(*arrays: jax.Array | None) -> jax.Array:
+    """Zero, mapped under `jax.vmap` where any of these is, so that addresses are; XLA waits for none of them."""
+    zeros = [jnp.sum(array[:0], dtype=jnp.float32) for array in arrays if array is not None]
+    axes = _ffi.varying(*zeros)
+    return sum((_ffi.vary(zero, axes) for zero in zeros), start=jnp.float32(0))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_lplb import _collective, _ffi, _peer
+from jax_lplb import _collective, _ffi, _handlers, _peer
 from jax_lplb._balance import axis_size
 from jax_lplb._checks import check_choice
 from jax_lplb._mesh import AxisName
@@ -53,17 +53,8 @@ def replicate(
       NotImplementedError: it is differentiated in forward mode or twice, unless `transport` is "collective" and the
         placement has no topology.
     """
-    check_one_layer("placement", placement)
-    check_choice("transport", transport, TRANSPORTS)
-    ranks = axis_size(axis_name, placement.num_ranks)
-    home, rest = divmod(placement.num_experts, ranks)
-    if rest:
-        raise ValueError(f"placement: its {ranks} ranks do not divide the {placement.num_experts} experts evenly")
-    leaves, tree = jax.tree.flatten(home_weights)
-    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(home_weights)]
-    leaves = [with_rows(leaf, home, f"home_weights{path}") for path, leaf in zip(paths, leaves, strict=True)]
-    dtypes = tuple(leaf.dtype if dtype is None else jnp.dtype(dtype) for leaf in leaves)
-    if _homes_first(placement) and placement.num_physical == placement.num_experts:
+    leaves, dtypes, tree = _checked(home_weights, placement, axis_name, dtype, transport)
+    if not _has_copies(placement):
         varying = _ffi.varying(*jax.tree.leaves(placement))
         slots = [_ffi.vary(leaf, varying).astype(dtype) for leaf, dtype in zip(leaves, dtypes, strict=True)]
         return jax.tree.unflatten(tree, slots)
@@ -73,8 +64,8 @@ def replicate(
     brought = {}
     if full:
         of_leaves, of_slots = [leaves[i].dtype for i in full], [dtypes[i] for i in full]
-        transfer = _transfer(transport, placement, axis_name, len(rows.source), of_leaves, of_slots)
-        brought = dict(zip(full, _slots(transfer, [leaves[i] for i in full], rows), strict=True))
+        transfer = _transfer(transport, placement, axis_name, of_leaves, of_slots)
+        brought = dict(zip(full, bring_now(transfer, [leaves[i] for i in full], rows), strict=True))
 
     def empty(i: int) -> jax.Array:
         zeros = jnp.zeros((placement.slots_per_rank, *leaves[i].shape[1:]), dtypes[i])
@@ -83,42 +74,87 @@ def replicate(
     return jax.tree.unflatten(tree, [brought[i] if i in brought else empty(i) for i in range(len(leaves))])
 
 
+class Copies(NamedTuple):
+    """Weights that `_dispatch.bring_beside` is to bring beside tokens, through peers' memory."""
+
+    leaves: list[jax.Array]
+    rows: "Rows"
+    transfer: "Transfer"
+    tree: Any  # that the slots are leaves of
+
+
+def copies_of(
+    home_weights: Any, placement: Placement, axis_name: AxisName, dtype: Any, transport: Transport
+) -> Copies | None:
+    """As `replicate` takes them; None where that has to bring them, or nothing needs to be brought."""
+    leaves, dtypes, tree = _checked(home_weights, placement, axis_name, dtype, transport)
+    summed = {leaf.dtype for leaf in leaves} | set(dtypes) <= set(_peer.SUMMED)
+    if not summed or not 0 < len(leaves) <= _handlers.max_beside or any(leaf.size == 0 for leaf in leaves):
+        return None
+    if not _has_copies(placement) and all(leaf.dtype == dtype for leaf, dtype in zip(leaves, dtypes, strict=True)):
+        return None
+    transfer = _transfer(transport, placement, axis_name, [leaf.dtype for leaf in leaves], list(dtypes))
+    if transfer.implementation == "xla":
+        return None
+    rows = _rows(placement, axis_name)
+    return Copies([_ffi.vary(leaf, _ffi.varying(leaf, rows.replicas)) for leaf in leaves], rows, transfer, tree)
+
+
+def _checked(
+    home_weights: Any, placement: Placement, axis_name: AxisName, dtype: Any, transport: Transport
+) -> tuple[list[jax.Array], tuple[Any, ...], Any]:
+    """The leaves, the dtypes of their slots, and the tree that they are of."""
+    check_one_layer("placement", placement)
+    check_choice("transport", transport, TRANSPORTS)
+    ranks = axis_size(axis_name, placement.num_ranks)
+    home, rest = divmod(placement.num_experts, ranks)
+    if rest:
+        raise ValueError(f"placement: its {ranks} ranks do not divide the {placement.num_experts} experts evenly")
+    leaves, tree = jax.tree.flatten(home_weights)
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(home_weights)]
+    leaves = [with_rows(leaf, home, f"home_weights{path}") for path, leaf in zip(paths, leaves, strict=True)]
+    return leaves, tuple(leaf.dtype if dtype is None else jnp.dtype(dtype) for leaf in leaves), tree
+
+
+def _has_copies(placement: Placement) -> bool:
+    """Whether a rank's slots are not just its own experts, in their order."""
+    return not _homes_first(placement) or placement.num_physical > placement.num_experts
+
+
 def _homes_first(placement: Placement) -> bool:
     """Whether a rank's first slots are those of its rows of weights, whatever the contents of the others."""
     return placement.topology is not None or placement.planning is not None
 
 
-class _Rows(NamedTuple):
+class Rows(NamedTuple):
     """Which rows go where, for this rank. Rows of buffers are numbered over all ranks, rank * rows + row."""
 
-    # int32 [n], the row of each slot that is brought, in buffers of the home rows and room for n; none: out of range
-    source: jax.Array
+    source: jax.Array  # int32 [slots], the home row of each of this rank's slots; none: negative
     replicas: jax.Array  # int32 [home rows, max_replicas], the slots of each row's expert; none: out of range
-    # int32 [ranks, n], of what is brought to each rank the home row, in buffers of home rows alone; none: negative
-    wanted: jax.Array
+    wanted: jax.Array  # int32 [ranks, n], the home rows of what collectives bring to each rank; none: negative
     sent: Any  # along a topology: int32 [redundant experts], this rank's rows that others have copies of
 
 
-def _rows(placement: Placement, axis_name: AxisName) -> _Rows:
+def _rows(placement: Placement, axis_name: AxisName) -> Rows:
     ranks, slots, topology = placement.num_ranks, placement.slots_per_rank, placement.topology
     home = placement.num_experts // ranks
     of_slots, log2phy = jnp.asarray(placement.phy2log).reshape(ranks, slots), jnp.asarray(placement.log2phy)
     rank = lax.axis_index(axis_name)
     experts = jnp.minimum(of_slots, placement.num_experts - 1)
-    brought, buffer_rows = (experts[:, home:], slots) if _homes_first(placement) else (experts, home + slots)
-    wanted = brought[rank]
-    at_home = wanted // home * buffer_rows + wanted % home if topology is None else log2phy[wanted, 0]
-    sent = None
-    if topology is not None:
+    source, sent = experts[rank], None
+    if topology is not None and slots > home:
         _, receiver = owners_and_receivers(topology, ranks, slots - home)
         copies = of_slots[receiver, home + np.arange(slots - home)]
         sent = (log2phy[copies, 0] % slots)[rank]
+        first = log2phy[source, 0]  # its home
+        source = first // slots * home + first % slots
     replicas = log2phy[jnp.asarray(placement.home_order).reshape(ranks, home)[rank]]
-    return _Rows(jnp.where(wanted < 0, -1, at_home), replicas, brought, sent)
+    brought = experts[:, home:] if _homes_first(placement) else experts
+    return Rows(jnp.where(of_slots[rank] < 0, -1, source), replicas, brought, sent)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Transfer:
+class Transfer:
     """How copies travel; static."""
 
     implementation: _ffi.Implementation  # "ffi": peers' memory; "xla": collectives; None: by platform
@@ -139,11 +175,9 @@ def _transfer(
     transport: Transport,
     placement: Placement,
     axis_name: AxisName,
-    num_rows: int,
     dtypes: list[Any],
     slot_dtypes: list[Any],
-) -> _Transfer:
-    """`num_rows`: that are brought to a rank."""
+) -> Transfer:
     implementation: _ffi.Implementation = "xla"
     if transport != "collective":
         summed = [
@@ -152,7 +186,7 @@ def _transfer(
             if all(jnp.issubdtype(dtype, jnp.inexact) for dtype in of_leaf)
             for dtype in of_leaf
         ]
-        why_not = _peer.why_out_of_reach(axis_name, num_rows, slot_dtypes, summed)
+        why_not = _peer.why_out_of_reach(axis_name, slot_dtypes, summed)
         if why_not and transport == "peer":
             raise ValueError(
                 f"transport = 'peer': ranks cannot read each other's memory here: {why_not}; pass "
@@ -169,9 +203,7 @@ def _transfer(
     axes, routes = axis_name, None
     if placement.topology is not None:
         axes, routes = _collective.routes_of(placement.topology, axis_name, placement.num_ranks)
-    return _Transfer(
-        implementation, axis_name, _homes_first(placement), tuple(dtypes), tuple(slot_dtypes), axes, routes
-    )
+    return Transfer(implementation, axis_name, _homes_first(placement), tuple(dtypes), tuple(slot_dtypes), axes, routes)
 
 
 @functools.cache
@@ -180,9 +212,9 @@ def say_once(level: int, message: str) -> None:
     _log.log(level, message)
 
 
-def _slots(transfer: _Transfer, leaves: list[jax.Array], rows: _Rows) -> list[jax.Array]:
+def bring_now(transfer: Transfer, leaves: list[jax.Array], rows: Rows) -> list[jax.Array]:
     if not transfer.is_reverse_only:
-        return _by_collectives(transfer, leaves, rows)
+        return by_collectives(transfer, leaves, rows)
     cure = "transport='collective'"
     if transfer.routes is not None:
         cure += (
@@ -198,20 +230,18 @@ def _slots(transfer: _Transfer, leaves: list[jax.Array], rows: _Rows) -> list[ja
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _differentiated_once(transfer: _Transfer, leaves: list[jax.Array], rows: _Rows) -> list[jax.Array]:
+def _differentiated_once(transfer: Transfer, leaves: list[jax.Array], rows: Rows) -> list[jax.Array]:
     with jax.named_scope("lplb_replicate"):
-        by_peers, by_collectives = partial(_by_peers, transfer), partial(_by_collectives, transfer)
+        peers, collectives = partial(_by_peers, transfer), partial(by_collectives, transfer)
         operands, platforms = (leaves, rows), _peer.platforms()
-        return _ffi.dispatch(
-            "read_rows", transfer.implementation, by_peers, by_collectives, *operands, platforms=platforms
-        )
+        return _ffi.dispatch("add_rows", transfer.implementation, peers, collectives, *operands, platforms=platforms)
 
 
-def _forward(transfer: _Transfer, leaves: list[jax.Array], rows: _Rows) -> Any:
+def _forward(transfer: Transfer, leaves: list[jax.Array], rows: Rows) -> Any:
     return _differentiated_once(transfer, leaves, rows), rows
 
 
-def _backward(transfer: _Transfer, rows: _Rows, gradients: list[Any]) -> Any:
+def _backward(transfer: Transfer, rows: Rows, gradients: list[Any]) -> Any:
     places = [
         i
         for i, (gradient, dtype) in enumerate(zip(gradients, transfer.dtypes, strict=True))
@@ -225,10 +255,10 @@ def _backward(transfer: _Transfer, rows: _Rows, gradients: list[Any]) -> Any:
             slot_dtypes=tuple(transfer.slot_dtypes[i] for i in places),
         )
         with jax.named_scope("lplb_replicate"):
-            by_peers, by_collectives = partial(_add_by_peers, part), partial(_add_by_collectives, part)
+            peers, collectives = partial(_add_by_peers, part), partial(add_by_collectives, part)
             operands, platforms = ([gradients[i] for i in places], rows), _peer.platforms()
             totals = _ffi.dispatch(
-                "add_rows", transfer.implementation, by_peers, by_collectives, *operands, platforms=platforms
+                "add_rows", transfer.implementation, peers, collectives, *operands, platforms=platforms
             )
         for i, total in zip(places, totals, strict=True):
             sums[i] = total
@@ -238,16 +268,15 @@ def _backward(transfer: _Transfer, rows: _Rows, gradients: list[Any]) -> Any:
 _differentiated_once.defvjp(_forward, _backward)
 
 
-def _by_peers(transfer: _Transfer, leaves: list[jax.Array], rows: _Rows) -> list[jax.Array]:
-    buffers = _peer.bring(transfer.slot_dtypes, transfer.axis_name, leaves, rows.source)
-    return buffers if transfer.homes_first else [buffer[-len(rows.source) :] for buffer in buffers]
+def _by_peers(transfer: Transfer, leaves: list[jax.Array], rows: Rows) -> list[jax.Array]:
+    return _peer.add_up(transfer.slot_dtypes, transfer.axis_name, leaves, rows.source[:, None])
 
 
-def _add_by_peers(transfer: _Transfer, gradients: list[jax.Array], rows: _Rows) -> list[jax.Array]:
+def _add_by_peers(transfer: Transfer, gradients: list[jax.Array], rows: Rows) -> list[jax.Array]:
     return _peer.add_up(transfer.dtypes, transfer.axis_name, gradients, rows.replicas)
 
 
-def _by_collectives(transfer: _Transfer, leaves: list[jax.Array], rows: _Rows) -> list[jax.Array]:
+def by_collectives(transfer: Transfer, leaves: list[jax.Array], rows: Rows) -> list[jax.Array]:
     if transfer.routes is not None:
         return _collective.bring_along(transfer.slot_dtypes, transfer.axes, transfer.routes, leaves, rows.sent)
     casted = [leaf.astype(dtype) for leaf, dtype in zip(leaves, transfer.slot_dtypes, strict=True)]
@@ -257,7 +286,7 @@ def _by_collectives(transfer: _Transfer, leaves: list[jax.Array], rows: _Rows) -
     return [jnp.concatenate([leaf, below]) for leaf, below in zip(casted, brought, strict=True)]
 
 
-def _add_by_collectives(transfer: _Transfer, gradients: list[jax.Array], rows: _Rows) -> list[jax.Array]:
+def add_by_collectives(transfer: Transfer, gradients: list[jax.Array], rows: Rows) -> list[jax.Array]:
     if transfer.routes is not None:
         return _collective.add_up_along(transfer.dtypes, transfer.axes, transfer.routes, gradients, rows.sent)
     home = len(rows.replicas)
@@ -265,7 +294,7 @@ def _add_by_collectives(transfer: _Transfer, gradients: list[jax.Array], rows: _
         _ffi.vary(jnp.zeros((home, *gradient.shape[1:]), dtype), _ffi.varying(gradient))
         for gradient, dtype in zip(gradients, transfer.dtypes, strict=True)
     ]
-    (sums,) = jax.vjp(lambda leaves: _by_collectives(transfer, leaves, rows), leaves)[1](gradients)
+    (sums,) = jax.vjp(lambda leaves: by_collectives(transfer, leaves, rows), leaves)[1](gradients)
     return sums
 
 

@@ -16,7 +16,7 @@ from jax import lax
 from jax_lplb import _ffi
 from jax_lplb._balance import Balanced, balance, check_balance_options
 from jax_lplb._checks import check_choice, check_count, check_positive
-from jax_lplb._expert_parallel import expert_parallel
+from jax_lplb._expert_parallel import Home, expert_parallel
 from jax_lplb._grouped_matmul import GroupedMatmul, has_tokamax
 from jax_lplb._mesh import shard, spec_of, with_auto_axes
 from jax_lplb._permute_experts import from_logical
@@ -445,9 +445,7 @@ class MoE(nnx.Module):
         placement: Placement,
         dtype: Any,
     ) -> tuple[jax.Array, jax.Array]:
-        slots = weights
-        if not prepared:
-            slots = replicate(weights, placement, self.axis_name, self.dtype, self.transport)
+        slots = weights if prepared else Home(weights, self.dtype, self.transport)
         return expert_parallel(
             tokens,
             out.physical_ids,

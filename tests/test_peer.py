@@ -175,30 +175,23 @@ def test_contents_out_of_range_read_nothing(rng, name):
 
 def test_any_row_numbers(rng):
     """Rows are read that there are, where they are; of sums all up to the first that there is not."""
-    rows, reads, mesh = 3, 4, mesh_of()
+    rows, mesh = 7, mesh_of()
     leaf = rng.integers(-9, 9, (RANKS, rows, 5)).astype(np.float32)
-    numbers = partial(rng.integers, -9, RANKS * (rows + reads) + 9, dtype=np.int32)
-    source, replicas = numbers((RANKS, reads)), numbers((RANKS, 2, 6))
-    replicas[:, :, :3] %= RANKS * (rows + reads)
-    source[0], replicas[0, 0] = [-(2**31), 2**31 - 1, 0, rows], [5, -(2**31), 5, 5, 5, 5]
+    numbers = partial(rng.integers, -9, RANKS * rows + 9, dtype=np.int32)
+    source, replicas = numbers((RANKS, 4, 1)), numbers((RANKS, 2, 6))
+    replicas[:, :, :3] %= RANKS * rows
+    source[0, :, 0], replicas[0, 0] = [-(2**31), 2**31 - 1, 0, rows], [5, -(2**31), 5, 5, 5, 5]
 
     @jax.jit
     @partial(jax.shard_map, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
-    def run(leaf, source, replicas):
-        (filled,) = _peer.bring((jnp.dtype("float32"),), "ep", [leaf[0]], source[0])
-        return filled[None], _peer.add_up((jnp.dtype("float32"),), "ep", [filled], replicas[0])[0][None]
+    def run(leaf, *replicas):
+        return [_peer.add_up((jnp.dtype("float32"),), "ep", [leaf[0]], one[0])[0][None] for one in replicas]
 
-    filled, sums = run(leaf, source, replicas)
-    expected = np.concatenate([leaf, np.zeros((RANKS, reads, 5), np.float32)], axis=1)
-    for rank, number in itertools.product(range(RANKS), range(reads)):
-        of, row = divmod(int(source[rank, number]), rows + reads)
-        if 0 <= of < RANKS and row < rows:
-            expected[rank, rows + number] = leaf[of, row]
-    np.testing.assert_array_equal(filled, expected)
-    flat = expected.reshape(-1, 5)
-    for rank, number in itertools.product(range(RANKS), range(2)):
-        there = list(itertools.takewhile(lambda row: 0 <= row < len(flat), replicas[rank, number].tolist()))
-        np.testing.assert_array_equal(sums[rank, number], flat[there].sum(axis=0))
+    flat = leaf.reshape(-1, 5)
+    for numbers, sums in zip((source, replicas), run(leaf, source, replicas), strict=True):
+        for rank, number in np.ndindex(numbers.shape[:2]):
+            there = list(itertools.takewhile(lambda row: 0 <= row < len(flat), numbers[rank, number].tolist()))
+            np.testing.assert_array_equal(sums[rank, number], flat[there].sum(axis=0))
 
 
 def test_empty_leaves_and_one_rank(rng):
@@ -467,7 +460,7 @@ def test_out_of_reach(monkeypatch, caplog, case):
     with caplog.at_level(logging.INFO, "jax_lplb"):
         for _ in range(2):
             text = brought(None, mesh, leaf)
-    assert "lplb_read_rows" not in text
+    assert "lplb_add_rows" not in text
     assert "collective_permute" in text
     assert brought("collective", mesh, leaf) == text
     (said,) = [record.getMessage() for record in caplog.records]
@@ -478,7 +471,7 @@ def test_within_reach(caplog):
     _replicate.say_once.cache_clear()
     with caplog.at_level(logging.INFO, "jax_lplb"):
         texts = [brought(transport, mesh_of()) for transport in (None, "peer", "collective")]
-    assert [("lplb_read_rows" in text, "collective_permute" in text) for text in texts] == [
+    assert [("lplb_add_rows" in text, "collective_permute" in text) for text in texts] == [
         (True, False),
         (True, False),
         (False, True),
@@ -498,7 +491,7 @@ def test_several_processes_translate_what_they_share(monkeypatch, fresh, rng):
     calls = re.findall(r"stablehlo\.all_gather|@lplb_\w+", on_gpus)
     shared = ["@lplb_share", "stablehlo.all_gather", "@lplb_translate"]
     released = ["stablehlo.all_gather", "@lplb_release"]
-    assert calls == [*shared, "@lplb_read_rows", *released, *shared, "@lplb_add_rows", *released]
+    assert calls == [*shared, "@lplb_add_rows", *released, *shared, "@lplb_add_rows", *released]
     assert "@lplb_" not in on_cpus
 
 
@@ -526,7 +519,6 @@ def delayed(monkeypatch, before, after) -> None:
 
         return run
 
-    monkeypatch.setattr(_peer, "read_rows", slow(_peer.read_rows))
     monkeypatch.setattr(_peer, "add_rows", slow(_peer.add_rows))
 
 

@@ -121,8 +121,12 @@ CASES = [
     ),
     *all_of(
         "balance",
-        ({"sync": "allgather"}, ValueError, r"sync must be one of \('all_gather', 'peer', 'psum'\), got 'allgather'"),
-        ({"sync": None}, ValueError, r"sync must be one of \('all_gather', 'peer', 'psum'\), got None"),
+        (
+            {"sync": "allgather"},
+            ValueError,
+            r"sync must be one of \(None, 'all_gather', 'peer', 'psum'\), got 'allgather'",
+        ),
+        ({"sync": 0}, ValueError, r"sync must be one of \(None, 'all_gather', 'peer', 'psum'\), got 0"),
         ({"axis_name": "ep"}, ValueError, r"axis_name = 'ep' is not bound here; call this inside jax\.shard_map"),
         ({"axis_name": ("dp", "ep")}, ValueError, r"axis_name = \('dp', 'ep'\) is not bound here"),
     ),
