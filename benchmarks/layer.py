@@ -194,7 +194,7 @@ class Runner:
         begin = time.perf_counter()
         new = {one.key: one for one in passes if one.key not in self.compiled}
         lowered = [one.function.lower(*one.arguments) for one in new.values()]
-        with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(max_workers=min(32, os.cpu_count() or 1)) as pool:
             self.compiled |= zip(new, pool.map(lambda one: one.compile(), lowered), strict=True)
         if new:
             print(f"compiled {len(new)} passes in {time.perf_counter() - begin:.0f} s", flush=True)

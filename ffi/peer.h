@@ -65,6 +65,9 @@ cudaError_t expose_cuda(cudaStream_t stream, const Told& told, uint64_t* address
 // Stops the program (a trap in the kernel) where a buffer is elsewhere.
 cudaError_t in_place_cuda(cudaStream_t stream, const Told& told);
 cudaError_t add_rows_cuda(cudaStream_t stream, const AddRows& add, int32_t* done);
+// addresses [count]: of what `share` made words, by where this process has each region. See handover.h.
+cudaError_t translate_cuda(cudaStream_t stream, const uint64_t* regions, const uint64_t* words, int64_t count,
+                           uint64_t* addresses);
 // Whether each GPU that this process sees may access the memory of every other.
 cudaError_t peers_reachable_cuda(bool* result);
 #endif
