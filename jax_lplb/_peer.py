@@ -2,9 +2,9 @@
 
 A rank tells the others where its buffers are, they read them or write to them, and nobody's buffers go before all have:
 
-1. `expose`: a custom call writes down the addresses of the buffers, and `gather` shows them to all ranks. Buffers are of
-   three kinds. What is *shown* is read only, by others as by the rank itself. *Rooms* are new, for others to write to.
-   The third kind others write to as well, but not to all of it: the rest keeps what it held.
+1. `expose`: a custom call writes down the addresses of the buffers, and `gather` shows them to all ranks. Buffers are
+   of three kinds. What is *shown* is read only, by others as by the rank itself. *Rooms* are new, for others to write
+   to. The third kind others write to as well, but not to all of it: the rest keeps what it held.
 2. A custom call reads and writes at the places that the addresses name: `add_rows` for weights and their gradients, and
    those of `_peer_tokens` for tokens.
 3. `release`: ranks that have read and written join another `gather`, and a custom call takes the buffers, what the call
@@ -27,8 +27,8 @@ This is right because of four things that XLA guarantees:
 - **A call that has an effect runs once, where it stands.** Merged with its like, repeated or moved out of a loop, a
   call would tell of one buffer while another is read, or read what is gone.
 
-No byte is written and read at once, nor written by two: what is shown is written by nobody, and of what others write to,
-each byte is written by one rank, and read by its own after `release`.
+No byte is written and read at once, nor written by two: what is shown is written by nobody, and of what others write
+to, each byte is written by one rank, and read by its owner after `release`.
 
 JAX's transformations keep to this too, as they meet each function that is `one_operation` as one: a policy of
 `jax.checkpoint` saves or repeats all of it, and so never keeps addresses for later. Under `jax.vmap` all calls are
