@@ -22,7 +22,7 @@ def why_out_of_reach(axis_name: AxisName, tokens: jax.Array, num_choices: int) -
     if tokens.dtype not in _peer.SUMMED:
         return f"tokens travel as {', '.join(map(str, _peer.SUMMED))}, not {tokens.dtype}"
     row_bytes = int(np.prod(tokens.shape[1:])) * tokens.dtype.itemsize
-    if row_bytes % 16:
+    if row_bytes % 16 or row_bytes == 0:
         return f"a token of {row_bytes} bytes is not of whole 16-byte words"
     if num_choices > _handlers.max_choices:
         return f"a token has {num_choices} choices, and custom calls at most {_handlers.max_choices}"

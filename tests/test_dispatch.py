@@ -508,9 +508,11 @@ def test_rows_of_another_dtype_and_width_than_the_tokens(rng, transport):
     weights = (gates * valid).astype(np.float64)[..., None]
     terms = weights * tokens.astype(jnp.bfloat16).astype(np.float64)[:, None]
     assert_sums(run(lambda rows: rows.astype(jnp.bfloat16)), terms, jnp.bfloat16)
+    assert_sums(run(lambda rows: rows[:, :4]), weights * tokens.astype(np.float64)[:, None, :4], np.float32)
     of_some = weights * tokens.astype(np.float64)[:, None, :5]
     if transport is None:
         assert_sums(run(lambda rows: rows[:, :5]), of_some, np.float32)
+        assert run(lambda rows: rows[:, :0]).shape == (48, 0)
     else:
         with pytest.raises(ValueError, match=r"transport = 'peer': .* a token of 20 bytes .* or None"):
             run(lambda rows: rows[:, :5])
