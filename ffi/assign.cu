@@ -34,7 +34,7 @@ struct Shared {
 
 // What a share is computed from.
 struct alignas(16) Open {
-  int32_t of;              // the expert; then the slot
+  int32_t slot;
   uint32_t number, count;  // which of the expert's replicas, and how many these are
   int32_t load;            // of the expert
 };
@@ -45,31 +45,37 @@ union Place {
 
 // What follows the counts: where experts have few replicas, and all fit, a row of shares for each; else this (kWide).
 struct Wide {
-  uint32_t* used;  // how many places were asked for
-  int32_t* heads;  // [padded experts] see head_of
-  Place* places;   // of experts with several replicas: next to each other, experts in any order, it does not show
-  union {
-    float* largest;     // of the expert's parts of the split, for each of its places
-    uint32_t* weights;  // then each place's
+  struct alignas(16) Totals {
+    uint32_t used;       // how many places were asked for
+    uint32_t long_rows;  // of experts with kNarrowRow replicas and, it may be, more
   };
-  uint32_t room;  // how many places there are
+  Totals* totals;
+  int32_t* heads;      // [padded experts] see head_of
+  uint16_t* long_row;  // [padded experts] those of long rows, in any order
+  Place* places;       // of experts with several replicas: next to each other, experts in any order, it does not show
+  uint32_t* weights;   // of each place
+  uint32_t room;       // how many places there are
 
-  static constexpr size_t kCounter = sizeof(Place), kOfPlace = sizeof(Place) + sizeof(uint32_t);
+  static constexpr size_t kOfPlace = sizeof(Place) + sizeof(uint32_t);
   // Of all but the places.
-  __host__ __device__ static size_t bytes(int experts) { return kCounter + Shared::padded(experts) * sizeof(int32_t); }
+  __host__ __device__ static size_t bytes(int experts) {
+    return sizeof(Totals) + Shared::padded(experts) * (sizeof(int32_t) + sizeof(uint16_t));
+  }
   __device__ Wide(char* memory, int experts, uint32_t room)
-      : used(reinterpret_cast<uint32_t*>(memory)),
-        heads(reinterpret_cast<int32_t*>(memory + kCounter)),
+      : totals(reinterpret_cast<Totals*>(memory)),
+        heads(reinterpret_cast<int32_t*>(totals + 1)),
+        long_row(reinterpret_cast<uint16_t*>(heads + Shared::padded(experts))),
         places(reinterpret_cast<Place*>(memory + bytes(experts))),
         weights(reinterpret_cast<uint32_t*>(places + room)),
         room(room) {}
-  // One of an expert's places, of which `first` is the first. Where there is no room for all, nobody looks at what
-  // becomes of the others.
-  __device__ void open(uint32_t first, const Open& open, float largest_part) const {
+  __device__ uint32_t used() const { return min(totals->used, room); }
+  // A place of a replica, `first` being its expert's first. Where there is no room for all of an expert's, those that
+  // there is room for take nothing.
+  __device__ void open(uint32_t first, const Open& open, uint32_t weight) const {
     const uint32_t i = first + open.number;
     if (i >= room) return;
-    places[i].open = open;
-    largest[i] = largest_part;
+    places[i].open = first + open.count <= room ? open : Open{open.slot, open.number, 0, 0};
+    weights[i] = weight;
   }
 };
 
@@ -136,104 +142,97 @@ struct Rows {
         num_experts(shape.count.num_experts),
         max_replicas(shape.max_replicas),
         num_physical(shape.num_physical) {}
-  __device__ bool is_slot(int32_t slot) const { return Replica{0.0f, slot}.is_slot(num_physical); }
   // None beyond the row's end.
   __device__ Replica replica(int e, int r) const {
     if (r >= max_replicas) return {0.0f, kNoSlot};
     const int64_t entry = static_cast<int64_t>(e) * max_replicas + r;
     return {split[entry], log2phy[entry]};
   }
-  // The first two of an expert's slots. Most experts have one replica, whose part of the split is not looked at.
-  __device__ int2 first_slots(int e) const {
-    const int32_t* row = log2phy + static_cast<int64_t>(e) * max_replicas;
-    if (max_replicas % 2 == 0) return *reinterpret_cast<const int2*>(row);
-    return make_int2(row[0], max_replicas > 1 ? row[1] : kNoSlot);
+  // The first of an expert's row, all loads before the first use of any.
+  __device__ void first_replicas(int e, Replica (&row)[kNarrowRow]) const {
+    const int64_t entry = static_cast<int64_t>(e) * max_replicas;
+#pragma unroll
+    for (int r = 0; r < kNarrowRow; r += 2) {
+      if (max_replicas % 2 == 0 && r < max_replicas) {
+        const int2 slots = *reinterpret_cast<const int2*>(log2phy + entry + r);
+        const float2 parts = *reinterpret_cast<const float2*>(split + entry + r);
+        row[r] = {parts.x, slots.x}, row[r + 1] = {parts.y, slots.y};
+      } else {
+        row[r] = replica(e, r), row[r + 1] = replica(e, r + 1);
+      }
+    }
   }
 };
 
-// Writes the heads, and opens the places of experts with several replicas: a thread for each expert, and a warp for one
-// with more than kNarrowRow.
-__device__ void open_places(const Rows& in, const Wide& wide) {
-  const int lane = threadIdx.x % kWarp;
+// Writes an expert's head and opens its places, or puts it among those whose rows are long.
+__device__ void open_row(const Rows& in, const Wide& wide, int e) {
+  Replica row[kNarrowRow];
+  in.first_replicas(e, row);
+  const int32_t load = in.load[e];
+  uint32_t count = 0;
+  float largest = 0.0f;
+#pragma unroll
+  for (int r = 0; r < kNarrowRow && row[r].is_slot(in.num_physical); ++r) {
+    ++count;
+    largest = fmaxf(largest, row[r].positive());
+  }
+  if (count <= 1) {
+    wide.heads[e] = count > 0 ? row[0].slot : kNoSlot;
+    return;
+  }
+  if (count == kNarrowRow && in.max_replicas > kNarrowRow) {
+    wide.long_row[atomicAdd(&wide.totals->long_rows, 1u)] = static_cast<uint16_t>(e);
+    return;
+  }
+  const uint32_t place = atomicAdd(&wide.totals->used, count);
+  wide.heads[e] = head_of(place, count, wide.room);
+  const Weigher weigher(largest, in.max_replicas);
+#pragma unroll
+  for (uint32_t r = 0; r < kNarrowRow; ++r) {
+    if (r < count) wide.open(place, {row[r].slot, r, count, load}, weigher.weight(row[r]));
+  }
+}
+
+// Does so for long rows, a warp for each, which loads the next one ahead.
+__device__ void open_long_rows(const Rows& in, const Wide& wide) {
+  const int lane = threadIdx.x % kWarp, num_warps = blockDim.x / kWarp, num_rows = wide.totals->long_rows;
+  const auto load_first = [&](int i) { return i < num_rows ? in.replica(wide.long_row[i], lane) : Replica{}; };
+  int i = threadIdx.x / kWarp;
+  Replica next = load_first(i);
 #pragma unroll 1
-  for (int first = threadIdx.x - lane; first < in.num_experts; first += blockDim.x) {
-    const int e = first + lane;
-    int32_t load = 0;
-    bool goes_on = false;
-    if (e < in.num_experts) {
-      const int2 slots = in.first_slots(e);
-      load = in.load[e];
-      if (!in.is_slot(slots.x) || !in.is_slot(slots.y)) {
-        wide.heads[e] = in.is_slot(slots.x) ? slots.x : kNoSlot;
-      } else {
-        Replica row[kNarrowRow];
-#pragma unroll
-        for (int r = 0; r < kNarrowRow; ++r) row[r] = in.replica(e, r);
-        uint32_t count = 0;
-        float largest = 0.0f;
-#pragma unroll
-        for (int r = 0; r < kNarrowRow && row[r].is_slot(in.num_physical); ++r) {
-          ++count;
-          largest = fmaxf(largest, row[r].positive());
-        }
-        goes_on = count == kNarrowRow && in.max_replicas > kNarrowRow;
-        if (!goes_on) {
-          const uint32_t place = atomicAdd(wide.used, count);
-          wide.heads[e] = head_of(place, count, wide.room);
-#pragma unroll
-          for (uint32_t r = 0; r < kNarrowRow; ++r) {
-            if (r < count) wide.open(place, {e, r, count, load}, largest);
-          }
-        }
-      }
+  for (; i < num_rows; i += num_warps) {
+    const int e = wide.long_row[i];
+    const int32_t load = in.load[e];
+    Replica replica = next;
+    next = load_first(i + num_warps);
+    uint32_t count = 0;
+    float largest = 0.0f;
+    for (int leading = kWarp; leading == kWarp;) {
+      const unsigned none = ~__ballot_sync(kFullWarp, replica.is_slot(in.num_physical));
+      leading = none == 0 ? kWarp : __ffs(none) - 1;
+      if (lane < leading) largest = fmaxf(largest, replica.positive());
+      count += leading;
+      if (leading == kWarp) replica = in.replica(e, count + lane);
     }
+    largest = __uint_as_float(__reduce_max_sync(kFullWarp, __float_as_uint(largest)));  // not negative
+    uint32_t place = 0;
+    if (lane == 0) {
+      place = atomicAdd(&wide.totals->used, count);
+      wide.heads[e] = head_of(place, count, wide.room);
+    }
+    place = __shfl_sync(kFullWarp, place, 0);
+    const Weigher weigher(largest, in.max_replicas);
 #pragma unroll 1
-    for (unsigned left = __ballot_sync(kFullWarp, goes_on); left != 0; left &= left - 1) {
-      const int from = __ffs(left) - 1;
-      uint32_t count = 0;
-      float largest = 0.0f;
-#pragma unroll 1
-      for (uint32_t begin = 0; begin == count && begin < in.max_replicas; begin += kWarp) {
-        const Replica replica = in.replica(first + from, begin + lane);
-        const unsigned none = ~__ballot_sync(kFullWarp, replica.is_slot(in.num_physical));
-        const int leading = none == 0 ? kWarp : __ffs(none) - 1;
-        if (lane < leading) largest = fmaxf(largest, replica.positive());
-        count += leading;
-      }
-      largest = __uint_as_float(__reduce_max_sync(kFullWarp, __float_as_uint(largest)));  // not negative
-      uint32_t place = 0;
-      if (lane == 0) {
-        place = atomicAdd(wide.used, count);
-        wide.heads[first + from] = head_of(place, count, wide.room);
-      }
-      place = __shfl_sync(kFullWarp, place, 0);
-      const int32_t of_expert = __shfl_sync(kFullWarp, load, from);
-#pragma unroll 1
-      for (uint32_t r = lane; r < count; r += kWarp) wide.open(place, {first + from, r, count, of_expert}, largest);
+    for (uint32_t r = lane; r < count; r += kWarp) {
+      const Replica again = in.replica(e, r);
+      wide.open(place, {again.slot, r, count, load}, weigher.weight(again));
     }
   }
 }
 
-// Writes all heads and shares (kWide), what follows `at` bytes of shared memory. For all threads, with `used` zero. Not
-// inlined: it is called in two places.
-__device__ __noinline__ void store_wide_shares(const Rows in, int at, uint32_t room) {
-  extern __shared__ uint4 memory[];
-  // The compiler does not see where they come from, and would have each load find out.
-  __builtin_assume(__isGlobal(in.split));
-  __builtin_assume(__isGlobal(in.log2phy));
-  __builtin_assume(__isGlobal(in.load));
-  const Wide wide(reinterpret_cast<char*>(memory) + at, in.num_experts, room);
-  open_places(in, wide);
-  __syncthreads();
-  const int used = static_cast<int>(min(*wide.used, room));
-#pragma unroll 1
-  for (int i = threadIdx.x; i < used; i += blockDim.x) {
-    Open& open = wide.places[i].open;
-    const Replica replica = in.replica(open.of, open.number);
-    wide.weights[i] = Weigher(wide.largest[i], in.max_replicas).weight(replica);
-    open.of = replica.slot;
-  }
-  __syncthreads();
+// Makes the share of each place.
+__device__ void close_places(const Wide& wide) {
+  const int used = static_cast<int>(wide.used());
 #pragma unroll 1
   for (int i = threadIdx.x; i < used; i += blockDim.x) {
     const Open open = wide.places[i].open;
@@ -247,13 +246,13 @@ __device__ __noinline__ void store_wide_shares(const Rows in, int at, uint32_t r
     uint32_t upto = before + weights[open.number];
     if (total == 0) before = open.number, upto = before + 1, total = open.count;  // nothing for any of them: evenly
     const uint32_t tokens = static_cast<uint32_t>(max(open.load, 0));
-    const uint32_t begin = before > 0 ? tokens_upto(before, total, tokens) : 0;
-    wide.places[i].share = make_share(open.of, begin, tokens_upto(upto, total, tokens), tokens);
+    const uint32_t begin = tokens_upto(before, total, tokens);
+    wide.places[i].share = make_share(open.slot, begin, tokens_upto(upto, total, tokens), tokens);
   }
 }
 
-// Calls visit(next) as with_shares in assign_kernel does, for an expert whose shares did not fit. Not inlined: this is
-// rare, and large.
+// Calls visit(next), where next() gives the shares of an expert that did not fit, one after the other. Not inlined:
+// this is rare, and large.
 template <class Visit>
 __device__ __noinline__ auto with_computed_shares(const Rows in, int e, Visit visit) {
   const auto read = [&](int r) { return in.replica(e, r); };
@@ -288,6 +287,7 @@ __device__ void add_up_warps(int padded, int num_warps, uint16_t* of_warp) {
   for (int pair = threadIdx.x; pair < pairs; pair += blockDim.x) {
     uint32_t* counts = reinterpret_cast<uint32_t*>(of_warp) + pair;
     uint32_t sum = 0;
+#pragma unroll 1
     for (int warp = 0; warp < num_warps; warp += kLeastWarps, counts += kLeastWarps * pairs) {
       uint32_t here[kLeastWarps];
 #pragma unroll
@@ -298,18 +298,12 @@ __device__ void add_up_warps(int padded, int num_warps, uint16_t* of_warp) {
   }
 }
 
-// Adds up the quotas of each rank's slots, in `sums`, which are zero. with_shares(e, visit) as in assign_kernel.
-template <class WithShares>
-__device__ void add_ranks(const AssignShape& shape, WithShares with_shares, uint32_t* sums, int32_t* rank_load) {
+// Adds up the quotas of each rank's slots, in `sums`, which are zero. for_quotas(add) calls add(slot, quota) for all.
+template <class ForQuotas>
+__device__ void add_ranks(const AssignShape& shape, ForQuotas for_quotas, uint32_t* sums, int32_t* rank_load) {
   const unsigned slots_per_rank = shape.num_physical / shape.num_ranks;
-  for (int e = threadIdx.x; e < shape.count.num_experts; e += blockDim.x) {
-    with_shares(e, [=](auto next) {
-      for_each_quota(next, [=](int32_t slot, uint32_t quota) {
-        atomicAdd(&sums[static_cast<unsigned>(slot) / slots_per_rank], quota);
-      });
-      return 0;
-    });
-  }
+  for_quotas(
+      [=](int32_t slot, uint32_t quota) { atomicAdd(&sums[static_cast<unsigned>(slot) / slots_per_rank], quota); });
   __syncthreads();
   for (int g = threadIdx.x; g < shape.num_ranks; g += blockDim.x) rank_load[g] = static_cast<int32_t>(sums[g]);
 }
@@ -330,32 +324,71 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
   [[maybe_unused]] Share* const rows = reinterpret_cast<Share*>(shared.end);  // elsewhere
   uint16_t* counts = shared.of_warp + warp * padded;
   for (int64_t b = blockIdx.y; b < shape.count.num_batches; b += gridDim.y) {
-    // Calls visit(next), where next() gives an expert's shares one after the other, and returns what it does.
-    const auto with_shares = [&](int e, auto visit) {
+    // The slot of an expert's token.
+    const auto slot_of = [&](int e, uint32_t number) {
+      const auto choose = [=](auto next) { return choose_slot(next, number); };
       if constexpr (kWide) {
         const int32_t head = wide.heads[e];
-        if (is_only_slot(head)) {
-          const uint32_t tokens = static_cast<uint32_t>(max(in.load[b * experts + e], 0));
-          return visit([&] { return make_share(head, 0, tokens, tokens); });
-        }
-        if (head == kNotKept) return with_computed_shares(Rows(shape, in, b), e, visit);
+        if (is_only_slot(head)) return head;
+        if (head == kNotKept) return with_computed_shares(Rows(shape, in, b), e, choose);
         const Place* place = wide.places + place_of(head);
-        return visit([&] { return (place++)->share; });
+        return choose([&] { return (place++)->share; });
       } else {
         const Share* share = rows + e * shape.max_replicas;
-        return visit([&] { return *share++; });
+        return choose([&] { return *share++; });
       }
     };
-    const auto store = [&](int e) { store_shares(shape, in, b, e, rows + e * shape.max_replicas); };
+    // Calls add(slot, quota) for the replicas of all experts, over the block's threads.
+    const auto for_quotas = [&](auto add) {
+      const auto add_all = [=](auto next) {
+        for_each_quota(next, add);
+        return 0;
+      };
+      for (int e = threadIdx.x; e < experts; e += threads) {
+        if constexpr (kWide) {
+          const int32_t head = wide.heads[e];
+          if (head >= 0) add(head, static_cast<uint32_t>(max(in.load[b * experts + e], 0)));
+          if (head == kNotKept) with_computed_shares(Rows(shape, in, b), e, add_all);
+        } else {
+          const Share* share = rows + e * shape.max_replicas;
+          add_all([&] { return *share++; });
+        }
+      }
+      if constexpr (kWide) {
+        // A thread for each place: an expert may have many.
+        const int used = static_cast<int>(wide.used());
+        for (int i = threadIdx.x; i < used; i += threads) {
+          const Share& share = wide.places[i].share;
+          add(share.slot, share.quota);
+        }
+      }
+    };
+    // An expert's shares; where kWide, what finish_shares makes them of, after the block's threads have met.
+    const auto store = [&](int e) {
+      if constexpr (kWide) {
+        open_row(Rows(shape, in, b), wide, e);
+      } else {
+        store_shares(shape, in, b, e, rows + e * shape.max_replicas);
+      }
+    };
+    const auto finish_shares = [&] {
+      if constexpr (kWide) {
+        open_long_rows(Rows(shape, in, b), wide);
+        __syncthreads();
+        close_places(wide);
+      }
+    };
     const auto get_shares = [&] {
       wait_for_launch<kAhead>();
-      if constexpr (kWide) {
-        store_wide_shares(Rows(shape, in, b), static_cast<int>(Shared::bytes(shape, num_warps)), room);
-      } else {
-        for (int e = threadIdx.x; e < experts; e += threads) store(e);
-      }
+#pragma unroll 1
+      for (int e = threadIdx.x; e < experts; e += threads) store(e);
+      if (kWide) __syncthreads();
+      finish_shares();
     };
-    if (kWide && threadIdx.x == 0) *wide.used = 0;
+    if constexpr (kWide) {
+      if (threadIdx.x == 0) *wide.totals = {};
+      __syncthreads();
+    }
     bool has_shares = false;
     for (int item = blockIdx.x; item <= shape.count.num_chunks; item += gridDim.x) {
       if (item == 0) {
@@ -365,7 +398,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
         get_shares();
         has_shares = true;
         __syncthreads();
-        add_ranks(shape, with_shares, sums, out.rank_load + b * shape.num_ranks);
+        add_ranks(shape, for_quotas, sums, out.rank_load + b * shape.num_ranks);
         __syncthreads();
         continue;
       }
@@ -396,7 +429,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
       for (int e = threadIdx.x; e < experts; e += threads) {
         // All loads before the first use of any.
         const int32_t start = starts[e], before = offset[e];
-        if (!kWide && !kAhead && !has_shares) store(e);
+        if (!kAhead && !has_shares) store(e);
         shared.seen[e] = static_cast<uint32_t>(start) + static_cast<uint32_t>(max(0, before));
       }
       for (int tile = 0; tile < num_ids; tile += kIds * threads) {
@@ -415,7 +448,13 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
         number_in_warp(ids, counts, numbers);
         __syncthreads();
         add_up_warps(padded, num_warps, shared.of_warp);
-        if ((kWide || kAhead) && !has_shares) get_shares();
+        if (!has_shares) {
+          if constexpr (kAhead) {
+            get_shares();
+          } else {
+            finish_shares();
+          }
+        }
         has_shares = true;
         __syncthreads();
 #pragma unroll
@@ -426,7 +465,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
           if (e >= 0) {
             const uint32_t before = warp > 0 ? counts[e - padded] : 0;
             const uint32_t number = shared.seen[e] + before + numbers[k];
-            slot = with_shares(e, [=](auto next) { return choose_slot(next, number); });
+            slot = slot_of(e, number);
           }
           results[i] = slot;
         }

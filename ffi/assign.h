@@ -188,22 +188,24 @@ LPLB_INLINE int32_t choose_slot(Next next, uint32_t index) {
   Share share = next();
   if (share.left == 0) return share.slot;
   uint32_t o = index < share.left ? index : index % share.left;
+  int32_t slot = share.slot;
+  // Nothing branches within a step, so that the share after it is read while it is computed.
   LPLB_UNROLL_BY(1)
-  while (share.quota < share.left) {
-    const Share following = next();  // read before it is known to be needed
+  for (bool goes_on = share.quota < share.left; goes_on;) {
+    const Share following = next();
     // floor(o * quota / left), or one less: o is below 2^31, and the ratio at most 2 / 2^32 too small. The remainder
     // is then below 2 * left and so below 2^32.
     uint32_t taken = static_cast<uint32_t>((static_cast<uint64_t>(o) * share.ratio) >> 32);
     uint32_t remainder = o * share.quota - taken * share.left;
-    if (remainder >= share.left) {
-      remainder -= share.left;
-      ++taken;
-    }
-    if (remainder + share.quota >= share.left) break;
-    o -= taken;
+    const bool one_more = remainder >= share.left;
+    remainder -= one_more ? share.left : 0;
+    o -= taken + (one_more ? 1 : 0);
+    const bool passes = remainder + share.quota < share.left;
+    slot = passes ? following.slot : slot;
     share = following;
+    goes_on = passes & (share.quota < share.left);
   }
-  return share.slot;
+  return slot;
 }
 
 // Calls visit(slot, quota) for the replicas of an expert with these shares, but those after which nothing is left.

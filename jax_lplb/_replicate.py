@@ -277,9 +277,11 @@ def _add_by_peers(transfer: Transfer, gradients: list[jax.Array], rows: Rows) ->
 
 
 def by_collectives(transfer: Transfer, leaves: list[jax.Array], rows: Rows) -> list[jax.Array]:
+    casted = [leaf.astype(dtype) for leaf, dtype in zip(leaves, transfer.slot_dtypes, strict=True)]
+    if rows.wanted.shape[1] == 0:
+        return casted
     if transfer.routes is not None:
         return _collective.bring_along(transfer.slot_dtypes, transfer.axes, transfer.routes, leaves, rows.sent)
-    casted = [leaf.astype(dtype) for leaf, dtype in zip(leaves, transfer.slot_dtypes, strict=True)]
     brought = [_collective.rows_by_slot(leaf, rows.wanted, transfer.axis_name) for leaf in casted]
     if not transfer.homes_first:
         return brought
@@ -287,6 +289,8 @@ def by_collectives(transfer: Transfer, leaves: list[jax.Array], rows: Rows) -> l
 
 
 def add_by_collectives(transfer: Transfer, gradients: list[jax.Array], rows: Rows) -> list[jax.Array]:
+    if rows.wanted.shape[1] == 0:
+        return [gradient.astype(dtype) for gradient, dtype in zip(gradients, transfer.dtypes, strict=True)]
     if transfer.routes is not None:
         return _collective.add_up_along(transfer.dtypes, transfer.axes, transfer.routes, gradients, rows.sent)
     home = len(rows.replicas)

@@ -136,6 +136,8 @@ class Checkpoints:
 
 def require_space(config: Config, trainer: Trainer) -> None:
     """Ends with one line, before the first step, where the disk has no room for the checkpoints that are to come."""
+    if config.checkpoint_every == 0:
+        return
     done = [int(path.name) for path in _folder(config).glob("[0-9]*")]
     to_come = math.ceil((config.steps - max(done, default=0)) / config.checkpoint_every)
     _require(config, trainer, min(to_come, max(config.keep + 1 - len(done), 1)))  # the oldest goes after the newest

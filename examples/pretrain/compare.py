@@ -1,4 +1,4 @@
-"""Loss, throughput and imbalance of runs in one figure, and a table: `python compare.py RUN... --out PNG`."""
+"""Loss by step and time, throughput and imbalance of runs, and a table: `python compare.py RUN... --out PNG`."""
 
 import contextlib
 import json
@@ -16,8 +16,9 @@ from rich.table import Table
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-COLOURS = ("#542788", "#e08214", "#1b7837", "#2166ac", "#b2182b", "#777777")
+COLOURS = ("#542788", "#e08214", "#1b7837", "#2166ac", "#b2182b", "#777777", "#01665e")
 SMOOTHED = 20  # steps
+SETTLED = 20  # steps before which the throughput is not counted
 # Of the metrics, by their names: experts in logical order, experts where they are but without copies, a certified lower
 # bound of what the copies allow, and what it was.
 IMBALANCES = {"contiguous": "contiguous", "home": "at home", "optimum": "optimum", "balanced": "balanced"}
@@ -87,7 +88,9 @@ def names(runs: Sequence[Path]) -> list[str]:
 
 def draw(runs: Sequence[Path], path: Path) -> None:
     """The figure; of a single run with what its imbalance would be without copies and could be at best."""
-    figure, (loss, speed, imbalance) = plt.subplots(3, 1, figsize=(9, 10), sharex=True, layout="constrained")
+    figure, (loss, in_time, speed, imbalance) = plt.subplots(4, 1, figsize=(9, 13), layout="constrained")
+    for each in (loss, speed):
+        each.sharex(imbalance)
     summaries = [json.loads((run / "summary.json").read_text()) for run in runs]
     for number, (run, name, summary) in enumerate(zip(runs, names(runs), summaries, strict=True)):
         rows, held_out = read_lines(run / "metrics.jsonl"), read_lines(run / "validation.jsonl")
@@ -97,6 +100,8 @@ def draw(runs: Sequence[Path], path: Path) -> None:
         loss.plot(step, column(rows, "loss"), color=colour, lw=0.5, alpha=0.4)
         dash = "-" if number == 0 else "--"  # losses of balanced and unbalanced runs lie on each other
         loss.plot(step, smooth(column(rows, "loss")), color=colour, ls=dash, label=label)
+        passed = np.nancumsum(column(rows, "seconds"))
+        in_time.plot(passed, smooth(column(rows, "loss")), color=colour, ls=dash, label=label)
         loss.plot(column(held_out, "step"), column(held_out, "validation_loss"), "o", color=colour, ms=4)
         # What the host does between steps shortens one and lengthens the next: the mean is that of their seconds.
         speed.plot(step, 1 / smooth(1 / column(rows, "tokens_per_s")), color=colour, label=label)
@@ -118,9 +123,10 @@ def draw(runs: Sequence[Path], path: Path) -> None:
     loss.axhline(summaries[0]["unigram_entropy"], color="#999999", lw=1, ls=":", zorder=0, label="unigram entropy")
     around = f"mean of the {SMOOTHED} steps around each"
     loss.set(ylabel="loss (nats a byte)", title=f"Loss; thin: each step, thick: {around}, dots: validation")
+    in_time.set(ylabel="loss (nats a byte)", xlabel="seconds of steps", title=f"Loss, {around}, by time")
     speed.set(ylabel="tokens / s", title=f"Throughput, {around}", ylim=(0, None))
     imbalance.set(ylabel="max / mean rank load", xlabel="step", title="Imbalance of each step, mean over layers")
-    for each in (loss, speed, imbalance):
+    for each in (loss, in_time, speed, imbalance):
         each.spines[["top", "right"]].set_visible(False)
         each.legend(frameon=False)
     figure.savefig(path, format="png", dpi=120)

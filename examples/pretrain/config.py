@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 VOCABULARY = 256  # bytes
+MAY_BE_NOTHING = ("seed", "redundants", "warmup_steps", "process", "checkpoint_every", "validate_every")
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Model:
     router_bias: bool = False
     """Balances the router without a loss (DeepSeek-V3), by a bias of each expert."""
     route: Literal["learned", "even"] = "learned"
-    """Even: to the experts in turn, whatever the router says; the ceiling of the throughput, no training of use."""
+    """Even: to each expert equally often, at random, whatever the router says; the ceiling of the throughput, no
+    training of use."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Placing:
     """Ranks that share the experts; by default all devices. The others are data parallel."""
     copies: Literal["batch", "past", "none"] | None = None
     """Chosen by each batch, on the device; or by past load, for many steps, with experts that move; or none. By default
-    by each batch, and with --distributed by the past: processes cannot read each other's memory yet."""
+    by each batch, and with --distributed by the past: whether processes reach each other's memory is not known yet."""
     redundants: int = 2
     """Slots of each rank for copies."""
     placement: Literal["topology", "eplb"] = "topology"
@@ -94,12 +96,14 @@ class Compute:
     """Of matrix multiplications; parameters are float32."""
     attention: Literal["cudnn", "xla"] | None = None
     """By default cuDNN's on GPUs, for bfloat16."""
-    remat: bool = True
-    """Computes each block again in the backward pass instead of keeping what it computed."""
-    dispatch: Literal["all_to_all", "ring"] = "all_to_all"
-    """How tokens travel to their experts."""
-    buffer_factor: float = 1.25
-    """Room of the dispatch's buffers over that of an even load."""
+    remat: bool = False
+    """Computes each block again in the backward pass instead of keeping what it computed: slower, with less memory."""
+    dispatch: Literal["peer", "all_to_all", "ring"] | None = None
+    """How tokens travel to their experts. By default through peers' memory where devices can reach each other's, else
+    by all_to_all."""
+    buffer_factor: float | None = None
+    """Room of the dispatch's buffers over that of an even load. By default 1.05 with --copies batch, where the buffers
+    are for all that a rank gets and not for each pair of ranks, and with --route even; else 1.25."""
     distributed: bool = False
     """Several processes; where no cluster manager such as SLURM tells JAX, with the three options below."""
     coordinator: str | None = None
@@ -121,11 +125,11 @@ class Config:
     seed: int = 0
     """Of the parameters and of the order of the data."""
     checkpoint_every: int = 500
-    """Steps between checkpoints; there is always one at the end."""
+    """Steps between checkpoints; there is one at the end too. 0: none at all."""
     keep: int = 2
     """Checkpoints kept."""
     validate_every: int = 500
-    """Steps between validations; there is always one at the end."""
+    """Steps between validations; there is one at the end too. 0: none at all."""
     log_every: int = 10
     """Steps between lines of the log, where standard error is no terminal."""
     model: Model = field(default_factory=Model)
@@ -146,7 +150,7 @@ PRESETS: dict[str, tuple[str, Config]] = {
             data=Data(seq_len=128, batch=16, validation_batches=16),
             optimiser=Optimiser(learning_rate=4e-3, warmup_steps=30),
             placing=Placing(placement_every=50),
-            compute=Compute(dtype="float32", remat=False),
+            compute=Compute(dtype="float32"),
         ),
     ),
     "tiny-gpu": (
@@ -166,6 +170,7 @@ PRESETS: dict[str, tuple[str, Config]] = {
             model=Model(d_model=2048, layers=12, heads=16, experts=128, top_k=8, d_expert=768),
             data=Data(seq_len=2048, batch=64),
             optimiser=Optimiser(learning_rate=4e-4, warmup_steps=1000),
+            compute=Compute(remat=True),
         ),
     ),
 }
@@ -185,10 +190,20 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
 
 def settle(config: Config) -> Config:
     """The settings with what is left open decided."""
-    if config.placing.copies is not None:
-        return config
-    placing = dataclasses.replace(config.placing, copies="past" if config.compute.distributed else "batch")
-    return dataclasses.replace(config, placing=placing)
+    compute = config.compute
+    copies = config.placing.copies or ("past" if compute.distributed else "batch")
+    # Where the batch chooses copies, what a rank gets is within a few percent of the mean. Not so what it gets from
+    # each other rank, which is what buffers of all_to_all are for.
+    of_ranks = compute.dispatch in ("peer", "ring") or (compute.dispatch is None and not compute.distributed)
+    is_even = config.model.route == "even" or (copies == "batch" and of_ranks)
+    factor = compute.buffer_factor
+    if factor is None:
+        factor = 1.05 if is_even else 1.25
+    return dataclasses.replace(
+        config,
+        placing=dataclasses.replace(config.placing, copies=copies),
+        compute=dataclasses.replace(compute, buffer_factor=factor),
+    )
 
 
 def check(config: Config, devices: int) -> int:
@@ -196,11 +211,11 @@ def check(config: Config, devices: int) -> int:
     model, ranks = config.model, config.placing.expert_ranks or devices
     for section in (config, model, config.data, config.optimiser, config.placing, config.compute):
         for name, value in vars(section).items():
-            least = 0 if name in ("seed", "redundants", "warmup_steps", "process") else 1
+            least = 0 if name in MAY_BE_NOTHING else 1
             if isinstance(value, int) and not isinstance(value, bool) and value < least:
                 raise SystemExit(f"train: --{name.replace('_', '-')} must be at least {least}, got {value}")
     for name, value, fits in (
-        ("buffer-factor", config.compute.buffer_factor, config.compute.buffer_factor > 0),
+        ("buffer-factor", config.compute.buffer_factor, (config.compute.buffer_factor or 0) > 0),
         ("learning-rate", config.optimiser.learning_rate, config.optimiser.learning_rate > 0),
         ("clip-norm", config.optimiser.clip_norm, config.optimiser.clip_norm > 0),
     ):

@@ -54,16 +54,19 @@ class Stop:
         return self._agreed
 
 
-def train(config: Config, terminal: Terminal) -> None:
-    """Runs until the last step or an interruption; goes on from the folder's newest checkpoint."""
+def train(config: Config, terminal: Terminal, trainer: Trainer | None = None) -> None:
+    """Runs until the last step or an interruption; goes on from the folder's newest checkpoint.
+
+    `trainer`: one of this configuration that is there already.
+    """
     ranks = check(config, jax.device_count())
     placement = place(config, ranks)
     terminal.stage("reading the text")
     text = read(config.data, terminal.say)
     corpus, entropy = Corpus(text, config), unigram_entropy(text)
     terminal.stage("tracing the model")
-    mesh = mesh_of(ranks)
-    trainer = Trainer(config, mesh, placement)
+    trainer = trainer or Trainer(config, mesh_of(ranks), placement)
+    mesh = trainer.mesh
     # Nothing is left behind by what was refused up to here.
     require_space(config, trainer)
     try:
@@ -88,8 +91,9 @@ def train(config: Config, terminal: Terminal) -> None:
             place_every = config.placing.placement_every if trainer.past else 0
             if start < config.steps:
                 terminal.stage("compiling")
-                moves = place_every > 0 and (config.steps - 1) // place_every > start // place_every
-                trainer.compile(state, placement, moves=moves)
+                ways = trainer.compile(placement, start)
+                recorder.about(ways)
+                terminal.say("tokens travel by {dispatch}, copies by {transport}".format(**ways))
                 batches = corpus.training(start, processes, process)
                 terminal.count(start, config.steps)
             while step < config.steps and not stopped:
@@ -101,7 +105,7 @@ def train(config: Config, terminal: Terminal) -> None:
                 if _due(step, place_every) and not last:
                     new = trainer.put(place(config, ranks, past_load(state)))
                     state, placement = trainer.move(state, placement, new), new  # weights and moments go along
-                if _due(step, config.validate_every) or last:
+                if _due(step, config.validate_every, last):
                     recorder.flush()
                     terminal.stage("validating after step")
                     losses = [
@@ -109,19 +113,21 @@ def train(config: Config, terminal: Terminal) -> None:
                         for batch in corpus.validation(processes, process)
                     ]
                     recorder.validated(step, float(np.mean(jax.device_get(losses))))
-                if _due(step, config.checkpoint_every) or stopped or last:
+                if _due(step, config.checkpoint_every, stopped or last):
                     recorder.flush()  # ends a run whose loss or gradients are no numbers, before it is kept
                     terminal.stage("writing a checkpoint after step")
                     checkpoints.save(step, state, placement)
                     recorder.saved(step)
+            recorder.flush()
     if start >= config.steps:
         terminal.say(
             f"nothing to do: {config.out} has {start} steps already; go on with a larger --steps, or start again with "
             "another --out"
         )
     elif step < config.steps:
-        terminal.say(f"stopped after step {step}; the same command goes on from there")
+        goes_on = "; the same command goes on from there" if config.checkpoint_every else ""
+        terminal.say(f"stopped after step {step}{goes_on}")
 
 
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
+def _due(step: int, every: int, end: bool = False) -> bool:
+    return every > 0 and (end or step % every == 0)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 import jax_lplb as lplb
@@ -46,11 +47,26 @@ class Attention(nnx.Module):
         return self.out(mixed.reshape(x.shape))
 
 
-class InTurn(NamedTuple):
-    """A layer's router (`MoE.route`) that sends tokens to the experts in turn: as many to each, on every rank.
+def even_choices(tokens: int, experts: int, top_k: int) -> np.ndarray:
+    """Of each `experts` tokens each has `top_k` different experts, at random, and each expert `top_k` of the tokens.
+
+    bool [tokens, experts], the same for every call.
+    """
+    rng = np.random.default_rng(0)
+    blocks = -(-tokens // experts)
+    order, shifts = (rng.permuted(np.tile(np.arange(experts), (blocks, 1)), axis=1) for _ in range(2))
+    places = (np.arange(experts)[None, :, None] + shifts[:, None, :top_k]) % experts
+    ids = np.take_along_axis(order[:, None, :], places, axis=2).reshape(-1, top_k)[:tokens]
+    chosen = np.zeros((tokens, experts), bool)
+    np.put_along_axis(chosen, ids, True, axis=1)
+    return chosen
+
+
+class EvenRouter(NamedTuple):
+    """A layer's router (`MoE.route`) that chooses each expert equally often, on every rank, by a constant table.
 
     Attributes:
-      router: the layer's own, which still picks and weighs experts, of those whose turn it is. It takes as long.
+      router: the layer's own, which still picks and weighs experts, of those of the table. It takes as long.
       top_k: experts of each token.
     """
 
@@ -59,9 +75,8 @@ class InTurn(NamedTuple):
 
     def __call__(self, logits: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
         """As the layer's own, but for the bias, which could say otherwise."""
-        tokens, experts = (jax.lax.broadcasted_iota(jnp.int32, logits.shape, axis) for axis in (0, 1))
-        in_turn = (experts - self.top_k * tokens) % logits.shape[1] < self.top_k
-        return self.router(jnp.where(in_turn, logits, -1e9), None)
+        tokens, experts = logits.shape
+        return self.router(jnp.where(even_choices(tokens, experts, self.top_k), logits, -1e9), None)
 
 
 class Block(nnx.Module):
@@ -70,6 +85,7 @@ class Block(nnx.Module):
     def __init__(self, config: Config, placement: lplb.Placement, mesh: jax.sharding.Mesh, *, rngs: nnx.Rngs) -> None:
         """Makes the parameters; the placement is that of one layer."""
         model, compute = config.model, config.compute
+        assert compute.buffer_factor is not None, "config.settle decides it"
         norm = partial(nnx.RMSNorm, model.d_model, dtype=jnp.dtype(compute.dtype), rngs=rngs)
         self.attention_norm, self.moe_norm = norm(), norm()
         self.attention = Attention(config, rngs=rngs)
@@ -89,8 +105,8 @@ class Block(nnx.Module):
             rngs=rngs,
         )
         if model.route == "even":
-            in_turn: Any = InTurn(self.moe.route, model.top_k)
-            self.moe.route = in_turn
+            even: Any = EvenRouter(self.moe.route, model.top_k)
+            self.moe.route = even
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, Metrics]:
         """[batch, tokens, d_model] to the same, and the layer's metrics."""
@@ -114,7 +130,7 @@ class Transformer(nnx.Module):
             return Block(config, placement, mesh, rngs=rngs)
 
         self.remat, self.batch = config.compute.remat, jax.NamedSharding(mesh, jax.P(mesh.axis_names))
-        self.embed = nnx.Embed(VOCABULARY, model.d_model, dtype=dtype, rngs=rngs)
+        self.dtype, self.embed = dtype, nnx.Embed(VOCABULARY, model.d_model, rngs=rngs)
         self.blocks = blocks(rngs)
         self.norm = nnx.RMSNorm(model.d_model, dtype=dtype, rngs=rngs)
         small = nnx.initializers.normal(0.02)  # the first loss is that of a guess among all bytes
@@ -122,7 +138,10 @@ class Transformer(nnx.Module):
 
     def __call__(self, tokens: jax.Array) -> tuple[jax.Array, Metrics]:
         """int32 [batch, tokens] to float32 [batch, tokens, VOCABULARY] and metrics with a leading layer axis."""
-        x = jax.lax.with_sharding_constraint(self.embed(tokens), self.batch)
+        # The gradient of a look-up adds up, in bfloat16, one token after the other; that of a product in float32.
+        one_hot = jax.nn.one_hot(tokens, VOCABULARY, dtype=self.dtype)
+        embedded = one_hot @ self.embed.embedding[...].astype(self.dtype)
+        x = jax.lax.with_sharding_constraint(embedded, self.batch)
 
         # One block is compiled, however many there are.
         def run(block: Block, x: jax.Array) -> tuple[jax.Array, Metrics]:

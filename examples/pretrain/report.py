@@ -13,15 +13,15 @@ import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
-from compare import IMBALANCES, column, draw, read_lines
+from compare import IMBALANCES, SETTLED, column, draw, read_lines
 from config import Config
 from flops import per_token, utilisation
 from terminal import Terminal
 
-SETTLED = 20  # steps before which the throughput is not counted
 ROUTING = {
     "learned": "learned",
-    "even": "even, whatever the router says: the throughput is a ceiling, and nothing of use is trained",
+    "even": "even, each expert equally often and at random, whatever the router says: the throughput is a ceiling, and "
+    "nothing of use is trained",
 }
 
 
@@ -63,6 +63,10 @@ class Recorder:
         elif not isinstance(error, KeyboardInterrupt):
             with contextlib.suppress(OSError):  # as on a full disk; the run's own error is to be told
                 self._finish(str(error).removeprefix("train: "))
+
+    def about(self, more: dict[str, Any]) -> None:
+        """What else goes into the summary."""
+        self._about |= more
 
     def push(self, step: int, metrics: dict[str, jax.Array], begun: float) -> None:
         """Keeps what step number `step`, called at time `begun`, will have computed, and records the one before it."""

@@ -79,15 +79,25 @@ class Trainer:
         model = self.config.model
         return np.zeros((model.layers, model.experts), np.float32) if self.past else None
 
-    def compile(self, state: State, placement: lplb.Placement, *, moves: bool) -> None:
-        """Compiles a step, and with `moves` the moving of experts, so that none of the steps waits for it."""
-        data = self.config.data
+    def compile(self, placement: lplb.Placement, start: int = 0) -> dict[str, str]:
+        """Compiles what steps after `start` run, so that none of them waits for it.
+
+        Returns how tokens and copies travel, `dispatch` and `transport`, where that was left to what can be reached.
+        """
+        data, steps, every = self.config.data, self.config.steps, self.config.placing.placement_every
         batch = jax.ShapeDtypeStruct(
             (data.batch, data.seq_len + 1), np.uint8, sharding=jax.NamedSharding(self.mesh, jax.P(self.mesh.axis_names))
         )
-        self.step.lower(state, placement, batch).compile()
-        if moves:
-            self.move.lower(state, placement, placement).compile()
+        lowered = self.step.lower(self.abstract, placement, batch)
+        lowered.compile()
+        if self.past and (steps - 1) // every > start // every:
+            self.move.lower(self.abstract, placement, placement).compile()
+        text = lowered.as_text()
+        dispatch = "peer" if "lplb_dispatch" in text else self.config.compute.dispatch or "all_to_all"
+        # Whatever is read from peers' memory has been exposed, or shared with other processes, before.
+        transport = "peer" if "lplb_expose" in text or "lplb_share" in text else "collective"
+        has_copies = placement.num_physical > placement.num_experts
+        return {"dispatch": dispatch, "transport": transport if has_copies else "none"}
 
     @property
     def num_parameters(self) -> int:

@@ -16,12 +16,17 @@ FLAGS = {
 }
 
 
+def set_flags() -> None:
+    """Before JAX first looks for its devices, which is when it reads them, and not when it is imported."""
+    given = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = " ".join([given, *(f"--{key}={FLAGS[key]}" for key in FLAGS if key not in given)])
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Reads the command line, and says in a line what the user can mend."""
     config = parse(arguments)
-    compute, given = config.compute, os.environ.get("XLA_FLAGS", "")
-    # Read when JAX first looks for its devices, not when it is imported.
-    os.environ["XLA_FLAGS"] = " ".join([given, *(f"--{key}={FLAGS[key]}" for key in FLAGS if key not in given)])
+    compute = config.compute
+    set_flags()
     if not compute.distributed and (compute.coordinator, compute.processes, compute.process) != (None, None, None):
         raise SystemExit("train: --coordinator, --processes and --process go with --distributed")
     try:
