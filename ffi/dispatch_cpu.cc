@@ -19,8 +19,8 @@ template <class Visit>
 void for_each_token(const Places& places, int batch, Visit visit) {
   const PeerBuffer& place = places.place;
   const auto* own = place.own + static_cast<int64_t>(batch) * place.num_rows * place.row_bytes;
-  int here = 0;
-  while (rows_of<const unsigned char>(place, batch, here) != own) ++here;
+  int here = 0;  // where the table does not tell of these places, `release` says so
+  while (here < place.num_ranks - 1 && rows_of<const unsigned char>(place, batch, here) != own) ++here;
   for (int rank = 0; rank < place.num_ranks; ++rank) {
     const int32_t* of_rank = rows_of<const int32_t>(place, batch, rank);
     for (int64_t token = 0; token < place.num_rows; ++token) {

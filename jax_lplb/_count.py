@@ -94,15 +94,15 @@ def chunking(num_ids: int, num_experts: int) -> tuple[int, int]:
     return max(1, -(-num_ids // chunk_size)), chunk_size
 
 
-def check_expert_ids(expert_ids: Any) -> None:
-    if not isinstance(expert_ids, (jax.Array, np.ndarray)):
-        raise TypeError(f"expert_ids must be an int32 array, got {type(expert_ids).__name__}")
-    if expert_ids.dtype != jnp.int32:
-        raise TypeError(f"expert_ids must have dtype int32, got {expert_ids.dtype}; convert with .astype(jnp.int32)")
-    if expert_ids.ndim < 1:
-        raise ValueError(f"expert_ids must have shape [..., k] with at least one axis, got shape {expert_ids.shape}")
-    if expert_ids.size > 2**31 - 1:
-        raise ValueError(f"expert_ids: {expert_ids.size} ids are more than {2**31 - 1}, the largest count")
+def check_expert_ids(ids: Any, name: str = "expert_ids") -> None:
+    if not isinstance(ids, (jax.Array, np.ndarray)):
+        raise TypeError(f"{name} must be an int32 array, got {type(ids).__name__}")
+    if ids.dtype != jnp.int32:
+        raise TypeError(f"{name} must have dtype int32, got {ids.dtype}; convert with .astype(jnp.int32)")
+    if ids.ndim < 1:
+        raise ValueError(f"{name} must have shape [..., k] with at least one axis, got shape {ids.shape}")
+    if ids.size > 2**31 - 1:
+        raise ValueError(f"{name}: {ids.size} ids are more than {2**31 - 1}, the largest count")
 
 
 def check_num_experts(num_experts: int, implementation: _ffi.Implementation) -> None:

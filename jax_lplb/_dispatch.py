@@ -17,7 +17,7 @@ from jax import lax
 
 from jax_lplb import _collective_tokens, _ffi, _peer, _peer_tokens, _replicate
 from jax_lplb._balance import axis_size
-from jax_lplb._checks import check_choice, check_positive
+from jax_lplb._checks import check_choice, check_count, check_positive
 from jax_lplb._count import check_expert_ids, chunking, count
 from jax_lplb._gather import inverse
 from jax_lplb._mesh import AxisName
@@ -85,11 +85,11 @@ def dispatch(
       axis_name: mesh axis, or axes, of the ranks.
       buffer_factor: rows of a rank's buffer, over the mean that ranks get. With the copies of `Placement.per_batch`
         1.03 holds nearly every batch in one round.
-      round: which part of the batch: rows `round * capacity` and following of what each rank gets in all. Beyond
-        `num_rounds` there are none.
-      transport: "peer": ranks read each other's memory, which takes devices of one process, CPUs or GPUs that can
-        access each other's, and tokens of float32, bfloat16 or float16 in whole 16-byte words. "collective": all ranks
-        get all tokens by `all_gather`, and take what they need. None: "peer" where that can be.
+      round: which part of the batch, from 0 on: rows `round * capacity` and following of what each rank gets in all.
+        From `num_rounds` on there are none.
+      transport: "peer": ranks read each other's memory, as `replicate` has it, and besides takes tokens of float32,
+        bfloat16 or float16 in whole 16-byte words, and at most 32 choices of each. "collective": all ranks get all
+        tokens by `all_gather`, and take what they need. None: "peer" where that can be.
 
     Returns:
       A `Dispatched`.
@@ -97,33 +97,42 @@ def dispatch(
     Raises:
       TypeError, ValueError: an argument has the wrong type, shape or value, or `transport` is "peer" and ranks cannot
         read each other's memory.
-      NotImplementedError: it is differentiated in forward mode or twice, where ranks read each other's memory.
+      NotImplementedError: it is differentiated in forward mode or twice.
     """
     check_one_layer("placement", placement)
     check_choice("transport", transport, TRANSPORTS)
     check_positive("buffer_factor", buffer_factor)
     axis_size(axis_name, placement.num_ranks)
-    check_expert_ids(physical_ids)
-    if tokens.ndim != 2 or physical_ids.ndim != 2 or len(tokens) != len(physical_ids):
+    check_expert_ids(physical_ids, "physical_ids")
+    _check_floats("tokens", tokens)
+    if tokens.ndim != 2 or physical_ids.ndim != 2 or len(tokens) != len(physical_ids) or not physical_ids.size:
         raise ValueError(
-            "tokens and physical_ids must have shapes [num_tokens, d_model] and [num_tokens, k], got "
-            f"{tokens.shape} and {physical_ids.shape}"
+            "tokens and physical_ids must have shapes [num_tokens, d_model] and [num_tokens, k], with one token and "
+            f"one choice at least (ids of -1 are padding), got {tokens.shape} and {physical_ids.shape}"
         )
+    if not isinstance(round, (jax.Array, np.ndarray)):
+        check_count("round", round, least=0)
+    elif round.shape != () or not jnp.issubdtype(round.dtype, jnp.integer):
+        raise TypeError(f"round must be an integer, got an array of shape {round.shape} and dtype {round.dtype}")
     implementation = implementation_of(transport, axis_name, tokens, physical_ids.shape[1])
     queues = queue(physical_ids, placement, axis_name, implementation)
     capacity = capacity_of(buffer_factor * physical_ids.size, physical_ids.size * placement.num_ranks)
-    handle = queues.handle(jnp.asarray(round, jnp.int32), capacity, axis_name, implementation)
-    return Dispatched(bring(tokens, handle), handle.group_sizes, queues.num_rounds(capacity), handle)
+    num_rounds = queues.num_rounds(capacity)
+    round_ = jnp.minimum(jnp.asarray(round, jnp.int32), num_rounds)  # any number times the capacity may be too large
+    handle = queues.handle(round_, capacity, axis_name, implementation)
+    return Dispatched(bring(tokens, handle), handle.group_sizes, num_rounds, handle)
 
 
 def combine(rows: jax.Array, gates: jax.Array, handle: Handle) -> jax.Array:
     """For each token the sum of its rows, times its gates: the way back from `dispatch`; within `shard_map`.
 
-    What a rank has for a token is added up there, in float32, and goes over the link in the dtype of the rows.
-    Differentiable as `dispatch` is. Deterministic.
+    What a rank has for a token is added up there, in float32. Through peers' memory this part of the sum goes over the
+    link in the dtype of the rows, and so is rounded once; by collectives it stays float32. Which choices make a part
+    depends on where their experts are: bits may differ with the placement. Differentiable as `dispatch` is.
+    Deterministic.
 
     Args:
-      rows: [capacity, d_model], what the experts made of `dispatch`'s rows.
+      rows: [capacity, d_model], what the experts made of `dispatch`'s rows. Of those beyond the groups nothing is read.
       gates: float32 [num_tokens, k].
       handle: of the dispatch.
 
@@ -131,14 +140,28 @@ def combine(rows: jax.Array, gates: jax.Array, handle: Handle) -> jax.Array:
       float32 [num_tokens, d_model]; zeros for tokens without rows in this round.
 
     Raises:
-      ValueError: shapes are not those of the dispatch.
+      TypeError, ValueError: an argument has the wrong type or shape, or the transport of the dispatch is "peer", and
+        these rows cannot go through peers' memory.
+      NotImplementedError: it is differentiated in forward mode or twice.
     """
+    if not isinstance(handle, Handle):
+        raise TypeError(f"handle must be that of a dispatch, lplb.dispatch(...).handle, got {type(handle).__name__}")
+    _check_floats("rows", rows)
+    _check_floats("gates", gates)
     if rows.ndim != 2 or len(rows) != handle.capacity or gates.shape != handle.place.shape:
         raise ValueError(
             f"rows and gates must have shapes [{handle.capacity}, d_model] and {handle.place.shape}, got {rows.shape} "
             f"and {gates.shape}"
         )
-    return add_up(rows, gates.astype(jnp.float32), handle)
+    # Rows may be of another dtype or width than the tokens.
+    transport: Transport = {"ffi": "peer", "xla": "collective", None: None}[handle.implementation]
+    implementation = implementation_of(transport, handle.axis_name, rows, gates.shape[1])
+    return add_up(rows, gates.astype(jnp.float32), dataclasses.replace(handle, implementation=implementation))
+
+
+def _check_floats(name: str, array: Any) -> None:
+    if not isinstance(array, (jax.Array, np.ndarray)) or not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"{name} must be a floating-point array, got {getattr(array, 'dtype', type(array).__name__)}")
 
 
 class Queues(NamedTuple):
@@ -164,6 +187,11 @@ class Queues(NamedTuple):
     ) -> Handle:
         """Where the choices of a round are among the rows of ranks' buffers."""
         of_ranks, ranks = self.of_ranks, len(self.counts)
+        if ranks * capacity > 2**31 - 1:
+            raise ValueError(
+                f"buffer_factor: {ranks} buffers of {capacity} rows are more than {2**31 - 1} rows; choose a smaller "
+                "one, and the batch takes more rounds"
+            )
         end = jnp.cumsum(of_ranks.reshape(ranks, -1), axis=1, dtype=jnp.int32).reshape(of_ranks.shape)
         start = (end - of_ranks)[:, :, self.rank].reshape(-1)  # of this rank's choices for each physical expert
         row = start.at[self.slot].get(mode="clip") + self.number - round_ * capacity
@@ -218,20 +246,24 @@ def capacity_of(wanted: float, most: int, num_buffers: int = 1) -> int:
 
 
 def implementation_of(
-    transport: Transport, axis_name: AxisName, tokens: jax.Array, num_choices: int, asked_by: str = "transport"
+    asked: str | None,
+    axis_name: AxisName,
+    tokens: jax.Array,
+    num_choices: int,
+    argument: str = "transport",
+    instead: str = "collective",
 ) -> _ffi.Implementation:
-    """`asked_by`: the argument that says "peer", and by which an error names it and its cure."""
-    if transport == "collective":
+    """How tokens travel. `asked`: "peer", `instead`, or None for whichever can be; the value of the argument named."""
+    if asked == instead:
         return "xla"
-    why_not = _peer_tokens.why_out_of_reach(axis_name, tokens, num_choices, asked=transport == "peer")
-    if why_not and transport == "peer":
-        cure = {"transport": "collective", "dispatch": "all_to_all"}[asked_by]
+    why_not = _peer_tokens.why_out_of_reach(axis_name, tokens, num_choices, asked=asked == "peer")
+    if why_not and asked == "peer":
         raise ValueError(
-            f"{asked_by} = 'peer': ranks cannot read each other's memory here: {why_not}; pass {asked_by}='{cure}', or "
-            "None for whichever can be"
+            f"{argument} = 'peer': tokens cannot go through peers' memory here: {why_not}; pass "
+            f"{argument}={instead!r}, or None for whichever can be"
         )
     say_once(logging.INFO, f"tokens travel by collectives: {why_not}" if why_not else "tokens: peers' memory")
-    return "xla" if why_not else "ffi" if transport == "peer" else None
+    return "xla" if why_not else "ffi" if asked == "peer" else None
 
 
 def bring(tokens: jax.Array, handle: Handle) -> jax.Array:
@@ -253,14 +285,14 @@ def bring_beside(
     """
     tokens, place, group_sizes = _alike(tokens, handle.place, handle.group_sizes)
     handle = dataclasses.replace(handle, place=place, group_sizes=group_sizes)
-    return _bring(transfer, _once(tokens, handle), _once(leaves, handle), handle, rows)
+    return _bring(transfer, _once(tokens), _once(leaves), handle, rows)
 
 
 def add_up(rows: jax.Array, gates: jax.Array, handle: Handle) -> jax.Array:
     """float32 [num_tokens, d_model]: for each token the sum of its rows, times gates."""
     rows, gates, place, group_sizes = _alike(rows, gates, handle.place, handle.group_sizes)
     handle = dataclasses.replace(handle, place=place, group_sizes=group_sizes)
-    return _add_up(_once(rows, handle), gates, handle)
+    return _add_up(_once(rows), _once(gates), handle)
 
 
 def _alike(*arrays: jax.Array) -> list[jax.Array]:
@@ -269,13 +301,11 @@ def _alike(*arrays: jax.Array) -> list[jax.Array]:
     return [_ffi.vary(array, axes) for array in arrays]
 
 
-def _once(tree: Any, handle: Handle) -> Any:
-    if handle.implementation == "xla":
-        return tree
+def _once(tree: Any) -> Any:
     return reverse_only(
         tree,
-        "dispatch and combine can be differentiated once, in reverse mode (jax.grad, jax.vjp), where ranks read each "
-        "other's memory; for forward mode and derivatives of derivatives pass transport='collective'",
+        "dispatch and combine can be differentiated once, in reverse mode (jax.grad, jax.vjp); for forward mode and "
+        "derivatives of derivatives compute every expert on every token, as jax_lplb.flax.MoE(dispatch='dense') does",
     )
 
 
@@ -368,5 +398,5 @@ def _sum_by_peers(
     rank = jnp.where(place >= 0, place // handle.capacity, -1)
     earlier = jnp.arange(k)[None, :] < jnp.arange(k)[:, None]
     is_first = (rank >= 0) & ~jnp.any(earlier[None] & (rank[:, None, :] == rank[:, :, None]), axis=2)
-    is_part = jnp.arange(num_parts)[None] < jnp.sum(is_first, axis=1, dtype=jnp.int32)[:, None]
+    is_part = jnp.arange(num_parts, dtype=jnp.int32)[None] < jnp.sum(is_first, axis=1, dtype=jnp.int32)[:, None]
     return jnp.sum(jnp.where(is_part[..., None], parts, 0).astype(jnp.float32), axis=1), sums

@@ -73,8 +73,9 @@ def expert_parallel(
     others = tuple(sorted(_ffi.varying(tokens, physical_ids, *given) - axes))
     implementation: _ffi.Implementation = "xla"
     if dispatch in (None, "peer"):
-        asked: Any = dispatch
-        implementation = _dispatch.implementation_of(asked, axis_name, tokens, physical_ids.shape[1], "dispatch")
+        implementation = _dispatch.implementation_of(
+            dispatch, axis_name, tokens, physical_ids.shape[1], "dispatch", "all_to_all"
+        )
         dispatch = dispatch or ("all_to_all" if implementation == "xla" else "peer")
     copies: Copies | None = None
     if isinstance(slots, Home):

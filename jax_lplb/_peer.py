@@ -1,30 +1,38 @@
-"""Peers' memory: devices of one host read rows from each other's buffers, over NVLink between GPUs.
+"""Peers' memory: devices of one host read and write each other's buffers, over NVLink between GPUs.
 
-A rank tells the others where its buffers are, they read, and nobody's buffers go before all have read:
+A rank tells the others where its buffers are, they read them or write to them, and nobody's buffers go before all have:
 
-1. `expose`: a custom call writes down the addresses of the buffers, and `gather` shows them to all ranks.
-2. `add_rows`: a custom call reads from the places that the addresses name, and adds up what it reads.
-3. `release`: ranks that have read join another `gather`, and a custom call takes the buffers, and what that brought.
+1. `expose`: a custom call writes down the addresses of the buffers, and `gather` shows them to all ranks. Buffers are
+   of three kinds. What is *shown* is read only, by others as by the rank itself. *Rooms* are new, for others to write
+   to. The third kind others write to as well, but not to all of it: the rest keeps what it held.
+2. A custom call reads and writes at the places that the addresses name: `add_rows` for weights and their gradients, and
+   those of `_peer_tokens` for tokens.
+3. `release`: ranks that have read and written join another `gather`, and a custom call takes the buffers, what the call
+   before has made of them, and what the `gather` brought.
 
 This is right because of four things that XLA guarantees:
 
-- **A value is there before what is computed from it.** The addresses come from a call that has the buffers as operands,
-  so a buffer is written before its address exists; and a `gather` gives no rank a result before every rank has
-  joined. So all buffers are written before anyone reads. No rank gets the result of the second one before every rank
-  has joined it, with a marker that its reading makes. So all have read when `release` runs.
-- **A result that must alias an operand is in its place.** The buffers go through these calls as operands with results
-  in their places, each with a single use: a chain that is one piece of memory, from the call that tells its address
-  to the one that releases it. `release` makes sure: on CPUs it is an error if the memory is another, on GPUs a trap.
-- **A buffer is kept until its last use**, as an operand of `release`. What the program makes of its results, such as
-  writing over them, comes after that.
+- **A value is there before what is computed from it.** The addresses come from a call that has what is shown as an
+  operand, so that is written before its address exists; and a `gather` gives no rank a result before every rank has
+  joined. So all that is shown is written, and all rooms are there, before anyone reads or writes. No rank gets the
+  result of the second `gather` before every rank has joined it, with a marker that its reading and writing makes. So
+  all have read and written when `release` runs.
+- **A value is in one place, and a result that must alias an operand is in the place of that.** What is shown is not
+  written by these calls: it is an operand of the first and of the last, the same value in the same memory. What others
+  write to goes through the calls as operands with results in their places, each with a single use: a chain that is one
+  piece of memory, from the call that tells its address to the one that releases it. `release` makes sure of both: on
+  CPUs it is an error if the memory is another, on GPUs a trap.
+- **A buffer is kept until its last use**, as an operand of `release`. What the program makes of its results, or of the
+  memory of what was shown, such as writing over it, comes after that.
 - **A call that has an effect runs once, where it stands.** Merged with its like, repeated or moved out of a loop, a
   call would tell of one buffer while another is read, or read what is gone.
 
-JAX's transformations keep to this too, as they meet each of `bring` and `add_up` as one operation: a policy of
-`jax.checkpoint` saves or repeats all of it, and so never keeps addresses for later. Under `jax.vmap` all calls are
-mapped together, and addresses are those of the elements.
+No byte is written and read at once, nor written by two: what is shown is written by nobody, and of what others write
+to, each byte is written by one rank, and read by its owner after `release`.
 
-While others read the first rows of a rank's buffer, the rank writes the last ones: no byte is written and read at once.
+JAX's transformations keep to this too, as they meet each function that is `one_operation` as one: a policy of
+`jax.checkpoint` saves or repeats all of it, and so never keeps addresses for later. Under `jax.vmap` all calls are
+mapped together, and addresses are those of the elements: so `expose` has to be mapped where the call after it is.
 
 The table of addresses is the one place that knows how memory is reached. Where all devices belong to one process,
 addresses are as they are. Where each GPU of a host has a process of its own, what `expose` shows means the same in all
@@ -136,10 +144,10 @@ def gather(words: jax.Array, axis_name: AxisName) -> jax.Array:
 
 
 class Exposed(NamedTuple):
-    """What other ranks read from or write to."""
+    """What other ranks read from or write to, [rows, ...] each."""
 
     shown: list[jax.Array]  # read only, by others as by this rank, wherever else it is used
-    buffers: list[jax.Array]  # [rows, ...], the results that go through the calls in place
+    buffers: list[jax.Array]  # written by others, rooms last; they go through the calls in place
     table: jax.Array  # uint32 [ranks, shown and buffers, 2], the address of each, the lower half first
 
 
@@ -154,11 +162,12 @@ def expose(
     """Where every rank has its own of these.
 
     Args:
-      buffers: what is written too: in the same memory from now on, or in a copy.
-      mapped_with: what they are read by. Under `jax.vmap` they have addresses for each element of it.
+      buffers: what others write to, and what is there already: in the same memory from now on, or in a copy.
+      mapped_with: of what the call takes that reads and writes. Where that is mapped by `jax.vmap`, there are addresses
+        for each element, even if nothing else is mapped.
       axis_name: of the ranks.
       shown: what is read only.
-      rooms: further buffers, of which nothing is known before others have written to them.
+      rooms: what further buffers are like, of which nothing is known before others have written to them.
     """
     results = [*_like(buffers), *rooms]
     addresses = _ffi.Result((len(shown) + len(results), 2), jnp.uint32, [mapped_with, *shown, *buffers])

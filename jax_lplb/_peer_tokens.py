@@ -18,7 +18,9 @@ _NUM_BLOCKS = 132  # of a kernel, at once
 
 
 def why_out_of_reach(axis_name: AxisName, tokens: jax.Array, num_choices: int, *, asked: bool) -> str:
-    """Why tokens cannot go through peers' memory; empty where they can."""
+    """Why tokens, or rows of theirs, cannot go through peers' memory; empty where they can."""
+    if tokens.dtype not in _peer.SUMMED:
+        return f"tokens travel as {', '.join(map(str, _peer.SUMMED))}, not {tokens.dtype}"
     row_bytes = int(np.prod(tokens.shape[1:])) * tokens.dtype.itemsize
     if row_bytes % 16 or row_bytes == 0:
         return f"a token of {row_bytes} bytes is not of whole 16-byte words"
@@ -53,7 +55,7 @@ def dispatch(
       [slots, ...] of each leaf.
     """
     capacity, dtypes = sizes
-    exposed = _peer.expose([], place, axis_name, shown=[tokens, place, *leaves])
+    exposed = _peer.expose([], _zero_like(group_sizes, source), axis_name, shown=[tokens, place, *leaves])
     beside = _beside(leaves, source)
     operands = (exposed.table, tokens, place, group_sizes, *beside)
     results = [
@@ -95,7 +97,7 @@ def combine(
     given = [] if gates is None else [gates]
     of_rows = (rows, place, *given)
     room = _ffi.Result((len(place), num_parts, *rows.shape[1:]), rows.dtype, of_rows)
-    exposed = _peer.expose([], place, axis_name, shown=[place, *given, *leaves], rooms=[room])
+    exposed = _peer.expose([], _zero_like(rows, replicas), axis_name, shown=[place, *given, *leaves], rooms=[room])
     operands = (exposed.table, place, rows, *exposed.buffers, *given, *_beside(leaves, replicas))
     done, parts, *sums = _ffi.call(
         "lplb_combine",
@@ -125,7 +127,7 @@ def combine_gradient(
 ) -> tuple[jax.Array, jax.Array]:
     """Of the gradients [num_tokens, d_model] of the tokens' sums: those of the rows and of the gates."""
     zeros = _ffi.vary(jnp.zeros_like(gates), _ffi.varying(of_sums, place, gates, rows))
-    exposed = _peer.expose([zeros], place, axis_name, shown=[of_sums, place, gates])
+    exposed = _peer.expose([zeros], _zero_like(rows, group_sizes), axis_name, shown=[of_sums, place, gates])
     operands: Any = (exposed.table, of_sums, place, gates, group_sizes, rows, *exposed.buffers)
     results = [
         _ffi.Result((), jnp.int32, operands),
@@ -137,3 +139,10 @@ def combine_gradient(
     )
     of_gates, of_rows = _peer.release(exposed._replace(buffers=[of_gates]), done, axis_name, [of_rows])
     return of_rows, of_gates
+
+
+def _zero_like(*arrays: jax.Array | None) -> jax.Array:
+    """Zero, mapped under `jax.vmap` where any of these is, so that addresses are; XLA waits for none of them."""
+    zeros = [jnp.sum(array[:0], dtype=jnp.float32) for array in arrays if array is not None]
+    axes = _ffi.varying(*zeros)
+    return sum((_ffi.vary(zero, axes) for zero in zeros), start=jnp.float32(0))

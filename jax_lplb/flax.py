@@ -156,14 +156,14 @@ class MoE(nnx.Module):
           router_bias: balancing without a loss (DeepSeek-V3): a bias, changed by `update_bias`, added to the scores
             when experts are picked.
           n_shared_experts: experts that all tokens go to beside their routed ones, as one of that many times the width.
-          dispatch: how tokens get to their experts and back. "peer": through the ranks' memory, for devices of one
-            process that can access each other's. "all_to_all": each rank sends every other a buffer of equal size.
+          dispatch: how tokens get to their experts and back. "peer": through the ranks' memory, as `jax_lplb.dispatch`
+            has it. "all_to_all": each rank sends every other a buffer of equal size.
             "ring": all ranks get all tokens (all_gather and psum_scatter). None: "peer" where that can be, else
             "all_to_all". Or "dense": all ranks gather the weights, and compute every expert on each of their tokens;
             slow, and the only one with forward-mode derivatives and derivatives of derivatives.
           buffer_factor: size of the dispatch's buffers over what they would hold if all ranks received the same, and
-            with "all_to_all" each the same from each. Where a batch needs more, it takes several rounds; no token is
-            dropped.
+            with "all_to_all" each the same from each; with "peer" and copies chosen for each batch 1.03 is enough.
+            Where a batch needs more, it takes several rounds; no token is dropped.
           transport: how weights of copies travel: "peer", "collective" or None, as `jax_lplb.replicate` has it. "peer"
             cannot be on a mesh with axes beyond `token_axes`: those are left to XLA.
           grouped_matmul: "tokamax" (https://github.com/openxla/tokamax), "ragged_dot" (jax.lax), or None: the former

@@ -53,6 +53,24 @@ def platform(request):
         yield request.param
 
 
+@pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+def mesh(request) -> jax.sharding.Mesh:
+    """Of eight virtual CPU devices, or of eight, four or two GPUs."""
+    devices = jax.devices(request.param)
+    ranks = next((size for size in (8, 4, 2) if size <= len(devices)), None)
+    if ranks is None:
+        pytest.skip("needs two GPUs")
+    return jax.sharding.Mesh(devices[:ranks], ("ep",))
+
+
+@pytest.fixture
+def fresh():
+    """What reads peers' memory is traced anew, with what a test puts in place of its parts."""
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(params=["ffi", "xla"])
 def implementation(request) -> str:
     """The custom calls, and the pure JAX that they are compared with."""

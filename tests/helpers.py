@@ -7,11 +7,14 @@ import sys
 from collections.abc import Callable
 from functools import lru_cache
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
 import scipy.sparse
 
 import jax_lplb as lplb
+from jax_lplb import _ffi, _handover
 
 topology = lplb.topology
 EPS = float(np.finfo(np.float32).eps)
@@ -234,3 +237,43 @@ def garbage(place: lplb.Placement, rng: np.random.Generator) -> dict[str, lplb.P
         "one slot for all": made(place.phy2log, np.zeros((experts, room))),
         "an expert without a slot": made(np.where(place.phy2log == 5, 6, place.phy2log), place.log2phy),
     }
+
+
+def assert_same_bits(one, two) -> None:
+    one, two = np.asarray(one), np.asarray(two)
+    assert one.dtype == two.dtype
+    np.testing.assert_array_equal(one.view(np.uint8), two.view(np.uint8))
+
+
+def saves_collectives(primitive, *_, **__):
+    return "all_gather" in primitive.name or "psum" in primitive.name
+
+
+def several_processes(monkeypatch, why_not):
+    """As if a GPU of each of two processes came to this verdict."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(_ffi, "_PLATFORMS", frozenset({"cpu", "cuda"}))
+    monkeypatch.setattr(_handover, "why_out_of_reach", why_not)
+
+
+def late(value: jax.Array, turns: jax.Array) -> jax.Array:
+    """The integers, once a loop has turned as often."""
+    last = jax.lax.fori_loop(0, turns, lambda _, x: x * jnp.uint32(1664525) + jnp.uint32(1013904223), jnp.uint32(1))
+    return value + (last == 0).astype(value.dtype)
+
+
+def turns(mesh: jax.sharding.Mesh) -> int:
+    """Of a loop, in about a hundredth of a second."""
+    return 8000 if mesh.devices.flat[0].platform == "cpu" else 500
+
+
+def without_waiting(real):
+    """`gather` of markers that waits for nobody."""
+
+    def run(words, axis_name):
+        if words.shape:  # addresses, or counts
+            return real(words, axis_name)
+        return jnp.broadcast_to(words, (jax.lax.axis_size(axis_name), *words.shape))
+
+    return run

@@ -76,6 +76,19 @@ def test_snippets_of_readme(capsys, caplog):
     assert balanced < home
     check_optimum(optimum, balanced, load, jax.tree.map(np.asarray, names["placement"].choose(load)), 2)
 
+    (own_code,) = blocks("In a layer of your own")
+    exec(own_code, names)
+    rng, ids = np.random.default_rng(0), np.asarray(names["expert_ids"])
+    x, gates, weights = (rng.normal(size=shape) for shape in ((len(ids), 64), ids.shape, (256, 64, 48)))
+    sharding = jax.NamedSharding(names["mesh"], jax.P("ep"))
+    operands = [jax.device_put(operand.astype(np.float32), sharding) for operand in (x, gates, weights)]
+    got = names["own_layer"](operands[0], names["expert_ids"], *operands[1:])
+    expected = np.zeros(got.shape)
+    for expert in range(256):
+        token, choice = np.nonzero(ids == expert)
+        np.add.at(expected, token, gates[token, choice][:, None] * (x[token] @ weights[expert]))
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-3)
+
     # What its comment says of weights.
     (line,) = re.findall(r"layer\.set_experts\(.*\)", layer_code)
     rows = {name: -np.asarray(getattr(moe, name)[...]) for name in ("w_in", "w_out")}

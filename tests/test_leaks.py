@@ -41,7 +41,7 @@ def test_replicate_and_its_gradient(name):
     trace(jax.grad(loss), jax.ShapeDtypeStruct((EXPERTS, WIDTH), jnp.float32))
 
 
-@pytest.mark.parametrize(("name", "dispatch"), [("topology", "all_to_all"), ("any ranks", "ring")])
+@pytest.mark.parametrize(("name", "dispatch"), [("topology", "all_to_all"), ("any ranks", "peer")])
 def test_balanced_experts_and_their_gradient(name, dispatch):
     """In as many rounds as it takes."""
     place = placement_of(name)

@@ -217,10 +217,10 @@ def test_kernels_leave_sigterm_to_the_program():
         ("none", 8.0, "peer", "peer"),
         ("none", 8.0, "ring", "collective"),
         ("repeats", 8.0, "peer", "peer"),
-        ("repeats", 8.0, "all_to_all", "collective"),
+        ("repeats", 8.0, "all_to_all", "peer"),
         pytest.param("rings by load", 0.2, "peer", "peer", marks=pytest.mark.smoke),
         pytest.param("rings by load", 0.2, "ring", "collective", marks=pytest.mark.smoke),
-        ("eplb", 0.2, "peer", "peer"),
+        ("eplb", 0.2, "peer", "collective"),
         ("eplb", 0.2, "all_to_all", "collective"),
     ],
 )
@@ -288,7 +288,7 @@ def test_tokamax_equals_ragged_dot_on_gpus(rng, d_expert, buffer_factor):
         assert_close(actual, expected, 1e-2)
 
 
-@pytest.mark.parametrize(("dispatch", "buffer_factor"), [("all_to_all", 8.0), ("ring", 0.4)])
+@pytest.mark.parametrize(("dispatch", "buffer_factor"), [("peer", 8.0), ("all_to_all", 0.4)])
 def test_copies_chosen_for_each_batch(rng, dispatch, buffer_factor):
     """Other experts' in each batch, and none in some slots: results and gradients stay those of the dense layer."""
     layer = make(None, mesh_of((RANKS, "ep")), dispatch=dispatch, buffer_factor=buffer_factor)
@@ -321,7 +321,7 @@ def test_copies_chosen_for_each_batch_cannot_be_prepared(rng):
     assert metrics.balanced < metrics.home
 
 
-@pytest.mark.parametrize("dispatch", ["all_to_all", "ring"])
+@pytest.mark.parametrize("dispatch", ["peer", "all_to_all"])
 def test_experts_over_two_axes(rng, dispatch):
     """Named in another order than the mesh's."""
     layer = make(placements()["cube"], mesh_of((2, "a"), (4, "b")), axis_name=("b", "a"), dispatch=dispatch)
@@ -362,9 +362,8 @@ def test_tokens_of_another_dtype(rng, dispatch, buffer_factor):
         assert_close(got, want, 2**-7)  # of the input: two parts and their sum are rounded, to 2**-9 each
 
 
-@pytest.mark.parametrize("dispatch", ["all_to_all", "ring"])
-def test_no_tokens(dispatch):
-    layer = make(placements()["cube"], mesh_of((RANKS, "ep")), dispatch=dispatch)
+def test_no_tokens():
+    layer = make(placements()["cube"], mesh_of((RANKS, "ep")))
     x = jnp.zeros((0, D_MODEL))
     (result, metrics), grads = value_and_grads(layer, x, x)
     assert result.shape == x.shape
@@ -374,7 +373,7 @@ def test_no_tokens(dispatch):
 
 
 @pytest.mark.parametrize(
-    ("dispatch", "buffer_factor", "prepared"), [("all_to_all", 0.2, False), ("ring", 4.0, False), ("ring", 0.4, True)]
+    ("dispatch", "buffer_factor", "prepared"), [("all_to_all", 0.2, True), ("peer", 0.2, False), ("peer", 4.0, False)]
 )
 def test_data_and_expert_axes(rng, dispatch, buffer_factor, prepared):
     """Each row of the mesh balances its own tokens; rows may need different numbers of rounds."""
@@ -399,6 +398,21 @@ def test_partly_manual_mesh(rng, buffer_factor):
     layer.w_out[...] = jax.device_put(layer.w_out[...], jax.NamedSharding(mesh, P("ep", "tp")))
     metrics = check_against_dense(layer, *inputs(rng))
     assert (metrics.rounds > 1) == (buffer_factor < 1)
+
+
+def test_peer_dispatch_out_of_reach_is_refused():
+    """With the reason; and what is named in its stead works."""
+    mesh = mesh_of((4, "ep"), (2, "tp"))
+
+    def trace(dispatch):
+        layer = make(None, mesh, dispatch=dispatch)
+        return jax.eval_shape(lambda x: layer(x)[0], jax.ShapeDtypeStruct((8, D_MODEL), jnp.float32))
+
+    why_not = r"axes \['tp'\] are not manual"
+    with pytest.raises(ValueError, match=f"dispatch = 'peer': .*{why_not}.*; pass dispatch='all_to_all', or None"):
+        trace("peer")
+    for dispatch in ("all_to_all", None):
+        assert trace(dispatch).shape == (8, D_MODEL)
 
 
 def test_sigmoid_router_with_bias_and_prepared_slots(rng):
@@ -734,7 +748,7 @@ def test_scores_that_underflow(rng, router, dtype):
 # ---- Batches, meshes and stacks --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dispatch", ["all_to_all", "ring", "dense"])
+@pytest.mark.parametrize("dispatch", ["peer", "dense"])
 @pytest.mark.parametrize("shape", [(12, D_MODEL), (3, 5, D_MODEL)])
 def test_uneven_batches(rng, shape, dispatch):
     """Padded within: results and gradients are the dense layer's, and padding counts as no tokens."""
@@ -962,7 +976,7 @@ def test_experts_that_no_token_picked_do_not_show(rng):
     np.testing.assert_array_equal(grads[1], expected_grads[1])
 
 
-@pytest.mark.parametrize("dispatch", ["all_to_all", "ring"])
+@pytest.mark.parametrize("dispatch", ["peer", "all_to_all"])
 def test_batches_of_inputs(rng, dispatch):
     """By jax.vmap, of gradients too, and by jax.jacrev: in one round and in several."""
     place = placements()["cube"]
@@ -978,7 +992,7 @@ def test_batches_of_inputs(rng, dispatch):
         assert_close(one, other)
 
 
-@pytest.mark.parametrize("dispatch", ["all_to_all", "ring"])
+@pytest.mark.parametrize("dispatch", ["peer", "all_to_all"])
 def test_64_bit_types_enabled(rng, dispatch):
     """What the layer counts stays int32."""
     layer = make(placements()["cube"], mesh_of((RANKS, "ep")), dispatch=dispatch, buffer_factor=0.6)
@@ -990,10 +1004,9 @@ def test_64_bit_types_enabled(rng, dispatch):
     assert metrics.rounds.dtype == metrics.load.dtype == jnp.int32
 
 
-@pytest.mark.parametrize("dispatch", ["all_to_all", "ring"])
-def test_other_dispatches_refuse_derivatives_that_they_lack(rng, dispatch):
+def test_other_dispatches_refuse_derivatives_that_they_lack(rng):
     """In a sentence that says what to do, eager and under jit."""
-    layer = make(placements()["cube"], mesh_of((RANKS, "ep")), dispatch=dispatch)
+    layer = make(placements()["cube"], mesh_of((RANKS, "ep")), dispatch="peer")
     x, weight = inputs(rng, 64)
     result = jax.jit(lambda x: layer(x)[0])
 
@@ -1005,9 +1018,7 @@ def test_other_dispatches_refuse_derivatives_that_they_lack(rng, dispatch):
         lambda: jax.jit(jax.grad(lambda x: jnp.sum(jax.grad(loss)(x) ** 2)))(x),
         lambda: jax.jit(jax.hessian(loss))(x),
     ):
-        with pytest.raises(
-            NotImplementedError, match=rf"dispatch = '{dispatch}' can be .*make it with dispatch='dense'"
-        ):
+        with pytest.raises(NotImplementedError, match=r"dispatch = 'peer' can be .*make it with dispatch='dense'"):
             derivative()
 
 

@@ -9,11 +9,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import garbage, many_replicas, placement, skewed_ids, topology
+from helpers import (
+    assert_same_bits,
+    garbage,
+    late,
+    many_replicas,
+    placement,
+    saves_collectives,
+    several_processes,
+    skewed_ids,
+    topology,
+    turns,
+    without_waiting,
+)
 from jax.sharding import AxisType
 
 import jax_lplb as lplb
-from jax_lplb import _ffi, _handlers, _handover, _peer, _replicate
+from jax_lplb import _ffi, _handlers, _peer, _replicate
 
 P = jax.sharding.PartitionSpec
 RANKS, EXPERTS = 8, 16
@@ -22,16 +34,6 @@ PER_BATCH = lplb.Placement.per_batch(num_experts=EXPERTS, num_ranks=RANKS, redun
 
 def mesh_of(*axes: str, shape: tuple[int, ...] = (RANKS,)) -> jax.sharding.Mesh:
     return jax.make_mesh(shape, axes or ("ep",), axis_types=(jax.sharding.AxisType.Auto,) * len(shape))
-
-
-@pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
-def mesh(request) -> jax.sharding.Mesh:
-    """Of eight virtual CPU devices, or of eight, four or two GPUs."""
-    devices = jax.devices(request.param)
-    ranks = next((size for size in (8, 4, 2) if size <= len(devices)), None)
-    if ranks is None:
-        pytest.skip("needs two GPUs")
-    return jax.sharding.Mesh(devices[:ranks], ("ep",))
 
 
 def chosen(rng: np.random.Generator, ranks: int = RANKS) -> lplb.Placement:
@@ -68,12 +70,6 @@ def held(place: lplb.Placement, logical: np.ndarray) -> np.ndarray:
     return np.where(
         (phy2log >= 0).reshape(-1, *[1] * (logical.ndim - 1)), logical[phy2log], np.zeros((), logical.dtype)
     )
-
-
-def assert_same_bits(one, two) -> None:
-    one, two = np.asarray(one), np.asarray(two)
-    assert one.dtype == two.dtype
-    np.testing.assert_array_equal(one.view(np.uint8), two.view(np.uint8))
 
 
 def assert_shards(array: jax.Array, expected: np.ndarray) -> None:
@@ -253,10 +249,6 @@ def test_layers_by_vmap(rng, name, mapped):
         assert_same_bits(lplb.to_logical(total[layer], place), summed(place, gradient[layer], np.float32))
 
 
-def saves_collectives(primitive, *_, **__):
-    return "all_gather" in primitive.name or "psum" in primitive.name
-
-
 @pytest.mark.parametrize("policy", ["none", "nothing", "everything", "collectives"])
 @pytest.mark.parametrize("shared", [False, True])
 def test_layers_by_scan_and_remat(rng, policy, shared):
@@ -424,14 +416,6 @@ def many_processes(monkeypatch):
     return "there are 2 processes, and on platform cpu each reaches", mesh_of(), np.float32
 
 
-def several_processes(monkeypatch, why_not):
-    """As if a GPU of each of two processes came to this verdict."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(_ffi, "_PLATFORMS", frozenset({"cpu", "cuda"}))
-    monkeypatch.setattr(_handover, "why_out_of_reach", why_not)
-
-
 def axes_that_are_not_manual(_):
     return r"axes \['tp'\] are not manual", mesh_of("ep", "tp", shape=(4, 2)), np.float32
 
@@ -528,20 +512,6 @@ def test_without_jit_at_all(rng):
 # ---- The rules -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def fresh():
-    """`add_up` is traced anew, with what a test puts in place of its parts."""
-    jax.clear_caches()
-    yield
-    jax.clear_caches()
-
-
-def late(value: jax.Array, turns: jax.Array) -> jax.Array:
-    """The integers, once a loop has turned as often."""
-    last = jax.lax.fori_loop(0, turns, lambda _, x: x * jnp.uint32(1664525) + jnp.uint32(1013904223), jnp.uint32(1))
-    return value + (last == 0).astype(value.dtype)
-
-
 def delayed(monkeypatch, before, after) -> None:
     """Readers wait before they read, and after; both are functions of the rank and of the rows, that give turns."""
 
@@ -554,11 +524,6 @@ def delayed(monkeypatch, before, after) -> None:
         return run
 
     monkeypatch.setattr(_peer, "add_rows", slow(_peer.add_rows))
-
-
-def turns(mesh: jax.sharding.Mesh) -> int:
-    """Of a loop, in about a hundredth of a second."""
-    return 8000 if mesh.devices.flat[0].platform == "cpu" else 500
 
 
 def check_any_delays(monkeypatch, rng, mesh, elements: int = 5) -> None:
@@ -605,17 +570,6 @@ def check_any_delays(monkeypatch, rng, mesh, elements: int = 5) -> None:
 
 def test_any_delays_and_memory_that_is_used_again_at_once(monkeypatch, fresh, rng, mesh):
     check_any_delays(monkeypatch, rng, mesh)
-
-
-def without_waiting(real):
-    """`gather` of markers that waits for nobody."""
-
-    def run(words, axis_name):
-        if words.dtype == jnp.uint32:  # addresses
-            return real(words, axis_name)
-        return jnp.broadcast_to(words, (jax.lax.axis_size(axis_name), *words.shape))
-
-    return run
 
 
 @pytest.mark.parametrize("broken", [None, "gather", "release"])
