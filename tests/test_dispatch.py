@@ -14,7 +14,6 @@ from helpers import (
     assert_same_bits,
     late,
     saves_collectives,
-    several_processes,
     turns,
     without_waiting,
 )
@@ -427,11 +426,6 @@ def many_processes(monkeypatch):
     return "there are 2 processes, and on platform cpu each reaches", {}
 
 
-def processes_that_cannot(monkeypatch):
-    several_processes(monkeypatch, lambda own: "process 1 cannot be reached" + own)
-    return "process 1 cannot be reached", {}
-
-
 def axes_that_are_not_manual(_):
     return r"axes \['tp'\] are not manual", {"mesh": mesh_of("ep", "tp", shape=(4, 2))}
 
@@ -463,7 +457,6 @@ def lowered(transport, *, mesh=None, width=4, k=3, dtype=np.float32) -> str:
 
 CASES = [
     many_processes,
-    processes_that_cannot,
     axes_that_are_not_manual,
     other_dtypes,
     parts_of_words,
