@@ -237,11 +237,8 @@ def _differentiated_once(transfer: Transfer, leaves: list[jax.Array], rows: Rows
         return _ffi.dispatch("add_rows", transfer.implementation, peers, collectives, *operands, platforms=platforms)
 
 
-def _forward(transfer: Transfer, leaves: list[jax.Array], rows: Rows) -> Any:
-    return _differentiated_once(transfer, leaves, rows), rows
-
-
-def _backward(transfer: Transfer, rows: Rows, gradients: list[Any]) -> Any:
+def add_up_at_home(transfer: Transfer, rows: Rows, gradients: list[Any]) -> list[Any]:
+    """The gradients of the leaves of those of their slots; None where there is none."""
     places = [
         i
         for i, (gradient, dtype) in enumerate(zip(gradients, transfer.dtypes, strict=True))
@@ -262,10 +259,13 @@ def _backward(transfer: Transfer, rows: Rows, gradients: list[Any]) -> Any:
             )
         for i, total in zip(places, totals, strict=True):
             sums[i] = total
-    return sums, None
+    return sums
 
 
-_differentiated_once.defvjp(_forward, _backward)
+_differentiated_once.defvjp(
+    lambda transfer, leaves, rows: (_differentiated_once(transfer, leaves, rows), rows),
+    lambda transfer, rows, gradients: (add_up_at_home(transfer, rows, gradients), None),
+)
 
 
 def _by_peers(transfer: Transfer, leaves: list[jax.Array], rows: Rows) -> list[jax.Array]:
