@@ -456,9 +456,10 @@ class Placement:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Placement":
-        """The placement that `save` wrote: equal to that one, so that it replaces it without recompiling.
+        """The placement that `save` wrote: equal to that one, with leaves on the host.
 
-        Its leaves are on the host. Weights, where saved in `home_order`, go with this placement and no other.
+        It replaces that one without recompiling; where leaves were on devices, once `jax.device_put` has put them there
+        likewise. Weights that were saved in `home_order` go with this placement and no other.
 
         Raises:
           OSError: the file cannot be opened.

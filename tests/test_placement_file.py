@@ -57,14 +57,20 @@ def test_what_is_loaded_equals_what_was_saved(tmp_path, name):
     assert [file.name for file in tmp_path.iterdir()] == ["placement"]  # no suffix added, nothing left beside it
 
 
-@pytest.mark.parametrize("static", [False, True])
-def test_a_loaded_placement_does_not_recompile(tmp_path, static):
-    run = jax.jit(lambda placement: placement.log2phy + 1, static_argnums=0 if static else None)
+@pytest.mark.parametrize("how", ["on the host", "static", "on devices"])
+def test_a_loaded_placement_does_not_recompile(tmp_path, how):
+    run = jax.jit(lambda placement: placement.log2phy + 1, static_argnums=0 if how == "static" else None)
+    everywhere = jax.NamedSharding(jax.make_mesh((8,), ("ep",), devices=jax.devices("cpu")), jax.P())
     for name in ("topology", "per batch, numbers beyond int64 and of NumPy"):
         run.clear_cache()
         placement = PLACEMENTS[name]()
+        if how == "on devices":
+            placement = jax.device_put(placement, everywhere)
         placement.save(tmp_path / "placement.npz")
-        expected, got = run(placement), run(Placement.load(tmp_path / "placement.npz"))
+        loaded = Placement.load(tmp_path / "placement.npz")
+        if how == "on devices":
+            loaded = jax.device_put(loaded, everywhere)
+        expected, got = run(placement), run(loaded)
         np.testing.assert_array_equal(got, expected)
         assert run._cache_size() == 1
 
