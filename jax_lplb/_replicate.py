@@ -39,9 +39,10 @@ def replicate(
       dtype: of the slots, by default that of each leaf. Copies and their gradients travel in it.
       transport: how copies travel. "peer": ranks read them from each other's memory, those that there are and no more,
         whatever the placement; gradients are added up in float32, in the order of `placement.log2phy`. It takes
-        devices of one process, CPUs or GPUs that can access each other's memory. "collective": by `ppermute` along the
-        columns of a topology; without one, slot by slot, each rank sends every other a row of weights, or of zeros
-        where that wants none of its. None: "peer" where that can be, "collective" elsewhere.
+        devices of one process, CPUs or GPUs that can access each other's memory, or GPUs of several processes on one
+        host. "collective": by `ppermute` along the columns of a topology; without one, slot by slot, each rank sends
+        every other a row of weights, or of zeros where that wants none of its. None: "peer" where that can be in one
+        process, "collective" elsewhere.
 
     Returns:
       The tree, with leaves [slots_per_rank, ...]: the rank's slots. Zeros in slots that hold nothing.
