@@ -130,7 +130,7 @@ def assign_with_starts(
         del starts  # the sort numbers all tokens at once
         return assign_tokens(ids, split, load, offset, log2phy, placement)
 
-    physical_ids, rank_load = _ffi.dispatch(
+    physical_ids, rank_load = _ffi.choose(
         "assign", implementation, ffi, xla, expert_ids, starts, split, load, offset, log2phy
     )
     return physical_ids, rank_load

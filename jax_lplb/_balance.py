@@ -257,7 +257,7 @@ def _solve_assign(
         return [physical_ids, rank_load, solved_rank_load, gap, status]
 
     operands = (expert_ids, starts, predicted, load, offset, jnp.asarray(placement.log2phy))
-    physical_ids, rank_load, solved_rank_load, gap, status = _ffi.dispatch(
+    physical_ids, rank_load, solved_rank_load, gap, status = _ffi.choose(
         "solve_assign", implementation, ffi, xla, *operands
     )
     return [physical_ids, rank_load, in_tokens(solved_rank_load, unit), gap, status], placement
@@ -304,7 +304,7 @@ def _plan_assign(
         return [physical_ids, assigned, rank_load, gap, status, planned.phy2log, planned.log2phy]
 
     operands = (expert_ids, starts, load, offset, predicted, least)
-    physical_ids, assigned, rank_load, gap, status, phy2log, log2phy = _ffi.dispatch(
+    physical_ids, assigned, rank_load, gap, status, phy2log, log2phy = _ffi.choose(
         "plan_assign", implementation, ffi, xla, *operands
     )
     chosen = dataclasses.replace(placement, phy2log=phy2log, log2phy=log2phy)

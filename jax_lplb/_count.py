@@ -80,7 +80,7 @@ def count(
         load = jnp.sum(histograms, axis=0, dtype=jnp.int32)
         return [load, jnp.cumsum(histograms, axis=0, dtype=jnp.int32) - histograms]
 
-    load, starts = _ffi.dispatch("count", implementation, ffi, xla, expert_ids)
+    load, starts = _ffi.choose("count", implementation, ffi, xla, expert_ids)
     return load, starts
 
 

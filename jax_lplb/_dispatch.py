@@ -239,7 +239,7 @@ def count_and_number(ids: jax.Array, kinds: int) -> tuple[jax.Array, jax.Array]:
         number = inverse(order, len(order)) - (ends - counts).at[kind].get(mode="clip")
         return jnp.where(kind < kinds, number, 0)
 
-    return counts, _ffi.dispatch("number", implementation, ffi, xla, ids, starts)
+    return counts, _ffi.choose("number", implementation, ffi, xla, ids, starts)
 
 
 def capacity_of(wanted: float, most: int, num_buffers: int = 1) -> int:
@@ -380,7 +380,7 @@ _add_up.defvjp(lambda rows, gates, handle: (_add_up(rows, gates, handle), (rows,
 
 def _choose(step: str, by_peers: Any, by_collectives: Any, handle: Handle, *operands: Any) -> Any:
     with jax.named_scope(f"lplb_{step}"):
-        return _ffi.dispatch(
+        return _ffi.choose(
             step, handle.implementation, by_peers, by_collectives, *operands, platforms=_peer.platforms()
         )
 

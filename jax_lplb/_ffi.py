@@ -84,7 +84,7 @@ def why_no_handlers(platform: str) -> str:
     return _WHY_NOT if platform == "cuda" or not _PLATFORMS else f"jax_lplb has no handlers for {platform}"
 
 
-def dispatch(
+def choose(
     name: str,
     implementation: Implementation,
     ffi: Callable[..., Any],

@@ -114,7 +114,7 @@ def plan(
     def xla(load: jax.Array, least: jax.Array) -> list[jax.Array]:
         return list(plan_groups(load, least, placement, tol, threshold, solve=solve))
 
-    return Planned(*_ffi.dispatch("plan", implementation, ffi, xla, load, least))
+    return Planned(*_ffi.choose("plan", implementation, ffi, xla, load, least))
 
 
 def plan_groups(

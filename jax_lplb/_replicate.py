@@ -235,7 +235,7 @@ def _differentiated_once(transfer: Transfer, leaves: list[jax.Array], rows: Rows
     with jax.named_scope("lplb_replicate"):
         peers, collectives = partial(_by_peers, transfer), partial(by_collectives, transfer)
         operands, platforms = (leaves, rows), _peer.platforms()
-        return _ffi.dispatch("add_rows", transfer.implementation, peers, collectives, *operands, platforms=platforms)
+        return _ffi.choose("add_rows", transfer.implementation, peers, collectives, *operands, platforms=platforms)
 
 
 def add_up_at_home(transfer: Transfer, rows: Rows, gradients: list[Any]) -> list[Any]:
@@ -255,7 +255,7 @@ def add_up_at_home(transfer: Transfer, rows: Rows, gradients: list[Any]) -> list
         with jax.named_scope("lplb_replicate"):
             peers, collectives = partial(_add_by_peers, part), partial(add_by_collectives, part)
             operands, platforms = ([gradients[i] for i in places], rows), _peer.platforms()
-            totals = _ffi.dispatch(
+            totals = _ffi.choose(
                 "add_rows", transfer.implementation, peers, collectives, *operands, platforms=platforms
             )
         for i, total in zip(places, totals, strict=True):

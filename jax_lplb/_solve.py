@@ -128,7 +128,7 @@ def solve_fractions(
         def xla(load: jax.Array, log2phy: jax.Array) -> list[jax.Array]:
             return solve_groups(load, log2phy, placement, options)
 
-        solved = _ffi.dispatch("solve", implementation, ffi, xla, load, log2phy)
+        solved = _ffi.choose("solve", implementation, ffi, xla, load, log2phy)
     fraction, rank_load, gap, iterations, status = solved
     return [fraction, in_tokens(rank_load, unit), gap, iterations, status]
 
