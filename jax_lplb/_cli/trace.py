@@ -18,7 +18,7 @@ class BadTraceError(ValueError):
     """A file that holds no trace: what was found in it, and what was expected."""
 
 
-def read(path: Path, batch_tokens: int, experts: int | None) -> list[np.ndarray]:
+def read(path: Path, batch_tokens: int = 512, experts: int | None = None) -> list[np.ndarray]:
     """Sequences of batches, int64 [steps, layers, experts] each, of equally many layers and experts.
 
     Args:
