@@ -55,7 +55,11 @@ def judge(name: str, sequences: list[np.ndarray], ranks: int, redundants: int) -
     of_even = result["best"] / result["eplb_even"]
     if np.any(of_even > 1 + TOL):
         sys.exit(f"{name} {ranks}x{redundants}: worse than EPLB's even split")
-    row: dict[str, Any] = {"bench": "placement", "case": f"{name} {ranks}x{redundants}", "loads": loads.now[..., 0].size}
+    row: dict[str, Any] = {
+        "bench": "placement",
+        "case": f"{name} {ranks}x{redundants}",
+        "loads": loads.now[..., 0].size,
+    }
     for kind, values in result.items():
         row[kind] = f"{np.median(values):.3f} / {np.percentile(values, 95):.3f}"
     return row | {"copies_per_batch": copies, "worst_of_even": round(float(of_even.max()), 6)}

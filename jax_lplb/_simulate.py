@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jax_lplb import eplb, topology
-from jax_lplb._evaluate import Evaluation, even_imbalance, evaluate, in_slots
+from jax_lplb._evaluate import Evaluation, evaluate, even_imbalance, in_slots
 from jax_lplb._placement import Placement
 
 

@@ -10,9 +10,10 @@ def main() -> None:
     try:
         from jax_lplb._cli import commands
     except ModuleNotFoundError as error:
-        if error.name not in ("rich", "tyro"):
+        missing = (error.name or "").partition(".")[0]
+        if missing not in ("rich", "tyro"):
             raise
-        raise SystemExit(f"jax-lplb needs rich and tyro, and there is no {error.name}: pip install rich tyro") from None
+        raise SystemExit(f"jax-lplb needs rich and tyro, and there is no {missing}: pip install rich tyro") from None
     if sys.argv[1:2] == ["simulate"]:
         # On the CPU alone: a GPU may be in use, and JAX would take most of its memory.
         jax.config.update("jax_platforms", "cpu")

@@ -3,7 +3,7 @@
 import json as json_format
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import numpy as np
 import tyro
@@ -82,8 +82,6 @@ def simulate(
     _check("--redundants", redundants, 0)
     _check("--experts", () if experts is None else (experts,), 1)
     expert_bytes = _expert_bytes(expert_mb, widths)
-    for option, path in (("--json", json), ("--plot", plot)):
-        _check_writable(option, path)
     try:
         sequences = traces.read(trace, batch_tokens, experts)
         loads = _simulate.windows(sequences, window, window)
@@ -91,23 +89,28 @@ def simulate(
         _stop(str(error))
     except ValueError as error:
         _stop(f"{trace}: {error}; pass a smaller --window, or fewer --batch-tokens")
+    for option, path in (("--json", json), ("--plot", plot)):
+        _check_writable(option, path)
 
     layers, num_experts = sequences[0].shape[1:]
     rows, judged = [], {}
     configs = [(size, copies) for size in ranks for copies in redundants]
     kinds = [kind for kind in KINDS if kind in placements]
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    errors = Console(stderr=True)
+    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
         task = progress.add_task("Judging", total=len(configs) * len(kinds))
         for config in configs:
             base = _simulate.judge("none", loads, *config).imbalance
             for kind in kinds:
+                row: dict[str, Any] = {"ranks": config[0], "redundants": config[1], "placement": kind}
                 try:
                     one = _simulate.judge(kind, loads, *config)
                 except ValueError as error:
-                    one = str(error)
+                    row["does_not_fit"] = str(error)
                 else:
+                    row |= _numbers(one, base, loads, layers, expert_bytes)
                     judged[*config, kind] = one.imbalance
-                rows.append(_row(kind, *config, one, base, loads, layers, expert_bytes))
+                rows.append(row)
                 progress.advance(task)
 
     steps = loads.now[..., 0].size // layers
@@ -122,10 +125,10 @@ def simulate(
         of_config = [row for row in rows if (row["ranks"], row["redundants"]) == (size, copies)]
         console.print(_table(of_config, f"{size} ranks, {copies} redundant experts each", expert_bytes is not None))
     console.print(
-        "imbalance: tokens of the busiest rank / mean, over batches and layers. copies: of a layer. moved: weights that\n"
-        "ranks receive, over all layers, a batch in the mean: of experts that they did not hold for the batch before, and\n"
-        "of all copies that a batch chooses; in training, the other copies travel in every step too. time saved: of the\n"
-        f"experts, if {TIME_MODEL}."
+        "imbalance: tokens of the busiest rank / mean, over batches and layers. copies: of a layer.\n"
+        "moved: weights that ranks receive, over all layers, a batch in the mean: of experts that they did not hold\n"
+        "for the batch before, and of all copies that a batch chooses. In training, all copies travel in every step.\n"
+        f"time saved: if {TIME_MODEL}."
     )
     report = {
         "trace": str(trace),
@@ -143,24 +146,14 @@ def simulate(
         _draw(judged, configs, plot)
 
 
-def _row(
-    kind: Kind,
-    ranks: int,
-    redundants: int,
-    one: _simulate.Judged | str,
-    base: np.ndarray,
-    loads: _simulate.Windows,
-    layers: int,
-    expert_bytes: float | None,
+def _numbers(
+    one: _simulate.Judged, base: np.ndarray, loads: _simulate.Windows, layers: int, expert_bytes: float | None
 ) -> dict[str, Any]:
-    """What the table and the JSON say of a placement, or why there is none."""
-    row: dict[str, Any] = {"ranks": ranks, "redundants": redundants, "placement": kind}
-    if isinstance(one, str):
-        return row | {"does_not_fit": one}
+    """What the table and the JSON say of a placement; `base`: the imbalances without copies."""
     tokens = loads.now.sum(axis=-1)
     percentiles = {f"p{percent}": float(np.percentile(one.imbalance, percent)) for percent in (50, 95, 99)}
     moved = one.moved * layers
-    return row | {
+    return {
         "imbalance": percentiles | {"worst": float(one.imbalance.max())},
         "copies": one.copies,
         "experts_moved": moved,
@@ -191,9 +184,9 @@ def _table(rows: list[dict[str, Any]], title: str, in_bytes: bool) -> Table:
 
 def _draw(judged: dict[tuple[int, int, Kind], np.ndarray], configs: list[tuple[int, int]], path: Path) -> None:
     """The imbalance over the share of batches and layers that are no worse, for each placement; a panel a config."""
-    figure, axes = _pyplot().subplots(
-        1, len(configs), figsize=(4 * len(configs), 3.6), sharey=True, squeeze=False, layout="constrained"
-    )
+    figure = _figure()
+    figure.set(figwidth=4 * len(configs), figheight=3.6, layout_engine="constrained")
+    axes = figure.subplots(1, len(configs), sharey=True, squeeze=False)
     for axis, config in zip(axes[0], configs, strict=True):
         for kind, colour in zip(KINDS, COLOURS, strict=True):
             if (imbalance := judged.get((*config, kind))) is not None:
@@ -205,15 +198,12 @@ def _draw(judged: dict[tuple[int, int, Kind], np.ndarray], configs: list[tuple[i
     figure.savefig(path, dpi=150)
 
 
-def _pyplot() -> Any:
+def _figure() -> Any:
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ModuleNotFoundError:
         _stop("--plot needs matplotlib: pip install matplotlib")
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
+    return Figure()
 
 
 def _expert_bytes(expert_mb: float | None, widths: tuple[int, int] | None) -> float | None:
@@ -239,7 +229,7 @@ def _check_writable(option: str, path: Path | None) -> None:
     if path is None:
         return
     if option == "--plot":
-        formats = _pyplot().gcf().canvas.get_supported_filetypes()
+        formats = _figure().canvas.get_supported_filetypes()
         if path.suffix[1:] not in formats:
             _stop(f"--plot must end in one of {', '.join('.' + name for name in formats)}, got {path}")
     try:
@@ -248,10 +238,12 @@ def _check_writable(option: str, path: Path | None) -> None:
         _stop(f"{option}: cannot write {path}: {error.strerror}")
 
 
-def _stop(message: str) -> Any:
+def _stop(message: str) -> NoReturn:
     raise SystemExit(f"jax-lplb: {message}")
 
 
 def _console() -> Console:
-    # No wrapping at the 80 columns that rich assumes of a log file.
-    return Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False)
+    if not console.is_terminal:
+        console.width = 120  # rich assumes 80 columns of a log file, and cuts tables
+    return console

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+COUNTS, IDS = ("counts", "logical_count"), ("ids",)  # how the names of arrays end
 EXPECTED = (
     "expected an .npz, .npy or .json file with an array counts or logical_count [steps, layers, experts], or topk_ids "
     "[tokens, layers, k]"
@@ -31,8 +32,8 @@ def read(path: Path, batch_tokens: int = 512, experts: int | None = None) -> lis
       BadTraceError: in one line.
     """
     arrays = _load(path)
-    counts = {name: array for name, array in arrays.items() if name.endswith(("counts", "logical_count"))}
-    ids = {name: array for name, array in arrays.items() if name.endswith("ids")}
+    counts = {name: array for name, array in arrays.items() if name.endswith(COUNTS)}
+    ids = {name: array for name, array in arrays.items() if name.endswith(IDS)}
     if not counts and not ids:
         raise BadTraceError(f"{path} has {', '.join(map(repr, arrays)) or 'nothing'}; {EXPECTED}")
     if counts:
@@ -50,13 +51,14 @@ def read(path: Path, batch_tokens: int = 512, experts: int | None = None) -> lis
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """Arrays by their names, or what JSON has in their place."""
+    """Arrays by their names, or what JSON has in their place. Of an archive, what has another name is not read."""
     try:
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as archive:
-                return {name: archive[name] for name in archive.files}
-        if path.suffix == ".npy":
-            return {path.stem: np.load(path, allow_pickle=False)}
+        if path.suffix in (".npz", ".npy"):
+            with path.open("rb") as file:
+                loaded = np.load(file, allow_pickle=False)
+                if isinstance(loaded, np.ndarray):
+                    return {path.stem: loaded}
+                return {name: loaded[name] if name.endswith(COUNTS + IDS) else None for name in loaded.files}
         if path.suffix == ".json":
             contents = json.loads(path.read_text())
             if not isinstance(contents, dict):
