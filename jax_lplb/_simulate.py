@@ -49,22 +49,21 @@ def windows(sequences: Sequence[np.ndarray], window: int, every: int) -> Windows
     return Windows(np.concatenate(past), np.concatenate(now, axis=1), np.concatenate(before))
 
 
-def topology_for(num_ranks: int, redundants_per_rank: int) -> topology.Topology:
-    """LPLB's cube or hypercube, a torus, or, where these do not fit, a ring."""
+def topology_for(num_ranks: int, redundants_per_rank: int) -> tuple[str, tuple[int, ...]]:
+    """A function of `jax_lplb.topology` and its arguments: LPLB's cube or hypercube, a torus, or else a ring."""
     if redundants_per_rank % 2 == 0:
-        if num_ranks == 8:
-            return topology.cube()
-        if num_ranks == 16:
-            return topology.hypercube()
+        if num_ranks in (8, 16):
+            return {8: "cube", 16: "hypercube"}[num_ranks], ()
         columns = max((n for n in range(2, num_ranks) if n * n <= num_ranks and num_ranks % n == 0), default=1)
         if columns > 1:
-            return topology.torus(num_ranks // columns, columns)
-    return topology.ring(num_ranks)
+            return "torus", (num_ranks // columns, columns)
+    return "ring", (num_ranks,)
 
 
 def _along_topology(past: np.ndarray, ranks: int, redundants: int, **options: Any) -> Placement:
+    name, sizes = topology_for(ranks, redundants)
     return Placement.from_topology(
-        topology_for(ranks, redundants),
+        getattr(topology, name)(*sizes),
         num_experts=past.shape[-1],
         num_ranks=ranks,
         redundants_per_rank=redundants,

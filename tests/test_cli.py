@@ -174,6 +174,7 @@ def write(path, contents) -> None:
         ("a.npz", {"counts": np.ones((4, 2, 8), bool)}, "dtype bool; expected whole numbers"),
         ("a.npz", {"counts": np.ones((4, 2, 8), int)}, "has counts of 8 experts, and --experts is 16"),
         ("a.npz", {"topk_ids": np.full((90, 2, 4), 16)}, "an id 16; expected ids below --experts, 16"),
+        ("a.npz", {"topk_ids": np.full((90, 2, 4), -1)}, "padding alone, all below 0; expected ids of experts"),
         ("a.npz", {"topk_ids": np.ones((9, 2, 4), int)}, "has 9 tokens; expected at least --batch-tokens, 30"),
         (
             "a.npz",
@@ -200,6 +201,8 @@ def test_bad_files_are_one_line(name, contents, found, tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        (["--ranks"], "--ranks needs a number or more"),
+        (["--placements"], "--placements needs one or more of none, "),
         (["--ranks", "0"], "--ranks must be at least 1, got 0"),
         (["--redundants", "-1"], "--redundants must be at least 0, got -1"),
         (["--window", "0"], "--window must be at least 1, got 0"),
@@ -238,7 +241,8 @@ def test_what_does_not_fit_is_said(ids, tmp_path, capsys):
 @pytest.mark.parametrize("ranks", [2, 4, 6, 7, 8, 16, 32, 64])
 @pytest.mark.parametrize("redundants", [0, 1, 2, 3, 4])
 def test_there_is_a_topology_for_any_ranks(ranks, redundants):
-    topology = _simulate.topology_for(ranks, redundants)
+    name, sizes = _simulate.topology_for(ranks, redundants)
+    topology = getattr(lplb.topology, name)(*sizes)
     assert topology.group_size == ranks
     assert redundants % topology.num_columns == 0
     best = {(8, 2): lplb.topology.cube(), (16, 2): lplb.topology.hypercube(), (32, 2): lplb.topology.torus(8, 4)}

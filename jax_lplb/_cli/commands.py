@@ -80,7 +80,9 @@ def simulate(
     for name, numbers in (("ranks", ranks), ("window", (window,)), ("batch-tokens", (batch_tokens,))):
         _check("--" + name, numbers, 1)
     _check("--redundants", redundants, 0)
-    _check("--experts", () if experts is None else (experts,), 1)
+    _check("--experts", (1 if experts is None else experts,), 1)
+    if not placements:
+        _stop(f"--placements needs one or more of {', '.join(KINDS)}")
     expert_bytes = _expert_bytes(expert_mb, widths)
     try:
         sequences = traces.read(trace, batch_tokens, experts)
@@ -94,15 +96,18 @@ def simulate(
 
     layers, num_experts = sequences[0].shape[1:]
     rows, judged = [], {}
-    configs = [(size, copies) for size in ranks for copies in redundants]
+    configs = [(size, copies) for size in dict.fromkeys(ranks) for copies in dict.fromkeys(redundants)]
     kinds = [kind for kind in KINDS if kind in placements]
     errors = Console(stderr=True)
     with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
         task = progress.add_task("Judging", total=len(configs) * len(kinds))
         for config in configs:
             base = _simulate.judge("none", loads, *config).imbalance
+            name, sizes = _simulate.topology_for(*config)
+            along = f"{name}({', '.join(map(str, sizes))})"
             for kind in kinds:
-                row: dict[str, Any] = {"ranks": config[0], "redundants": config[1], "placement": kind}
+                row: dict[str, Any] = dict(zip(("ranks", "redundants"), config, strict=True))
+                row |= {"topology": along, "placement": kind}
                 try:
                     one = _simulate.judge(kind, loads, *config)
                 except ValueError as error:
@@ -123,7 +128,10 @@ def simulate(
     )
     for size, copies in configs:
         of_config = [row for row in rows if (row["ranks"], row["redundants"]) == (size, copies)]
-        console.print(_table(of_config, f"{size} ranks, {copies} redundant experts each", expert_bytes is not None))
+        title = (
+            f"{size} ranks, {copies} redundant expert{'s' * (copies != 1)} each; topology: {of_config[0]['topology']}"
+        )
+        console.print(_table(of_config, title, expert_bytes is not None))
     console.print(
         "imbalance: tokens of the busiest rank / mean, over batches and layers. copies: of a layer.\n"
         "moved: weights that ranks receive, over all layers, a batch in the mean: of experts that they did not hold\n"
@@ -220,6 +228,8 @@ def _expert_bytes(expert_mb: float | None, widths: tuple[int, int] | None) -> fl
 
 
 def _check(option: str, numbers: tuple[int, ...], least: int) -> None:
+    if not numbers:
+        _stop(f"{option} needs a number or more")
     for number in numbers:
         if number < least:
             _stop(f"{option} must be at least {least}, got {number}")

@@ -40,7 +40,10 @@ def read(path: Path, batch_tokens: int = 512, experts: int | None = None) -> lis
         sequences = [_check_counts(f"{path}: {name}", array) for name, array in counts.items()]
     else:
         checked = {f"{path}: {name}": _check(f"{path}: {name}", array) for name, array in ids.items()}
-        experts = experts or 1 + max(int(array.max()) for array in checked.values())
+        highest = max(int(array.max()) for array in checked.values())
+        if highest < 0:
+            raise BadTraceError(f"{path} has topk_ids of padding alone, all below 0; expected ids of experts")
+        experts = experts or 1 + highest
         sequences = [_count(name, array, batch_tokens, experts) for name, array in checked.items()]
     shapes = {sequence.shape[1:] for sequence in sequences}
     if len(shapes) > 1:
