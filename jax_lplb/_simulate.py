@@ -27,7 +27,7 @@ class Windows(NamedTuple):
 def windows(sequences: Sequence[np.ndarray], window: int, every: int) -> Windows:
     """Cuts sequences of batches, [steps, layers, experts] each: `window` batches of past, replaced after `every`.
 
-    Batches at the end of a sequence that are fewer than `every` are left out. Raises ValueError where all are.
+    Batches at the end of a sequence that are fewer than `every` are left out. One sequence has window + every at least.
     """
     past, now, before, number = [], [], [], 0
     for loads in sequences:
@@ -40,12 +40,6 @@ def windows(sequences: Sequence[np.ndarray], window: int, every: int) -> Windows
         replaced = np.arange(number - layers, number + len(past[-1]) - layers)
         before.append(np.where(replaced < number, -1, replaced))
         number += len(past[-1])
-    if not past:
-        longest = max(map(len, sequences))
-        raise ValueError(
-            f"window = {window} takes {window + every} batches, {window} to place by and {every} to judge on; got "
-            f"{longest}"
-        )
     return Windows(np.concatenate(past), np.concatenate(now, axis=1), np.concatenate(before))
 
 

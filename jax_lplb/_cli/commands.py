@@ -86,11 +86,13 @@ def simulate(
     expert_bytes = _expert_bytes(expert_mb, widths)
     try:
         sequences = traces.read(trace, batch_tokens, experts)
-        loads = _simulate.windows(sequences, window, window)
     except traces.BadTraceError as error:
         _stop(str(error))
-    except ValueError as error:
-        _stop(f"{trace}: {error}; pass a smaller --window, or fewer --batch-tokens")
+    longest = max(map(len, sequences))
+    if longest < 2 * window:
+        cure = f"pass --window {longest // 2} or less" if longest > 1 else "record more of them"
+        _stop(f"{trace} has {longest} batches in sequence, and --window {window} takes {2 * window}: {cure}")
+    loads = _simulate.windows(sequences, window, window)
     for option, path in (("--json", json), ("--plot", plot)):
         _check_writable(option, path)
 
