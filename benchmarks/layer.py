@@ -13,11 +13,19 @@ in the long run: of the whole recording, or by the popularity that the batch was
   prepared    copies (and weights in bfloat16) are there before: what further micro-batches of a step cost. Beside it
               `even prepared` and `unbalanced prepared`, likewise without the cast to bfloat16
 
+With `--baselines` also `capacity` and `gather`, layers in plain JAX on the same loads, see plain_layers.py; `dropped`
+is the share of choices that they drop.
+
 Each runs with each of `--dispatch`, and with the smallest of a few buffer factors that needs no second round; the
 smallest of all is in the column `smallest_factor`. Times are of calls in a row, as training makes them, up to 50 or
 some 80 ms: a call alone takes 0.5 to 1 ms more, until the host has launched it. Modes take turns. `share_of_even` is
-throughput over that of `even`, or `even prepared`, of the same dispatch; `temp_mb` is what XLA allocates beside
-arguments and results.
+throughput over that of `even`, or `even prepared`, of the same dispatch, and of baselines over that of the fastest
+`even`; `temp_mb` is what XLA allocates beside arguments and results.
+
+`limit_share`, of `even` and `batch`, is the time of what no such layer is spared over the time of the layer: grouped
+matmuls of the busiest rank's slots alone, on rows that are there (`products_us`), and after them what the busiest rank
+gets over its links (`link_mb`: tokens, and sums that come back; with the backward pass twice that) at
+`--link-gb-per-s`.
 """
 
 import argparse
@@ -33,10 +41,14 @@ import common
 import jax
 import jax.numpy as jnp
 import numpy as np
+import plain_layers
+from dispatch import link_mb
 from flax import nnx
 from rich.progress import Progress
 
 import jax_lplb as lplb
+from jax_lplb import _dispatch
+from jax_lplb._grouped_matmul import grouped_matmul, grouped_matmul_transposed, grouped_outer
 from jax_lplb.flax import Metrics, MoE
 
 EXPERTS, TOP_K, REDUNDANTS = 64, 6, 2
@@ -104,20 +116,43 @@ def inputs(ids: np.ndarray, d_model: int, sharding: jax.NamedSharding) -> jax.Ar
     return jax.jit(draw, out_shardings=sharding)()
 
 
-def smallest_factor(ids: np.ndarray, placement: lplb.Placement, mesh: jax.sharding.Mesh, dispatch: str) -> float:
-    """Of the most ids of a rank over their mean; with all_to_all of those of each pair of ranks."""
-    ranks = placement.num_ranks
+def slots_of(ids: jax.Array, placement: lplb.Placement, mesh: jax.sharding.Mesh) -> np.ndarray:
+    """int32 [ranks, tokens, TOP_K]: the slot of all ranks that each choice of each rank's tokens goes to."""
     balance = jax.shard_map(
         lambda ids: lplb.balance(ids, placement, axis_name="ep").physical_ids,
         mesh=mesh,
         in_specs=jax.P("ep"),
         out_specs=jax.P("ep"),
     )
-    owner = np.asarray(jax.jit(balance)(ids)).reshape(ranks, -1) // placement.slots_per_rank
+    return np.asarray(jax.jit(balance)(ids)).reshape(placement.num_ranks, -1, TOP_K)
+
+
+def smallest_factor(slots: np.ndarray, slots_per_rank: int, dispatch: str) -> float:
+    """Of the most choices of a rank over their mean; with all_to_all of those of each pair of ranks."""
+    ranks = len(slots)
+    owner = slots.reshape(ranks, -1) // slots_per_rank
     of_pairs = np.stack([np.bincount(of_source, minlength=ranks) for of_source in owner])
     if dispatch == "all_to_all":
         return of_pairs.max() * ranks / owner.shape[1]
     return of_pairs.sum(axis=0).max() / owner.shape[1]
+
+
+def factor_of(smallest: float) -> float:
+    return next((factor for factor in FACTORS if factor >= smallest), float(jax.device_count()))
+
+
+@cache
+def product_operands(rows: int, slots: int, d_model: int, d_expert: int) -> tuple[jax.Array, ...]:
+    """Of all grouped matmuls, random, on one device."""
+
+    def draw() -> tuple[jax.Array, ...]:
+        widths = {"rows": d_model, "gate and up": 2 * d_expert, "hidden": d_expert, "result": d_model}
+        shapes = [(rows, width) for width in widths.values()]
+        shapes += [(slots, d_model, 2 * d_expert), (slots, d_expert, d_model)]
+        keys = jax.random.split(jax.random.key(0), len(shapes))
+        return tuple(jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True))
+
+    return jax.jit(draw)()
 
 
 class Pass(NamedTuple):
@@ -128,6 +163,21 @@ class Pass(NamedTuple):
     arguments: tuple
 
 
+def forward_and_backward(key: tuple, forward: Any, backward: Any, arguments: tuple) -> dict[str, Pass]:
+    functions = zip(PASSES, (forward, backward), strict=True)
+    return {name: Pass((name, *key), jax.jit(function), arguments) for name, function in functions}
+
+
+def loss_of(forward: Any) -> Any:
+    """The loss that is differentiated, of a function of ..., tokens; beside it what else the function returns."""
+
+    def loss(*operands: Any) -> tuple[jax.Array, Any]:
+        result, other = forward(*operands)
+        return jnp.sum(result.astype(jnp.float32) * operands[-1]), other
+
+    return loss
+
+
 class Runner:
     """The layer, and its compiled passes: one for all loads that take equally large buffers."""
 
@@ -136,8 +186,8 @@ class Runner:
         self.compiled: dict[Any, Any] = {}
         self.layers: dict[Any, MoE] = {}  # by what of a placement is static
 
-    def split(self, placement: lplb.Placement, factor: float, dispatch: str) -> tuple[Any, Any]:
-        """Graph and state of the layer, which is made once."""
+    def layer(self, placement: lplb.Placement) -> MoE:
+        """The layer, which is made once."""
         key = (placement.slots_per_rank, placement.planning)
         if key not in self.layers:
             layer = MoE(
@@ -154,7 +204,11 @@ class Runner:
             router = layer.router[...]  # reads the first columns of its tokens
             layer.router[...] = jax.device_put(jnp.eye(*router.shape, dtype=router.dtype), router.sharding)
             self.layers[key] = layer
-        layer = self.layers[key]
+        return self.layers[key]
+
+    def split(self, placement: lplb.Placement, factor: float, dispatch: str) -> tuple[Any, Any]:
+        """Graph and state of the layer."""
+        layer = self.layer(placement)
         layer.placement.set_value(jax.device_put(placement, jax.NamedSharding(self.mesh, jax.P())))
         layer.buffer_factor, layer.dispatch = factor, dispatch
         graph, state = nnx.split(layer)
@@ -176,18 +230,38 @@ class Runner:
 
         def backward(state: Any, slots: Any, x: jax.Array) -> Any:
             params, rest = state.filter(nnx.Param), state.filter(nnx.Not(nnx.Param))
-
-            def loss(params: Any, slots: Any, x: jax.Array) -> tuple[jax.Array, Metrics]:
-                result, metrics = forward(nnx.merge_state(params, rest), slots, x)
-                return jnp.sum(result.astype(jnp.float32) * x), metrics
-
+            loss = loss_of(lambda params, slots, x: forward(nnx.merge_state(params, rest), slots, x))
             # With prepared slots, gradients stay with them until the last micro-batch.
             return jax.grad(loss, argnums=(1, 2) if prepared else (0, 2), has_aux=True)(params, slots, x)
 
-        return {
-            name: Pass((name, *sizes), jax.jit(function), (state, slots, x))
-            for name, function in zip(PASSES, (forward, backward), strict=True)
-        }
+        return forward_and_backward(sizes, forward, backward, (state, slots, x))
+
+    def plain_passes(self, mode: str, placement: lplb.Placement, factor: float, x: jax.Array) -> dict[str, Pass]:
+        """Of a baseline, with the weights of the layer, whose placement has each expert in logical order and once."""
+        layer = self.layer(placement)
+        params = {name: getattr(layer, name)[...] for name in ("router", "w_in", "w_out")}
+        forward = plain_layers.make(mode, self.mesh, TOP_K, factor, self.options["grouped_matmul"])
+        backward = jax.grad(loss_of(forward), argnums=(0, 1), has_aux=True)
+        return forward_and_backward((mode, factor, x.shape), forward, backward, (params, x))
+
+    def products(self, group_sizes: np.ndarray, rows: int) -> dict[str, Pass]:
+        """The grouped matmuls of the passes, for slots with so many rows each, in a buffer of `rows`."""
+        matmul, transposed, outer = (
+            partial(function, implementation=self.options["grouped_matmul"])
+            for function in (grouped_matmul, grouped_matmul_transposed, grouped_outer)
+        )
+
+        def forward(rows: Any, gate_and_up: Any, hidden: Any, result: Any, w_in: Any, w_out: Any, sizes: Any) -> Any:
+            return matmul(rows, w_in, sizes), matmul(hidden, w_out, sizes)
+
+        def backward(rows: Any, gate_and_up: Any, hidden: Any, result: Any, w_in: Any, w_out: Any, sizes: Any) -> Any:
+            of_out = outer(hidden, result, sizes), transposed(result, w_out, sizes)
+            of_in = outer(rows, gate_and_up, sizes), transposed(gate_and_up, w_in, sizes)
+            return forward(rows, gate_and_up, hidden, result, w_in, w_out, sizes), of_out, of_in
+
+        operands = product_operands(rows, len(group_sizes), self.d_model, self.d_expert)
+        arguments = (*operands, jnp.asarray(group_sizes, jnp.int32))
+        return forward_and_backward(("products", rows, len(group_sizes)), forward, backward, arguments)
 
     def compile(self, passes: list[Pass]) -> None:
         """Several at a time: it takes minutes otherwise."""
@@ -201,6 +275,16 @@ class Runner:
 
     def run(self, one: Pass) -> Any:
         return self.compiled[one.key](*one.arguments)
+
+
+def limit(runner: Runner, slots: np.ndarray, slots_per_rank: int) -> tuple[dict[str, Pass], float]:
+    """The products of the busiest rank, and megabytes over links of the busiest one, of a forward pass."""
+    ranks = len(slots)
+    sizes = np.bincount(slots.reshape(-1), minlength=ranks * slots_per_rank).reshape(ranks, -1)
+    factor = factor_of(smallest_factor(slots, slots_per_rank, "peer"))
+    rows = _dispatch.capacity_of(factor * slots[0].size, slots.size)
+    row_bytes = runner.d_model * jnp.dtype(jnp.bfloat16).itemsize
+    return runner.products(sizes[sizes.sum(axis=1).argmax()], rows), sum(link_mb(slots, slots_per_rank, row_bytes))
 
 
 def times_us(runs: dict[Any, Callable[[], Any]], repeats: int) -> dict[Any, np.ndarray]:
@@ -232,12 +316,25 @@ def measure(
     dispatches: list[str],
     passes: list[str],
     baseline_only: bool,
+    baselines: bool,
+    link_gb_per_s: float,
 ) -> list[dict[str, Any]]:
     sharding = jax.NamedSharding(runner.mesh, jax.P("ep"))
     cases = []  # row, passes
+    limits: dict[Any, Any] = {}  # by load and mode: products, and megabytes over links
     for load in loads:
         x = inputs(load.ids, runner.d_model, sharding)
         ids = jax.device_put(load.ids, sharding)
+        of_load = {"bench": "layer", "case": f"{jax.device_count()}x{REDUNDANTS}", "load": load.name}
+        of_load["tokens_per_rank"] = tokens
+        for mode, dispatch in (("capacity", "all_to_all"), ("gather", "all_gather")) if baselines else ():
+            placement = placement_for(load.past, 0)
+            row = {**of_load, "mode": mode, "dispatch": dispatch, "factor": plain_layers.CAPACITY_FACTOR}
+            if mode == "gather":
+                smallest = smallest_factor(slots_of(ids, placement, runner.mesh), placement.slots_per_rank, dispatch)
+                row |= {"smallest_factor": round(smallest, 4), "factor": factor_of(smallest)}
+            every = runner.plain_passes(mode, placement, row["factor"], x)
+            cases.append((row, {key: every[key] for key in passes}))
         balanced = () if load.name == "even" and baseline_only else ("balanced", "batch")
         for mode in ("even" if load.name == "even" else "unbalanced", *balanced):
             if not {mode, {"balanced": "prepared"}.get(mode, f"{mode} prepared")} & set(modes):
@@ -247,40 +344,54 @@ def measure(
                 placement = lplb.Placement.per_batch(
                     num_experts=EXPERTS, num_ranks=jax.device_count(), redundants_per_rank=REDUNDANTS
                 )
+            slots = slots_of(ids, placement, runner.mesh)
+            if mode in ("even", "batch"):
+                limits[load.name, mode] = limit(runner, slots, placement.slots_per_rank)
             for dispatch in dispatches:
-                smallest = smallest_factor(ids, placement, runner.mesh, dispatch)
-                factor = next((factor for factor in FACTORS if factor >= smallest), float(placement.num_ranks))
+                smallest = smallest_factor(slots, placement.slots_per_rank, dispatch)
+                factor = factor_of(smallest)
                 for prepared in (False,) if mode == "batch" else (False, True):
                     name = {"balanced": "prepared"}.get(mode, f"{mode} prepared") if prepared else mode
                     if name not in modes:
                         continue
-                    row = {"bench": "layer", "case": f"{jax.device_count()}x{REDUNDANTS}", "load": load.name}
-                    row |= {"tokens_per_rank": tokens, "mode": name, "dispatch": dispatch}
+                    row = {**of_load, "mode": name, "dispatch": dispatch}
                     row |= {"smallest_factor": round(smallest, 4), "factor": factor}
                     every = runner.passes(placement, factor, dispatch, x, prepared)
                     cases.append((row, {key: every[key] for key in passes}))
-    runner.compile([one for _, of_case in cases for one in of_case.values()])
+    products = {(*key, name): of_limit[name] for key, (of_limit, _) in limits.items() for name in passes}
+    runner.compile([one for _, of_case in cases for one in of_case.values()] + list(products.values()))
 
     rows, runs = [], {}
     for row, of_case in cases:
         _, metrics = runner.run(of_case[passes[0]])
-        assert metrics.rounds == 1, "the smallest factor needs no second round"
-        assert metrics.load.sum() == tokens * jax.device_count() * TOP_K
-        imbalance = {
-            key: round(float(getattr(metrics, key)), 4) for key in ("contiguous", "home", "optimum", "balanced")
-        }
+        if row["mode"] in plain_layers.LAYERS:
+            of_batch = {"dropped": round(float(metrics), 4)}
+            assert row["mode"] == "capacity" or metrics == 0, "the buffer is as large as the batch needs"
+        else:
+            assert metrics.rounds == 1, "the smallest factor needs no second round"
+            assert metrics.load.sum() == tokens * jax.device_count() * TOP_K
+            imbalances = ("contiguous", "home", "optimum", "balanced")
+            of_batch = {key: round(float(getattr(metrics, key)), 4) for key in imbalances}
         for name in passes:
             one = of_case[name]
             temp = runner.compiled[one.key].memory_analysis().temp_size_in_bytes
             runs[len(rows)] = partial(runner.run, one)
-            rows.append({**row, "pass": name, **imbalance, "temp_mb": round(temp / 2**20)})
-    for i, of_run in times_us(runs, repeats).items():
-        rows[i] |= common.statistics(of_run)
+            rows.append({**row, "pass": name, **of_batch, "temp_mb": round(temp / 2**20)})
+    times = times_us(runs | {key: partial(runner.run, one) for key, one in products.items()}, repeats)
+    for i, row in enumerate(rows):
+        row |= common.statistics(times[i])
     for row in rows:
         fastest = "even prepared" if "prepared" in row["mode"] and "even prepared" in modes else "even"
-        alike = [one for one in rows if all(one[key] == row[key] for key in ("pass", "dispatch"))]
-        (even,) = (one for one in alike if one["mode"] == fastest)
-        row["share_of_even"] = round(even["median_us"] / row["median_us"], 4)
+        even = [one for one in rows if one["mode"] == fastest and one["pass"] == row["pass"]]
+        if row["mode"] not in plain_layers.LAYERS:
+            even = [one for one in even if one["dispatch"] == row["dispatch"]]
+        row["share_of_even"] = round(min(one["median_us"] for one in even) / row["median_us"], 4)
+        if (row["load"], row["mode"]) in limits:
+            row["products_us"] = common.statistics(times[row["load"], row["mode"], row["pass"]])["median_us"]
+            megabytes = limits[row["load"], row["mode"]][1] * (1 if row["pass"] == "forward" else 2)
+            row["link_mb"] = round(megabytes, 1)
+            limit_us = row["products_us"] + megabytes / link_gb_per_s * 1e3
+            row["limit_share"] = round(limit_us / row["median_us"], 4)
     return rows
 
 
@@ -296,6 +407,8 @@ def main() -> None:
     parser.add_argument("--grouped-matmul", choices=["tokamax", "ragged_dot"], help="by default: by platform")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="those beside even")
     parser.add_argument("--baseline-only", action="store_true", help="no balancing of the even load")
+    parser.add_argument("--baselines", action="store_true", help="layers in plain JAX, too")
+    parser.add_argument("--link-gb-per-s", type=float, default=300.0, help="that a rank gets over its links")
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES))
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results/layer.json"))
@@ -321,6 +434,8 @@ def main() -> None:
                 args.dispatch,
                 args.passes,
                 args.baseline_only,
+                args.baselines,
+                args.link_gb_per_s,
             )
             flags = os.environ.get("XLA_FLAGS", "")
             common.write(args.out, [{**row, "xla_flags": flags} if flags else row for row in rows])

@@ -34,6 +34,7 @@ def commands(args: argparse.Namespace) -> dict[str, list[str]]:
     return {
         **({} if args.small else {"tests": tests}),
         "balance": [python, "benchmarks/balance.py", "--tokens", *tokens, *noop, "--out", f"{out}/balance.json"],
+        "dispatch": [python, "benchmarks/dispatch.py", "--out", f"{out}/dispatch.json"],
         "layer": [python, "benchmarks/layer.py", "--tokens", *sizes, *traces, *smaller, "--out", f"{out}/layer.json"],
         "pretrain": [python, "benchmarks/pretrain.py", preset, "--steps", str(steps), "--out", f"{out}/pretrain"],
     }

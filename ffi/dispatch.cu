@@ -274,7 +274,7 @@ __global__ void __launch_bounds__(kThreads) combine_gradient_kernel(const Combin
 // A stream of each device for what runs beside the kernel that a call is for. It forks from the call's stream and joins
 // it again within the call, so that XLA sees nothing of it, and a capture both.
 struct Fork {
-  std::mutex mutex;  // a capture must not meet another call's work
+  std::mutex mutex;  // of what a call puts into the side stream, from its event to that after it
   cudaStream_t side = nullptr;
   cudaEvent_t begin = nullptr, end = nullptr;
 };
@@ -290,22 +290,37 @@ cudaError_t own_fork(Fork** fork) {
   return error;
 }
 
-// launch(), and the rest beside it.
+// Whether what forks from `stream` can go into the side stream. That is in a capture until the capture ends, which is
+// after the call that it records: until then the stream of another call cannot reach it.
+cudaError_t is_free(cudaStream_t side, cudaStream_t stream, bool* result) {
+  cudaStreamCaptureStatus of_side, of_stream;
+  unsigned long long side_capture = 0, stream_capture = 0;
+  cudaError_t error = cudaStreamGetCaptureInfo(side, &of_side, &side_capture);
+  if (error == cudaSuccess) error = cudaStreamGetCaptureInfo(stream, &of_stream, &stream_capture);
+  if (error != cudaSuccess) return error;
+  *result = of_side == cudaStreamCaptureStatusNone ||
+            (of_side == cudaStreamCaptureStatusActive && of_stream == of_side && side_capture == stream_capture);
+  return cudaSuccess;
+}
+
+// launch(), and the rest beside it; or after it, where the side stream is not free.
 template <class Launch>
 cudaError_t launch_beside(cudaStream_t stream, const Beside& beside, Launch launch) {
   if (beside.number == 0) return launch();
   Fork* fork;
   if (const cudaError_t error = own_fork(&fork); error != cudaSuccess) return error;
   std::lock_guard lock(fork->mutex);
-  cudaError_t error = cudaEventRecord(fork->begin, stream);
-  if (error == cudaSuccess) error = cudaStreamWaitEvent(fork->side, fork->begin, 0);
+  bool forks = false;
+  cudaError_t error = is_free(fork->side, stream, &forks);
+  if (error == cudaSuccess && forks) error = cudaEventRecord(fork->begin, stream);
+  if (error == cudaSuccess && forks) error = cudaStreamWaitEvent(fork->side, fork->begin, 0);
   // First what takes a part of each multiprocessor; the other's many blocks take what is left.
   if (error == cudaSuccess) error = launch();
   for (int i = 0; i < beside.number && error == cudaSuccess; ++i) {
-    error = add_rows_cuda(fork->side, beside.adds[i], nullptr);
+    error = add_rows_cuda(forks ? fork->side : stream, beside.adds[i], nullptr);
   }
-  if (error == cudaSuccess) error = cudaEventRecord(fork->end, fork->side);
-  if (error == cudaSuccess) error = cudaStreamWaitEvent(stream, fork->end, 0);
+  if (error == cudaSuccess && forks) error = cudaEventRecord(fork->end, fork->side);
+  if (error == cudaSuccess && forks) error = cudaStreamWaitEvent(stream, fork->end, 0);
   return error;
 }
 

@@ -14,7 +14,7 @@ T* rows_of(const PeerBuffer& buffer, int batch, int rank) {
   return reinterpret_cast<T*>(buffer.table[entry]);
 }
 
-// visit(rank, token, places, places of this rank's rows from the first on) of each token of all ranks.
+// visit(this rank, rank, token, places of the token's choices) of each token of all ranks.
 template <class Visit>
 void for_each_token(const Places& places, int batch, Visit visit) {
   const PeerBuffer& place = places.place;

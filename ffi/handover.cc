@@ -19,8 +19,7 @@ void check(const char* name, cudaError_t error) {
   if (error != cudaSuccess) fail(std::string(name) + ": " + cudaGetErrorString(error));
 }
 
-// ---- The driver's functions, found by name: the library loads where there is no driver
-// -------------------------------
+// ---- The driver's functions, found by name: the library loads where there is no driver ------------------------------
 
 template <class Function>
 class Driver {
@@ -117,8 +116,7 @@ int file_of(const Region& region) {
   return file;
 }
 
-// ---- What is handed over
-// ---------------------------------------------------------------------------------------------
+// ---- What is handed over --------------------------------------------------------------------------------------------
 
 struct Mapped {
   CUdeviceptr base = 0;

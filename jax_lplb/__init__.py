@@ -12,6 +12,7 @@ from jax_lplb._dispatch import Dispatched, Handle, combine, dispatch
 from jax_lplb._evaluate import Evaluation, evaluate
 from jax_lplb._permute_experts import from_logical, permute_experts, to_logical
 from jax_lplb._placement import Placement
+from jax_lplb._recorder import Recorder, load_trace
 from jax_lplb._replicate import replicate
 from jax_lplb._solve import Solution, solve
 from jax_lplb._status import Status
@@ -24,6 +25,7 @@ __all__ = [
     "Evaluation",
     "Handle",
     "Placement",
+    "Recorder",
     "Solution",
     "Status",
     "assign",
@@ -34,6 +36,7 @@ __all__ = [
     "eplb",
     "evaluate",
     "from_logical",
+    "load_trace",
     "permute_experts",
     "replicate",
     "solve",

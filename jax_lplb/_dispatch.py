@@ -86,7 +86,7 @@ def dispatch(
       buffer_factor: rows of a rank's buffer, over the mean that ranks get. With the copies of `Placement.per_batch`
         1.03 holds nearly every batch in one round.
       round: which part of the batch, from 0 on: rows `round * capacity` and following of what each rank gets in all.
-        From `num_rounds` on there are none.
+        Below 0, as a traced number may be, and from `num_rounds` on there are none.
       transport: "peer": ranks read each other's memory, as `replicate` has it, and besides takes tokens of float32,
         bfloat16 or float16 in whole 16-byte words, and at most 32 choices of each. "collective": all ranks get all
         tokens by `all_gather`, and take what they need. None: "peer" where that can be.
@@ -118,7 +118,10 @@ def dispatch(
     queues = queue(physical_ids, placement, axis_name, implementation)
     capacity = capacity_of(buffer_factor * physical_ids.size, physical_ids.size * placement.num_ranks)
     num_rounds = queues.num_rounds(capacity)
-    round_ = jnp.minimum(jnp.asarray(round, jnp.int32), num_rounds)  # any number times the capacity may be too large
+    number = round if isinstance(round, (jax.Array, np.ndarray)) else min(round, 2**31 - 1)
+    number = jnp.asarray(number).astype(jnp.int32)  # negative where a uint32 is too large for it
+    # Any number times the capacity may be too large.
+    round_ = jnp.where(number >= 0, jnp.minimum(number, num_rounds), num_rounds)
     handle = queues.handle(round_, capacity, axis_name, implementation)
     return Dispatched(bring(tokens, handle), handle.group_sizes, num_rounds, handle)
 

@@ -17,7 +17,7 @@ from jax_lplb import _all_to_all, _dispatch, _ffi
 from jax_lplb._dispatch import Handle, Queues
 from jax_lplb._mesh import AxisName
 from jax_lplb._placement import Placement
-from jax_lplb._replicate import Copies, Transfer, Transport, bring_now, copies_of, replicate
+from jax_lplb._replicate import Copies, Transfer, Transport, add_up_at_home, bring_now, copies_of, replicate
 
 Dispatch = Literal["peer", "all_to_all", "ring"]
 # (weights of slots, rows [n, d_model] sorted by slot, group_sizes int32 [slots]) -> [n, d_model]; rows beyond those of
@@ -117,7 +117,8 @@ def expert_parallel(
     if dispatch == "all_to_all":
         first = _all_to_all.gather_first(first, tokens)
     if capacity >= most:
-        return way.run_once(first, batch, slots, tokens, gates).astype(dtype), jnp.int32(1)
+        (rows, brought), group_sizes = way.begin(first, batch, slots, tokens)
+        return way.finish(first, group_sizes, rows, brought, gates).astype(dtype), jnp.int32(1)
     return _all_rounds(way, dtype, num_rounds, batch, first, slots, tokens, gates), num_rounds
 
 
@@ -141,23 +142,33 @@ class _Way(NamedTuple):
     transfer: Transfer | None  # of weights that are brought with tokens
     tree: Any
 
-    def run(self, round_: Round, slots: Any, tokens: jax.Array, gates: jax.Array) -> jax.Array:
-        rows, group_sizes = self.dispatch(round_, tokens)
+    def begin(self, round_: Any, batch: _Batch, weights: Any, tokens: jax.Array) -> tuple[Any, jax.Array]:
+        """The only round of a batch, which brings weights with its tokens: rows and slots, and group sizes."""
+        if self.transfer is None:
+            rows, group_sizes = self.dispatch(round_, tokens)
+            return (rows, weights), group_sizes
+        rows, slots = _dispatch.bring_beside(tokens, round_, weights, batch.rows, self.transfer)
+        return (rows, jax.tree.unflatten(self.tree, slots)), round_.group_sizes
+
+    def finish(self, round_: Any, group_sizes: jax.Array, rows: jax.Array, slots: Any, gates: jax.Array) -> jax.Array:
         return self.combine(round_, self.experts(slots, rows, group_sizes), gates)
 
-    def run_once(self, round_: Any, batch: _Batch, weights: Any, tokens: jax.Array, gates: jax.Array) -> jax.Array:
-        """The only round of a batch, which brings weights with its tokens."""
-        if self.transfer is None:
-            return self.run(round_, weights, tokens, gates)
-        rows, slots = _dispatch.bring_beside(tokens, round_, weights, batch.rows, self.transfer)
-        done = self.experts(jax.tree.unflatten(self.tree, slots), rows, round_.group_sizes)
-        return self.combine(round_, done, gates)
+    def run(self, round_: Round, slots: Any, tokens: jax.Array, gates: jax.Array) -> jax.Array:
+        """One of several rounds, for which the weights are there."""
+        rows, group_sizes = self.dispatch(round_, tokens)
+        return self.finish(round_, group_sizes, rows, slots, gates)
 
     def slots(self, batch: _Batch, weights: Any) -> Any:
         """The weights, brought before all rounds."""
         if self.transfer is None:
             return weights
         return jax.tree.unflatten(self.tree, bring_now(self.transfer, weights, batch.rows))
+
+    def of_weights(self, batch: _Batch, of_slots: Any) -> Any:
+        """The gradients of the weights."""
+        if self.transfer is None:
+            return of_slots
+        return add_up_at_home(self.transfer, batch.rows, jax.tree.leaves(of_slots))
 
 
 # GPUs wait for the host to learn of a condition: so there is one, before tokens travel, and then either the usual
@@ -168,54 +179,71 @@ def _all_rounds(way: _Way, dtype: Any, rounds: jax.Array, batch: _Batch, first: 
 
     `first`: the first round. `operands`: weights, tokens and gates, by which it is differentiated.
     """
-    return lax.cond(
-        rounds > 1,
-        lambda: _several_rounds(way, rounds, batch, *operands).astype(dtype),
-        lambda: way.run_once(first, batch, *operands).astype(dtype),
-    )
+    weights, tokens, gates = operands
+
+    def once() -> jax.Array:
+        (rows, slots), group_sizes = way.begin(first, batch, weights, tokens)
+        return way.finish(first, group_sizes, rows, slots, gates).astype(dtype)
+
+    return lax.cond(rounds > 1, lambda: _several_rounds(way, rounds, batch, *operands)[0].astype(dtype), once)
 
 
-def _several_rounds(way: _Way, rounds: jax.Array, batch: _Batch, weights: Any, *operands: Any) -> jax.Array:
+def _several_rounds(way: _Way, rounds: jax.Array, batch: _Batch, weights: Any, *operands: Any) -> tuple[jax.Array, Any]:
     slots = way.slots(batch, weights)
-    return _sum_of(rounds, lambda number: way.run(way.prepare(batch.queues, number), slots, *operands))
+    return _sum_of(rounds, lambda number: way.run(way.prepare(batch.queues, number), slots, *operands)), slots
 
 
 def _all_rounds_forward(way: _Way, dtype: Any, rounds: jax.Array, batch: _Batch, first: Round, *operands: Any) -> Any:
+    weights, tokens, gates = operands
     given = jax.tree.leaves((batch, first, operands))
-    structure, places = None, []  # of what the backward pass needs; among `given`, which need not be copied
+    structure, tree, places = None, None, []  # of what the backward pass needs; among what need not be copied
 
-    def once() -> tuple[jax.Array, list[jax.Array]]:
-        nonlocal structure, places
-        result, pull = jax.vjp(lambda *operands: way.run_once(first, batch, *operands).astype(dtype), *operands)
-        kept, structure = jax.tree.flatten(pull)
-        places = [next((i for i, leaf in enumerate(given) if leaf is one), None) for one in kept]
-        return result, [one for one, i in zip(kept, places, strict=True) if i is None]
+    def once() -> tuple[jax.Array, list[jax.Array], list[jax.Array]]:
+        nonlocal structure, tree, places
+        (rows, slots), pull_begin, group_sizes = jax.vjp(
+            partial(way.begin, first, batch), weights, tokens, has_aux=True
+        )
+        result, pull_finish = jax.vjp(
+            lambda *operands: way.finish(first, group_sizes, *operands).astype(dtype), rows, slots, gates
+        )
+        kept, structure = jax.tree.flatten((pull_begin, pull_finish))
+        brought, tree = jax.tree.flatten(slots)
+        there = [*given, *brought]
+        places = [next((i for i, leaf in enumerate(there) if leaf is one), None) for one in kept]
+        kept = [one for one, i in zip(kept, places, strict=True) if i is None]
+        return result, [] if way.transfer is None else brought, kept
 
-    def several() -> tuple[jax.Array, list[jax.Array]]:
-        kept = [_zeros_like(leaf) for leaf in jax.eval_shape(once)[1]]  # rounds are run again in the backward pass
-        return _several_rounds(way, rounds, batch, *operands).astype(dtype), kept
+    def several() -> tuple[jax.Array, list[jax.Array], list[jax.Array]]:
+        _, _, kept = jax.eval_shape(once)
+        result, slots = _several_rounds(way, rounds, batch, *operands)
+        brought = [] if way.transfer is None else jax.tree.leaves(slots)
+        # Rounds are run again in the backward pass.
+        return result.astype(dtype), brought, [_zeros_like(leaf) for leaf in kept]
 
-    result, kept = lax.cond(rounds > 1, several, once)
-    rest = iter(kept)
-    pull = jax.tree.unflatten(structure, [next(rest) if i is None else given[i] for i in places])
-    return result, (rounds, batch, operands, pull)  # batch and operands: for the backward pass of several rounds
+    result, brought, kept = lax.cond(rounds > 1, several, once)
+    slots = weights if way.transfer is None else jax.tree.unflatten(tree, brought)
+    there, rest = [*given, *jax.tree.leaves(slots)], iter(kept)
+    pulls = jax.tree.unflatten(structure, [next(rest) if i is None else there[i] for i in places])
+    return result, (rounds, batch, slots, tokens, gates, pulls)
 
 
 def _all_rounds_backward(way: _Way, dtype: Any, residuals: Any, gradient: jax.Array) -> Any:
-    rounds, batch, (weights, *operands), pull = residuals
+    rounds, batch, slots, tokens, gates, (pull_begin, pull_finish) = residuals
 
-    def of_rounds() -> Any:
-        slots, pull_slots = jax.vjp(partial(way.slots, batch), weights)
+    def once() -> Any:
+        of_rows, of_slots, of_gates = pull_finish(gradient)
+        return *pull_begin((of_rows, of_slots)), of_gates
 
+    def several() -> Any:
         def of_round(number: jax.Array) -> Any:
             round_ = way.prepare(batch.queues, number)
-            result, pull_round = jax.vjp(partial(way.run, round_), slots, *operands)
+            result, pull_round = jax.vjp(partial(way.run, round_), slots, tokens, gates)
             return pull_round(gradient.astype(result.dtype))
 
         of_slots, *rest = _sum_of(rounds, of_round)
-        return *pull_slots(of_slots), *rest
+        return way.of_weights(batch, of_slots), *rest
 
-    return None, None, None, *lax.cond(rounds > 1, of_rounds, lambda: pull(gradient))
+    return None, None, None, *lax.cond(rounds > 1, several, once)
 
 
 _all_rounds.defvjp(_all_rounds_forward, _all_rounds_backward)

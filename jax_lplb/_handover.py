@@ -5,7 +5,7 @@ region, a UNIX socket carries it to the other processes, and they map it. All ha
 tells of a buffer there (`share` in ffi/handover.cc). So what ranks are told they can reach, and nothing on a device
 waits for a host.
 
-Processes agree once, when they first trace a program that could use this: each shows its socket in the key-value store
+Processes agree once, when they first trace a program that asks for this: each shows its socket in the key-value store
 of `jax.distributed`, hands a region over, as a trial, and says how that went. The first one to know the verdict writes
 it down for all. So all take the same road, also where some processes never come.
 """

@@ -2,6 +2,7 @@
 
 import dataclasses
 import operator
+import os
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from jax import lax
 from numpy.typing import ArrayLike
 
-from jax_lplb import _ffi, _plan, eplb
+from jax_lplb import _ffi, _placement_file, _plan, eplb
 from jax_lplb._checks import check_choice, check_count, check_positive
 from jax_lplb._mesh import with_auto_axes
 from jax_lplb.topology import Topology
@@ -46,9 +47,10 @@ class Placement:
     """Where each logical expert lives, and where its copies are.
 
     Rank g owns the slots g * slots_per_rank to (g + 1) * slots_per_rank - 1. Build one with `per_batch`,
-    `from_topology`, `from_eplb` or `from_phy2log`, which check it. A pytree of two int32 leaves: their contents may be
-    traced, and so change within a jitted step without recompiling; shapes, ranks, groups, topology and planning are
-    static. Leaves may have leading axes (one entry for each layer) to be mapped or scanned over.
+    `from_topology`, `from_eplb` or `from_phy2log`, which check it; `save` and `load` keep it in a file. A pytree of two
+    int32 leaves: their contents may be traced, and so change within a jitted step without recompiling; shapes, ranks,
+    groups, topology and planning are static. Leaves may have leading axes (one entry for each layer) to be mapped or
+    scanned over.
 
     Equal, and of one hash, where contents, ranks, groups, topology and planning are, whether leaves are NumPy's or
     JAX's; so it may be a key, or a static argument of `jax.jit` (which recompiles for other contents). Of leaves that
@@ -439,6 +441,32 @@ class Placement:
         log2phy[:, 0] = np.flatnonzero(phy2log >= 0)
         planning = Planning(float(target), int(min_tokens), max_sends) if redundants_per_rank else None
         return cls(phy2log, log2phy, num_ranks, num_groups, topology=None, planning=planning)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the placement, all that makes it, to an npz file of just this name, for `load`.
+
+        The file is replaced as a whole: one that is there stays until the new one is written.
+
+        Raises:
+          TypeError: leaves are traced.
+          ValueError: leaves contradict each other, as contents that were put in by hand may.
+          OSError: the file cannot be written.
+        """
+        _placement_file.save(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Placement":
+        """The placement that `save` wrote: equal to that one, with leaves on the host.
+
+        It replaces that one without recompiling; where leaves were on devices, once `jax.device_put` has put them there
+        likewise. Weights that were saved in `home_order` go with this placement and no other.
+
+        Raises:
+          OSError: the file cannot be opened.
+          ValueError: it is no such file, is damaged or of a newer version, or its arrays contradict each other; says
+            what was found and what was expected.
+        """
+        return _placement_file.load(cls, path)
 
     def choose(self, load: jax.Array, *, implementation: _ffi.Implementation = None) -> "Placement":
         """Plans copies for a load, on the device, as `balance` does for that of a batch.

@@ -39,9 +39,10 @@ def replicate(
       dtype: of the slots, by default that of each leaf. Copies and their gradients travel in it.
       transport: how copies travel. "peer": ranks read them from each other's memory, those that there are and no more,
         whatever the placement; gradients are added up in float32, in the order of `placement.log2phy`. It takes
-        devices of one process, CPUs or GPUs that can access each other's memory. "collective": by `ppermute` along the
-        columns of a topology; without one, slot by slot, each rank sends every other a row of weights, or of zeros
-        where that wants none of its. None: "peer" where that can be, "collective" elsewhere.
+        devices of one process, CPUs or GPUs that can access each other's memory, or GPUs of several processes on one
+        host. "collective": by `ppermute` along the columns of a topology; without one, slot by slot, each rank sends
+        every other a row of weights, or of zeros where that wants none of its. None: "peer" where that can be in one
+        process, "collective" elsewhere.
 
     Returns:
       The tree, with leaves [slots_per_rank, ...]: the rank's slots. Zeros in slots that hold nothing.
@@ -237,11 +238,8 @@ def _differentiated_once(transfer: Transfer, leaves: list[jax.Array], rows: Rows
         return _ffi.dispatch("add_rows", transfer.implementation, peers, collectives, *operands, platforms=platforms)
 
 
-def _forward(transfer: Transfer, leaves: list[jax.Array], rows: Rows) -> Any:
-    return _differentiated_once(transfer, leaves, rows), rows
-
-
-def _backward(transfer: Transfer, rows: Rows, gradients: list[Any]) -> Any:
+def add_up_at_home(transfer: Transfer, rows: Rows, gradients: list[Any]) -> list[Any]:
+    """The gradients of the leaves of those of their slots; None where there is none."""
     places = [
         i
         for i, (gradient, dtype) in enumerate(zip(gradients, transfer.dtypes, strict=True))
@@ -262,10 +260,13 @@ def _backward(transfer: Transfer, rows: Rows, gradients: list[Any]) -> Any:
             )
         for i, total in zip(places, totals, strict=True):
             sums[i] = total
-    return sums, None
+    return sums
 
 
-_differentiated_once.defvjp(_forward, _backward)
+_differentiated_once.defvjp(
+    lambda transfer, leaves, rows: (_differentiated_once(transfer, leaves, rows), rows),
+    lambda transfer, rows, gradients: (add_up_at_home(transfer, rows, gradients), None),
+)
 
 
 def _by_peers(transfer: Transfer, leaves: list[jax.Array], rows: Rows) -> list[jax.Array]:

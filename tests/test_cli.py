@@ -119,12 +119,19 @@ def test_windows_keep_to_their_sequence_and_layer(rng):
     assert len(past) == len(before) == now.shape[1] == 15
 
 
-@pytest.mark.parametrize("kind", ["ids", "task ids", "counts", "counts.npy", "topk_ids.npy", "float counts", "sglang"])
+@pytest.mark.parametrize(
+    "kind", ["ids", "task ids", "counts", "counts.npy", "topk_ids.npy", "float counts", "sglang", "folder"]
+)
 def test_all_formats_give_the_same_loads(kind, ids, tmp_path):
     counts = counts_of(ids)
     path = tmp_path / {"sglang": "dump.json"}.get(kind, kind if kind.endswith("npy") else "trace.npz")
     if kind == "sglang":
         path.write_text(json.dumps({"rank": 0, "logical_count": counts.tolist()}))
+    elif kind == "folder":
+        path = tmp_path / "recorded"
+        with lplb.Recorder(path, chunk_steps=4) as recorder:
+            for step in counts:
+                recorder.record(step)
     elif kind.endswith("npy"):
         np.save(path, counts if kind == "counts.npy" else ids)
     elif kind == "task ids":
@@ -160,7 +167,7 @@ def write(path, contents) -> None:
     ("name", "contents", "found"),
     [
         ("a.npz", None, "cannot read .*a.npz: No such file"),
-        ("a.pt", b"PK", "suffix '.pt', and nothing is unpickled; expected an .npz"),
+        ("a.pt", b"PK", "suffix '.pt', and nothing is unpickled; expected .* an .npz"),
         ("a.npz", b"", "is no .npz file"),
         ("a.npz", b"PK\x03\x04 and then nothing", "is no .npz file"),
         ("a.npz", {"loads": np.ones((4, 2, 8))}, "has 'loads'; expected .* counts"),
@@ -179,8 +186,10 @@ def write(path, contents) -> None:
         (
             "a.npz",
             {"topk_ids": np.ones((90, 2, 4), int)},
-            "window = 2 takes 4 batches.* got 3; pass a smaller --window",
+            "has 3 batches .* takes 4: pass --window 1 or less",
         ),
+        ("a.npz", {"counts": np.ones((1, 2, 16), int)}, "has 1 batches .* takes 4: record more of them"),
+        (".", None, "expected a folder that a Recorder wrote, found one without npz files"),
         ("counts.npy", np.array([{}], object), "no .npy file without pickles: Object arrays"),
         ("x.npy", np.ones((4, 2, 8), int), "has 'x'; expected"),
         ("a.json", "[1]", "has a JSON list; expected"),
@@ -195,7 +204,7 @@ def test_bad_files_are_one_line(name, contents, found, tmp_path):
     with pytest.raises(SystemExit, match=found) as raised:
         simulate(tmp_path / name, "--batch-tokens", "30", "--experts", "16")
     assert len(str(raised.value).splitlines()) == 1
-    assert not (tmp_path / "out.json").exists()
+    assert not list(tmp_path.rglob("out.json"))
 
 
 @pytest.mark.parametrize(

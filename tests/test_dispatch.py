@@ -213,6 +213,21 @@ def test_rounds_add_up_to_one(rng, mesh):
         np.testing.assert_allclose(total, one[name], rtol=1e-5, atol=1e-6)
 
 
+def test_rounds_out_of_range_have_no_rows(rng, mesh):
+    tokens, ids, *_ = drawn(rng, mesh.size, 6, 3, 4)
+
+    def on_rank(tokens, ids, number):
+        numbers = (number, number.astype(jnp.uint32), -number, 2**40)
+        of_each = [lplb.dispatch(tokens, ids, placed(mesh.size), "ep", round=one) for one in numbers]
+        return [(out.rows, out.group_sizes, out.handle.place[None]) for out in of_each]
+
+    run = jax.shard_map(on_rank, mesh=mesh, in_specs=(P("ep"), P("ep"), P()), out_specs=P("ep"))
+    for rows, group_sizes, place in jax.jit(run)(tokens, ids, jnp.int32(-(2**31) + 1)):
+        assert not np.any(rows)
+        assert not np.any(group_sizes)
+        assert np.all(np.asarray(place) == -1)
+
+
 @pytest.mark.parametrize(
     ("shape", "names", "axes", "kind", "check_vma"),
     [

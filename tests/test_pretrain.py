@@ -39,7 +39,7 @@ from data import Corpus, on_devices, read, unigram_entropy
 from jax_lplb import _ffi
 from jax_lplb._router import Router
 from jax_lplb.flax import Metrics, MoE
-from model import EvenRouter, Transformer, even_choices, look_up
+from model import Block, EvenRouter, Transformer, even_choices, look_up
 from placement import place
 from step import METRICS, Trainer, mesh_of, past_load
 from terminal import Terminal
@@ -260,6 +260,15 @@ def test_peers_out_of_reach_end_with_a_line(config, tmp_path):
         run(dataclasses.replace(config, out=tmp_path, model=model, compute=compute))
     assert re.match("train: --dispatch peer cannot be here, leave it out: .*memory", str(error.value))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("dispatch", "transport"), [(None, None), ("all_to_all", None), ("peer", "peer")])
+def test_peers_that_are_asked_for_bring_copies_too(config, dispatch, transport):
+    """Processes share memory only for what asks for it, and the summary takes the one for the other."""
+    config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, dispatch=dispatch))
+    placement = jax.tree.map(lambda leaf: leaf[0], place(config, 8))
+    block = nnx.eval_shape(lambda: Block(config, placement, mesh_of(8), rngs=nnx.Rngs(0)))
+    assert (block.moe.dispatch, block.moe.transport) == (dispatch, transport)
 
 
 def test_steps_run_what_was_compiled_ahead(config, caplog):

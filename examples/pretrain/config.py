@@ -79,7 +79,7 @@ class Placing:
     """Ranks that share the experts; by default all devices. The others are data parallel."""
     copies: Literal["batch", "past", "none"] | None = None
     """Chosen by each batch, on the device; or by past load, for many steps, with experts that move; or none. By default
-    by each batch, and with --distributed by the past: whether processes reach each other's memory is not known yet."""
+    by each batch, and with --distributed by the past: processes share memory only with --dispatch peer."""
     redundants: int = 2
     """Slots of each rank for copies."""
     placement: Literal["topology", "eplb"] = "topology"
@@ -99,8 +99,8 @@ class Compute:
     remat: bool = False
     """Computes each block again in the backward pass instead of keeping what it computed: slower, with less memory."""
     dispatch: Literal["peer", "all_to_all", "ring"] | None = None
-    """How tokens travel to their experts. By default through peers' memory where devices can reach each other's, else
-    by all_to_all."""
+    """How tokens travel to their experts. By default through peers' memory where the devices are one process's and can
+    reach each other's, else by all_to_all. "peer" asks for it: for copies, too, and between processes of one host."""
     buffer_factor: float | None = None
     """Room of the dispatch's buffers over that of an even load. By default 1.05 with --copies batch, where the buffers
     are for all that a rank gets and not for each pair of ranks, and with --route even; else 1.25."""

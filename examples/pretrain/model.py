@@ -108,6 +108,7 @@ class Block(nnx.Module):
             token_axes=mesh.axis_names,
             router_bias=model.router_bias,
             dispatch=compute.dispatch,
+            transport="peer" if compute.dispatch == "peer" else None,
             buffer_factor=compute.buffer_factor,
             dtype=jnp.dtype(compute.dtype),
             rngs=rngs,

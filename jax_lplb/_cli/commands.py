@@ -64,8 +64,8 @@ def simulate(
     per batch are chosen for the batch itself. Runs on the CPU.
 
     Args:
-      trace: .npz, .npy or .json with counts or logical_count [steps, layers, experts], or topk_ids [tokens, layers, k].
-        The name of an .npy says which.
+      trace: The folder of a Recorder, or .npz, .npy or .json with counts or logical_count [steps, layers, experts] or
+        topk_ids [tokens, layers, k]. The name of an .npy says which.
       ranks: Numbers of expert-parallel ranks.
       redundants: Redundant experts on each rank.
       placements: Where the copies are, and how tokens are split over them.

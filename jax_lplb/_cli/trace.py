@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from jax_lplb._recorder import load_trace
+
 COUNTS, IDS = ("counts", "logical_count"), ("ids",)  # how the names of arrays end
 EXPECTED = (
-    "expected an .npz, .npy or .json file with an array counts or logical_count [steps, layers, experts], or topk_ids "
-    "[tokens, layers, k]"
+    "expected the folder of a Recorder, or an .npz, .npy or .json file with an array counts or logical_count [steps, "
+    "layers, experts], or topk_ids [tokens, layers, k]"
 )
 
 
@@ -23,7 +25,8 @@ def read(path: Path, batch_tokens: int = 512, experts: int | None = None) -> lis
     """Sequences of batches, int64 [steps, layers, experts] each, of equally many layers and experts.
 
     Args:
-      path: an .npz archive, an .npy array or JSON. Of an .npy, the name of the file says what it holds.
+      path: the folder of a `Recorder`, an .npz archive, an .npy array or JSON. Of an .npy, the name of the file says
+        what it holds.
       batch_tokens: tokens of a batch, where the file has the ids of tokens. Tokens at the end that fill no batch are
         left out.
       experts: how many there are; by default one more than the highest id.
@@ -55,6 +58,11 @@ def read(path: Path, batch_tokens: int = 512, experts: int | None = None) -> lis
 
 def _load(path: Path) -> dict[str, Any]:
     """Arrays by their names, or what JSON has in their place. Of an archive, what has another name is not read."""
+    if path.is_dir():
+        try:
+            return {"counts": load_trace(path)}
+        except (OSError, ValueError) as error:
+            raise BadTraceError(str(error).splitlines()[0]) from error
     try:
         if path.suffix in (".npz", ".npy"):
             with path.open("rb") as file:
