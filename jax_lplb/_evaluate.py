@@ -105,21 +105,11 @@ def evaluate(
     check_placement(alone, implementation)
     check_options(alone, solver, tol, None)
 
-    mean = np.maximum(totals, 1) / ranks
-
-    def imbalance(largest: np.ndarray) -> np.ndarray:
-        return np.where(totals > 0, largest / mean, 1.0).reshape(loads.shape[:-1])
-
-    def if_sent(share: np.ndarray) -> np.ndarray:
-        """Where each rank takes a share [layers, experts, ranks] of each expert's tokens."""
-        by_layer = flat.reshape(-1, num_layers, experts).swapaxes(0, 1)
-        return imbalance((by_layer @ share).swapaxes(0, 1).reshape(-1, ranks).max(axis=1))
-
-    in_order = np.arange(experts)[None] // -(-experts // ranks)
+    in_order, home = in_slots(np.arange(experts)[None], ranks), in_slots(stacked.home_order, ranks)
 
     # Of each load the interior-point method in pure JAX holds which replica is on which rank.
     at_once = min(_AT_ONCE, max(_ELEMENTS // (experts * alone.max_replicas * alone.group_size), 1))
-    even, most, assigned, gap, copies = np.empty((5, len(flat)))
+    contiguous, at_home, even, most, assigned, gap, copies = np.empty((7, len(flat)))
     for first in _track(range(0, len(flat), at_once), progress):
         part = flat[first : first + at_once]
         # The last part is filled up: one shape, compiled once.
@@ -132,31 +122,35 @@ def evaluate(
             np.asarray(result)[: len(part)] for result in _balance_all(padded, of_layer, solver, tol, implementation)
         )
         copies[here] = np.sum(phy2log >= 0, axis=1) - experts
-        even[here] = _evenly(part, phy2log, ranks).max(axis=1)
-    return Evaluation(
-        contiguous=if_sent(_one_hot(in_order, ranks)),
-        home=if_sent(_one_hot(stacked.home_rank, ranks)),
-        even=imbalance(even),
-        optimum=np.maximum(imbalance(most), 1),
-        assigned=imbalance(assigned),
-        gap=gap.reshape(loads.shape[:-1]),
-        copies=copies.astype(np.int64).reshape(loads.shape[:-1]),
-    )
+        contiguous[here] = even_imbalance(part, in_order, ranks)
+        at_home[here] = even_imbalance(part, home[layer[: len(part)]], ranks)
+        even[here] = even_imbalance(part, phy2log, ranks)
+        most[here], assigned[here] = (_imbalance(largest, part, ranks) for largest in (most[here], assigned[here]))
+    results = (contiguous, at_home, even, np.maximum(most, 1), assigned, gap, copies.astype(np.int64))
+    return Evaluation(*(result.reshape(loads.shape[:-1]) for result in results))
 
 
-def _one_hot(rank: np.ndarray, num_ranks: int) -> np.ndarray:
-    return (rank[..., None] == np.arange(num_ranks)).astype(np.float64)
+def in_slots(order: np.ndarray, num_ranks: int) -> np.ndarray:
+    """The experts of each row [rows, experts] in equally many slots a rank, filled up with -1: a phy2log of homes."""
+    return np.pad(order, ((0, 0), (0, -order.shape[1] % num_ranks)), constant_values=-1)
 
 
-def _evenly(loads: np.ndarray, phy2log: np.ndarray, num_ranks: int) -> np.ndarray:
-    """Rank loads [loads, num_ranks] where the tokens [loads, experts] are split evenly over slots [loads, slots]."""
+def _imbalance(largest: np.ndarray, loads: np.ndarray, num_ranks: int) -> np.ndarray:
+    """Largest rank load / mean rank load of each load [loads, experts], 1 for a load of zeros."""
+    totals = loads.sum(axis=1, dtype=np.int64)
+    return np.where(totals > 0, largest / (np.maximum(totals, 1) / num_ranks), 1.0)
+
+
+def even_imbalance(loads: np.ndarray, phy2log: np.ndarray, num_ranks: int) -> np.ndarray:
+    """The imbalance of each load [loads, experts], split evenly over slots [loads, slots], or [1, slots] for all."""
+    phy2log = np.broadcast_to(phy2log, (len(loads), phy2log.shape[1]))
     holds = phy2log >= 0
     rows = np.arange(len(loads))[:, None]
     expert = np.where(holds, phy2log, 0)
     slots = np.zeros(loads.shape)
     np.add.at(slots, (np.broadcast_to(rows, expert.shape), expert), holds)
     of_slots = np.where(holds, (loads / np.maximum(slots, 1))[rows, expert], 0)
-    return of_slots.reshape(len(loads), num_ranks, -1).sum(axis=2)
+    return _imbalance(of_slots.reshape(len(loads), num_ranks, -1).sum(axis=2).max(axis=1), loads, num_ranks)
 
 
 @partial(jax.jit, static_argnames=("solver", "tol", "implementation"))
