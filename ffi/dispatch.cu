@@ -15,8 +15,7 @@ constexpr int kLoads = 4;  // of 16 bytes, that a lane has in flight
 
 template <class T>
 __device__ T* rows_of(const PeerBuffer& buffer, int batch, int rank) {
-  const int64_t entry = (static_cast<int64_t>(batch) * buffer.num_ranks + rank) * buffer.num_buffers + buffer.buffer;
-  return reinterpret_cast<T*>(buffer.table[entry]);
+  return reinterpret_cast<T*>(buffer.address(batch, rank));
 }
 
 // The rank whose buffer this is.
@@ -328,22 +327,6 @@ dim3 grid_of(const Places& places, int num_blocks) {
   return dim3(static_cast<unsigned>(num_blocks), static_cast<unsigned>(places.place.num_batches));
 }
 
-cudaError_t launch_combine(cudaStream_t stream, const Combine& combine, int32_t* done) {
-  const dim3 grid = grid_of(combine.places, combine.num_blocks);
-  switch (combine.type) {
-    case Float::kFloat32:
-      combine_kernel<float><<<grid, kThreads, 0, stream>>>(combine, done);
-      break;
-    case Float::kBfloat16:
-      combine_kernel<__nv_bfloat16><<<grid, kThreads, 0, stream>>>(combine, done);
-      break;
-    case Float::kFloat16:
-      combine_kernel<__half><<<grid, kThreads, 0, stream>>>(combine, done);
-      break;
-  }
-  return cudaGetLastError();
-}
-
 }  // namespace
 
 cudaError_t number_cuda(cudaStream_t stream, const Number& number, int32_t* result) {
@@ -374,23 +357,21 @@ cudaError_t dispatch_cuda(cudaStream_t stream, const Dispatch& dispatch, const B
 }
 
 cudaError_t combine_cuda(cudaStream_t stream, const Combine& combine, const Beside& beside, int32_t* done) {
-  return launch_beside(stream, beside, [&] { return launch_combine(stream, combine, done); });
+  return launch_beside(stream, beside, [&] {
+    return visit_float(combine.type, [&](auto zero) {
+      combine_kernel<decltype(zero)>
+          <<<grid_of(combine.places, combine.num_blocks), kThreads, 0, stream>>>(combine, done);
+      return cudaGetLastError();
+    });
+  });
 }
 
 cudaError_t combine_gradient_cuda(cudaStream_t stream, const CombineGradient& gradient, int32_t* done) {
   const dim3 grid = grid_of(gradient.dispatch.places, gradient.dispatch.num_blocks);
-  switch (gradient.type) {
-    case Float::kFloat32:
-      combine_gradient_kernel<float><<<grid, kThreads, 0, stream>>>(gradient, done);
-      break;
-    case Float::kBfloat16:
-      combine_gradient_kernel<__nv_bfloat16><<<grid, kThreads, 0, stream>>>(gradient, done);
-      break;
-    case Float::kFloat16:
-      combine_gradient_kernel<__half><<<grid, kThreads, 0, stream>>>(gradient, done);
-      break;
-  }
-  return cudaGetLastError();
+  return visit_float(gradient.type, [&](auto zero) {
+    combine_gradient_kernel<decltype(zero)><<<grid, kThreads, 0, stream>>>(gradient, done);
+    return cudaGetLastError();
+  });
 }
 
 }  // namespace lplb

@@ -10,8 +10,7 @@ namespace {
 
 template <class T>
 T* rows_of(const PeerBuffer& buffer, int batch, int rank) {
-  const int64_t entry = (static_cast<int64_t>(batch) * buffer.num_ranks + rank) * buffer.num_buffers + buffer.buffer;
-  return reinterpret_cast<T*>(buffer.table[entry]);
+  return reinterpret_cast<T*>(buffer.address(batch, rank));
 }
 
 // visit(this rank, rank, token, places of the token's choices) of each token of all ranks.
@@ -134,33 +133,13 @@ void dispatch_cpu(const Dispatch& dispatch, const Beside& beside, int32_t* done)
 }
 
 void combine_cpu(const Combine& of, const Beside& beside, int32_t* done) {
-  switch (of.type) {
-    case Float::kFloat32:
-      combine<float>(of);
-      break;
-    case Float::kBfloat16:
-      combine<Bfloat16>(of);
-      break;
-    case Float::kFloat16:
-      combine<Float16>(of);
-      break;
-  }
+  visit_float(of.type, [&](auto zero) { combine<decltype(zero)>(of); });
   for (int i = 0; i < beside.number; ++i) add_rows_cpu(beside.adds[i], nullptr);
   report(of.places.place, done);
 }
 
 void combine_gradient_cpu(const CombineGradient& of, int32_t* done) {
-  switch (of.type) {
-    case Float::kFloat32:
-      combine_gradient<float>(of);
-      break;
-    case Float::kBfloat16:
-      combine_gradient<Bfloat16>(of);
-      break;
-    case Float::kFloat16:
-      combine_gradient<Float16>(of);
-      break;
-  }
+  visit_float(of.type, [&](auto zero) { combine_gradient<decltype(zero)>(of); });
   report(of.dispatch.places.place, done);
 }
 

@@ -4,6 +4,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "peer.h"
+
 namespace lplb {
 
 __device__ inline float to_float(float value) { return value; }
@@ -17,5 +19,10 @@ template <class T, int kElements>
 struct alignas(sizeof(T) * kElements) Pack {
   T values[kElements];
 };
+
+template <class Visit>
+auto visit_float(Float type, Visit visit) {
+  return visit_float<__nv_bfloat16, __half>(type, visit);
+}
 
 }  // namespace lplb

@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "peer.h"
+
 namespace lplb {
 
 inline float float_from_bits(uint32_t bits) {
@@ -56,6 +58,11 @@ inline void store(float value, Float16* to) {
     bits = (magnitude - 0x38000000u + 0xfff + (magnitude >> 13 & 1)) >> 13;
   }
   to->bits = static_cast<uint16_t>(sign | bits);
+}
+
+template <class Visit>
+auto visit_float(Float type, Visit visit) {
+  return visit_float<Bfloat16, Float16>(type, visit);
 }
 
 }  // namespace lplb

@@ -518,6 +518,13 @@ PeerBuffer read_choices(Shapes& shapes, const char* operand, const ffi::AnyBuffe
   return buffer;
 }
 
+// Of a kernel that moves rows of so many bytes.
+int read_blocks(Shapes& shapes, int64_t num_blocks, int64_t row_bytes) {
+  shapes.require(row_bytes % 16 == 0, [] { return "rows of whole 16-byte words"; });
+  shapes.require(num_blocks >= 1 && num_blocks <= 65535, [] { return "num_blocks from 1 to 65535"; });
+  return static_cast<int>(num_blocks);
+}
+
 Dispatch read_dispatch(Shapes& shapes, const Words& table, const ffi::AnyBuffer& tokens, const ffi::AnyBuffer& place,
                        const Ids& group_sizes, const ffi::AnyBuffer& rows, const Ids& done, int64_t num_blocks) {
   Dispatch dispatch = {};
@@ -528,12 +535,10 @@ Dispatch read_dispatch(Shapes& shapes, const Words& table, const ffi::AnyBuffer&
   dispatch.num_groups = static_cast<int>(shapes.last("group_sizes", group_sizes, 1)[0]);
   dispatch.group_sizes = group_sizes.typed_data();
   dispatch.rows = result.own;
-  dispatch.num_blocks = static_cast<int>(num_blocks);
+  dispatch.num_blocks = read_blocks(shapes, num_blocks, result.row_bytes);
   shapes.last("done", done, 0);
   shapes.expect("place", "tokens", dispatch.tokens.num_rows, dispatch.places.place.num_rows);
   shapes.expect("rows", "bytes of a row", dispatch.tokens.row_bytes, result.row_bytes);
-  shapes.require(result.row_bytes % 16 == 0, [] { return "rows of whole 16-byte words"; });
-  shapes.require(num_blocks >= 1 && num_blocks <= 65535, [] { return "num_blocks from 1 to 65535"; });
   return dispatch;
 }
 
@@ -588,7 +593,6 @@ ffi::Error combine(Launch launch, Words table, ffi::AnyBuffer place, ffi::AnyBuf
   of.places = read_places(shapes, place, table, 0, own.num_rows);
   of.num_parts = static_cast<int>(shapes.last("parts", parts, 3)[1]);
   of.rows = own.own;
-  of.num_blocks = static_cast<int>(num_blocks);
   shapes.last("done", *done, 0);
   if (of.has_gates) {
     const auto gates = given.get<ffi::AnyBuffer>(0);
@@ -602,8 +606,7 @@ ffi::Error combine(Launch launch, Words table, ffi::AnyBuffer place, ffi::AnyBuf
   shapes.require(of.num_parts >= std::min(of.places.num_choices, of.parts.num_ranks), [&] {
     return "a part for each rank that a token may have rows on, got " + std::to_string(of.num_parts);
   });
-  shapes.require(own.row_bytes % 16 == 0, [] { return "rows of whole 16-byte words"; });
-  shapes.require(num_blocks >= 1 && num_blocks <= 65535, [] { return "num_blocks from 1 to 65535"; });
+  of.num_blocks = read_blocks(shapes, num_blocks, own.row_bytes);
   if (!shapes.ok()) return shapes.error();
   of.row_elements = own.row_bytes / static_cast<int64_t>(ffi::ByteWidth(rows.element_type()));
   Beside beside = {};
@@ -796,30 +799,27 @@ auto bind_number(Binding binding) {
   return std::move(binding).template Arg<Ids>().template Arg<Ids>().template Ret<Ids>().template Attr<int64_t>(
       "chunk_size");
 }
+// What is added up beside tokens, and the sums, come last.
+template <class Binding>
+auto bind_beside(Binding&& binding) {
+  return std::move(binding).RemainingArgs().template Ret<Ids>().template Ret<ffi::AnyBuffer>().RemainingRets();
+}
 template <class Binding>
 auto bind_dispatch(Binding binding) {
-  return std::move(binding)
-      .template Arg<Words>()
-      .template Arg<ffi::AnyBuffer>()
-      .template Arg<ffi::AnyBuffer>()
-      .template Arg<Ids>()
-      .RemainingArgs()
-      .template Ret<Ids>()
-      .template Ret<ffi::AnyBuffer>()
-      .RemainingRets()
+  return bind_beside(std::move(binding)
+                         .template Arg<Words>()
+                         .template Arg<ffi::AnyBuffer>()
+                         .template Arg<ffi::AnyBuffer>()
+                         .template Arg<Ids>())
       .template Attr<int64_t>("num_blocks");
 }
 template <class Binding>
 auto bind_combine(Binding binding) {
-  return std::move(binding)
-      .template Arg<Words>()
-      .template Arg<ffi::AnyBuffer>()
-      .template Arg<ffi::AnyBuffer>()
-      .template Arg<ffi::AnyBuffer>()
-      .RemainingArgs()
-      .template Ret<Ids>()
-      .template Ret<ffi::AnyBuffer>()
-      .RemainingRets()
+  return bind_beside(std::move(binding)
+                         .template Arg<Words>()
+                         .template Arg<ffi::AnyBuffer>()
+                         .template Arg<ffi::AnyBuffer>()
+                         .template Arg<ffi::AnyBuffer>())
       .template Attr<int64_t>("num_gates")
       .template Attr<int64_t>("num_blocks");
 }

@@ -19,9 +19,7 @@ __device__ const unsigned char* find_row(const PeerBuffer& buffer, int batch, in
   if (number < 0 || number >= buffer.num_ranks * buffer.num_rows) return nullptr;
   const int rank = static_cast<int>(number / buffer.num_rows);
   const int64_t row = number - rank * buffer.num_rows;
-  const uint64_t* of_batch = buffer.table + static_cast<int64_t>(batch) * buffer.num_ranks * buffer.num_buffers;
-  return reinterpret_cast<const unsigned char*>(of_batch[rank * buffer.num_buffers + buffer.buffer]) +
-         row * buffer.row_bytes;
+  return reinterpret_cast<const unsigned char*>(buffer.address(batch, rank)) + row * buffer.row_bytes;
 }
 
 __global__ void expose_kernel(const __grid_constant__ Told told, uint64_t* addresses) {
@@ -143,19 +141,6 @@ cudaError_t add_packs(cudaStream_t stream, const AddRows& add, int32_t* done) {
   return add_rows<From, To, 1>(stream, add, done);
 }
 
-template <class From>
-cudaError_t add_rows_to(cudaStream_t stream, const AddRows& add, int32_t* done) {
-  switch (add.to) {
-    case Float::kFloat32:
-      return add_packs<From, float>(stream, add, done);
-    case Float::kBfloat16:
-      return add_packs<From, __nv_bfloat16>(stream, add, done);
-    case Float::kFloat16:
-      return add_packs<From, __half>(stream, add, done);
-  }
-  return cudaErrorInvalidValue;
-}
-
 }  // namespace
 
 cudaError_t expose_cuda(cudaStream_t stream, const Told& told, uint64_t* addresses) {
@@ -174,15 +159,9 @@ cudaError_t add_rows_cuda(cudaStream_t stream, const AddRows& add, int32_t* done
     if (add.buffer.row_bytes % 4 == 0) return copy_rows<uint32_t>(stream, add, done);
     return copy_rows<unsigned char>(stream, add, done);
   }
-  switch (add.from) {
-    case Float::kFloat32:
-      return add_rows_to<float>(stream, add, done);
-    case Float::kBfloat16:
-      return add_rows_to<__nv_bfloat16>(stream, add, done);
-    case Float::kFloat16:
-      return add_rows_to<__half>(stream, add, done);
-  }
-  return cudaErrorInvalidValue;
+  return visit_float(add.from, [&](auto from) {
+    return visit_float(add.to, [&](auto to) { return add_packs<decltype(from), decltype(to)>(stream, add, done); });
+  });
 }
 
 cudaError_t translate_cuda(cudaStream_t stream, const uint64_t* regions, const uint64_t* words, int64_t count,

@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "device.h"
+
 #ifdef LPLB_CUDA
 #include <cuda_runtime_api.h>
 #endif
@@ -16,6 +18,20 @@ namespace lplb {
 constexpr int kMostTold = 16;  // of a launch
 
 enum class Float { kFloat32, kBfloat16, kFloat16 };
+
+// visit(a zero of the type that `type` stands for), of those that a platform has.
+template <class Bfloat16, class Float16, class Visit>
+auto visit_float(Float type, Visit visit) {
+  switch (type) {
+    case Float::kBfloat16:
+      return visit(Bfloat16{});
+    case Float::kFloat16:
+      return visit(Float16{});
+    case Float::kFloat32:
+      break;
+  }
+  return visit(float{});
+}
 
 // One buffer of each rank, with a batch of [num_rows] rows, and its column in the table of addresses.
 struct PeerBuffer {
@@ -27,6 +43,11 @@ struct PeerBuffer {
   unsigned char* own;     // [batch, num_rows, row_bytes], this rank's
   int64_t num_rows;
   int64_t row_bytes;
+
+  // Where it is on a rank, for one batch element.
+  LPLB_INLINE uint64_t address(int64_t batch, int64_t rank) const {
+    return table[(batch * num_ranks + rank) * num_buffers + buffer];
+  }
 };
 
 // Buffers of this rank, number `first` and following of those that the table tells of.

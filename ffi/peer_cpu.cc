@@ -11,8 +11,7 @@ namespace {
 const unsigned char* find_row(const PeerBuffer& buffer, int batch, int64_t number) {
   if (number < 0 || number >= buffer.num_ranks * buffer.num_rows) return nullptr;
   const int64_t rank = number / buffer.num_rows;
-  const uint64_t* of_batch = buffer.table + static_cast<int64_t>(batch) * buffer.num_ranks * buffer.num_buffers;
-  return reinterpret_cast<const unsigned char*>(of_batch[rank * buffer.num_buffers + buffer.buffer]) +
+  return reinterpret_cast<const unsigned char*>(buffer.address(batch, rank)) +
          number % buffer.num_rows * buffer.row_bytes;
 }
 
@@ -39,18 +38,6 @@ void add_rows(const AddRows& add) {
   To* sum = static_cast<To*>(add.sums);
   for (int batch = 0; batch < add.buffer.num_batches; ++batch) {
     for (int row = 0; row < add.num_sums; ++row, sum += add.row_elements) add_row<From, To>(add, batch, row, sum);
-  }
-}
-
-template <class From>
-void add_rows_to(const AddRows& add) {
-  switch (add.to) {
-    case Float::kFloat32:
-      return add_rows<From, float>(add);
-    case Float::kBfloat16:
-      return add_rows<From, Bfloat16>(add);
-    case Float::kFloat16:
-      return add_rows<From, Float16>(add);
   }
 }
 
@@ -94,17 +81,8 @@ void add_rows_cpu(const AddRows& add, int32_t* done) {
   if (add.is_copy) {
     copy_rows(add);
   } else {
-    switch (add.from) {
-      case Float::kFloat32:
-        add_rows_to<float>(add);
-        break;
-      case Float::kBfloat16:
-        add_rows_to<Bfloat16>(add);
-        break;
-      case Float::kFloat16:
-        add_rows_to<Float16>(add);
-        break;
-    }
+    visit_float(add.from,
+                [&](auto from) { visit_float(add.to, [&](auto to) { add_rows<decltype(from), decltype(to)>(add); }); });
   }
   if (done != nullptr) std::fill_n(done, add.buffer.num_batches, 0);
 }

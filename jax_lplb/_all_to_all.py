@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_lplb._dispatch import Queues
+from jax_lplb._dispatch import Queues, rounds_for
 from jax_lplb._gather import inverse, permute, tokens_to_cells, weighted_sum
 from jax_lplb._mesh import AxisName
 
@@ -26,8 +26,7 @@ class Round(NamedTuple):
 
 
 def num_rounds(queues: Queues, capacity: int) -> jax.Array:
-    most = jnp.max(jnp.sum(queues.of_ranks, axis=1, dtype=jnp.int32))
-    return jnp.maximum(-(-most // capacity), 1)
+    return rounds_for(jnp.sum(queues.of_ranks, axis=1, dtype=jnp.int32), capacity)
 
 
 def prepare(queues: Queues, round_: jax.Array, capacity: int) -> Round:

@@ -182,8 +182,7 @@ class Queues(NamedTuple):
         return self.counts.reshape(ranks, ranks, -1).transpose(1, 2, 0)
 
     def num_rounds(self, capacity: int) -> jax.Array:
-        most = jnp.max(jnp.sum(self.of_ranks, axis=(1, 2), dtype=jnp.int32))
-        return jnp.maximum(-(-most // capacity), 1)
+        return rounds_for(jnp.sum(self.of_ranks, axis=(1, 2), dtype=jnp.int32), capacity)
 
     def handle(
         self, round_: jax.Array, capacity: int, axis_name: AxisName, implementation: _ffi.Implementation
@@ -240,6 +239,11 @@ def count_and_number(ids: jax.Array, kinds: int) -> tuple[jax.Array, jax.Array]:
         return jnp.where(kind < kinds, number, 0)
 
     return counts, _ffi.choose("number", implementation, ffi, xla, ids, starts)
+
+
+def rounds_for(counts: jax.Array, capacity: int) -> jax.Array:
+    """Through buffers of so many rows, into which these counts go."""
+    return jnp.maximum(-(-jnp.max(counts) // capacity), 1)
 
 
 def capacity_of(wanted: float, most: int, num_buffers: int = 1) -> int:

@@ -95,8 +95,6 @@ def expert_parallel(
             partial(_all_to_all.dispatch, axis_name),
             partial(_all_to_all.combine, axis_name),
             experts,
-            None,
-            None,
         )
     else:
         most = most * ranks
@@ -139,8 +137,8 @@ class _Way(NamedTuple):
     dispatch: Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]]
     combine: Callable[[Any, jax.Array, jax.Array], jax.Array]
     experts: Experts
-    transfer: Transfer | None  # of weights that are brought with tokens
-    tree: Any
+    transfer: Transfer | None = None  # of weights that are brought with tokens
+    tree: Any = None  # that their slots are leaves of
 
     def begin(self, round_: Any, batch: _Batch, weights: Any, tokens: jax.Array) -> tuple[Any, jax.Array]:
         """The only round of a batch, which brings weights with its tokens: rows and slots, and group sizes."""
