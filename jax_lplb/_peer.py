@@ -25,7 +25,10 @@ This is right because of four things that XLA guarantees:
 - **A buffer is kept until its last use**, as an operand of `release`. What the program makes of its results, or of the
   memory of what was shown, such as writing over it, comes after that.
 - **A call that has an effect runs once, where it stands.** Merged with its like, repeated or moved out of a loop, a
-  call would tell of one buffer while another is read, or read what is gone.
+  call would tell of one buffer while another is read, or read what is gone. One thing breaks this and the guarantee
+  before: XLA for GPUs lets a call read slices of larger arrays in place, and write its results into one. Some calls
+  then see slices and others copies of them, results are elsewhere than operands, and jaxlib 0.11 runs the call again
+  besides. It does so across no `optimization_barrier`: there is one around all calls that belong together.
 
 No byte is written and read at once, nor written by two: what is shown is written by nobody, and of what others write
 to, each byte is written by one rank, and read by its owner after `release`.
@@ -130,13 +133,13 @@ def gather(words: jax.Array, axis_name: AxisName) -> jax.Array:
         (result,) = _ffi.call(
             "lplb_gather",
             [_ffi.Result((ranks, *words.shape), words.dtype, [words], same_over=frozenset(axes))],
-            words,
+            lax.optimization_barrier(words),
             place,
             aliases={},
             devices=_ffi.gpus(),
             num_groups=np.int64(math.prod(mesh.shape[name] for name in others)),
         )
-        return result
+        return lax.optimization_barrier(result)
 
     # Among all devices of the mesh: each writes into the mailboxes of all, and so need not know which are in its group.
     place = lax.axis_index((*axes, *others))
@@ -241,8 +244,12 @@ def _like(buffers: Sequence[jax.Array]) -> list[_ffi.Result]:
 
 def one_operation(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function as one operation for JAX, which runs and repeats all of it or nothing; two arguments are static."""
+
+    def apart(*arguments: Any) -> Any:
+        return lax.optimization_barrier(function(*arguments[:2], *lax.optimization_barrier(arguments[2:])))
+
     # Outside of jit, shard_map would otherwise run each call in it as a program of its own.
-    operation = jax.custom_jvp(jax.jit(function, static_argnums=(0, 1)), nondiff_argnums=(0, 1))
+    operation = jax.custom_jvp(jax.jit(apart, static_argnums=(0, 1)), nondiff_argnums=(0, 1))
 
     @partial(operation.defjvp)
     def refuse(*_: Any) -> NoReturn:

@@ -688,7 +688,7 @@ def test_release_is_what_waits_until_all_have_read_and_written(monkeypatch, fres
         tokens = jax.lax.optimization_barrier(tokens * by)  # or XLA computes them anew
         out = lplb.dispatch(tokens, ids, placed(ranks), "ep", buffer_factor=float(ranks), transport="peer")
         overwritten = jax.lax.dynamic_update_slice(tokens, out.rows[: count - 1] * 0 - 1, (0, 0))
-        gates = jnp.ones(ids.shape, jnp.float32)
+        gates = 1 + 0 * overwritten[:, :1].repeat(k, axis=1)  # so that tokens are written over before sums are made
         made = out.rows * 0 + by  # whatever came
         sums, back = jax.vjp(lambda gates: lplb.combine(made, gates, out.handle), gates)
         (of_gates,) = back(jnp.ones_like(sums))
