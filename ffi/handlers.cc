@@ -353,6 +353,12 @@ PeerBuffer read_told(Shapes& shapes, const ffi::AnyBuffer& rows, const Words& ta
   return buffer;
 }
 
+// A result that takes the place of an operand: in its memory, where the call leaves what others have written.
+void expect_in_place(Shapes& shapes, const ffi::AnyBuffer& operand, const ffi::AnyBuffer& result) {
+  shapes.require(operand.untyped_data() == result.untyped_data(),
+                 [] { return "XLA has put a result elsewhere than the operand whose place it takes"; });
+}
+
 // visit(i, rows) of each of the first `number` buffers, up to the first error.
 template <class Visit>
 ffi::Error for_each_buffer(const ffi::RemainingArgs& buffers, size_t number, Visit visit) {
@@ -387,14 +393,15 @@ ffi::Error expose(Launch launch, ffi::AnyBuffer, ffi::RemainingArgs buffers, ffi
   Told told = {};
   told.num_buffers = static_cast<int>(number);
   for (size_t i = 0; i < number; ++i) {
+    Shapes shapes("expose");
     ffi::ErrorOr<ffi::AnyBuffer> rows = buffers.get<ffi::AnyBuffer>(i);
     if (i >= shown) {
       auto result = results.get<ffi::AnyBuffer>(i - shown);
       if (!result) return result.error();
+      if (rows) expect_in_place(shapes, *rows, **result);
       rows = **result;
     }
     if (!rows) return rows.error();
-    Shapes shapes("expose");
     const int64_t* words = shapes.last("addresses", *addresses, 2);
     shapes.expect("addresses", "buffers", static_cast<int64_t>(number), words[0]);
     shapes.expect("addresses", "words", 2, words[1]);
@@ -456,9 +463,19 @@ ffi::Error add_rows(Launch launch, Words table, Ids replicas, ffi::RemainingArgs
 }
 
 // Does nothing: it is there so that the buffers are until all have read, which `done` says. But the first `num_told`
-// must be where the table says that they are.
+// must be where the table says that they are, and results in the places of the last buffers.
 template <class Launch>
-ffi::Error release(Launch launch, Words table, Ids, ffi::RemainingArgs buffers, ffi::RemainingRets, int64_t num_told) {
+ffi::Error release(Launch launch, Words table, Ids, ffi::RemainingArgs buffers, ffi::RemainingRets results,
+                   int64_t num_told) {
+  for (size_t i = 0; i < results.size(); ++i) {
+    const auto buffer = buffers.get<ffi::AnyBuffer>(buffers.size() - results.size() + i);
+    auto result = results.get<ffi::AnyBuffer>(i);
+    if (!buffer) return buffer.error();
+    if (!result) return result.error();
+    Shapes shapes("release");
+    expect_in_place(shapes, *buffer, **result);
+    if (!shapes.ok()) return shapes.error();
+  }
   Told told = {};
   return for_each_buffer(buffers, static_cast<size_t>(num_told), [&](int i, const ffi::AnyBuffer& rows) {
     Shapes shapes("release");
@@ -580,9 +597,10 @@ ffi::Error dispatch(Launch launch, Words table, ffi::AnyBuffer tokens, ffi::AnyB
 // The first `num_gates` (0 or 1) of what is given are gates, and the second column of the table.
 template <class Launch>
 ffi::Error combine(Launch launch, Words table, ffi::AnyBuffer place, ffi::AnyBuffer rows, ffi::AnyBuffer parts,
-                   ffi::RemainingArgs given, ffi::Result<Ids> done, ffi::Result<ffi::AnyBuffer>,
+                   ffi::RemainingArgs given, ffi::Result<Ids> done, ffi::Result<ffi::AnyBuffer> written,
                    ffi::RemainingRets sums, int64_t num_gates, int64_t num_blocks) {
   Shapes shapes("combine");
+  expect_in_place(shapes, parts, *written);
   Combine of = {};
   of.has_gates = num_gates > 0;
   const int column = of.has_gates ? 2 : 1;  // the first of what is added up
@@ -618,9 +636,10 @@ ffi::Error combine(Launch launch, Words table, ffi::AnyBuffer place, ffi::AnyBuf
 template <class Launch>
 ffi::Error combine_gradient(Launch launch, Words table, ffi::AnyBuffer of_sums, ffi::AnyBuffer place,
                             ffi::AnyBuffer gates, Ids group_sizes, ffi::AnyBuffer rows, ffi::AnyBuffer of_gates,
-                            ffi::Result<Ids> done, ffi::Result<ffi::AnyBuffer> of_rows, ffi::Result<ffi::AnyBuffer>,
-                            int64_t num_blocks) {
+                            ffi::Result<Ids> done, ffi::Result<ffi::AnyBuffer> of_rows,
+                            ffi::Result<ffi::AnyBuffer> written, int64_t num_blocks) {
   Shapes shapes("combine_gradient");
+  expect_in_place(shapes, of_gates, *written);
   CombineGradient of = {};
   of.dispatch = read_dispatch(shapes, table, of_sums, place, group_sizes, *of_rows, *done, num_blocks);
   if (!shapes.ok()) return shapes.error();
