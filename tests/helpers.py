@@ -258,7 +258,8 @@ def several_processes(monkeypatch, why_not):
 
 
 def late(value: jax.Array, turns: jax.Array) -> jax.Array:
-    """The integers, once a loop has turned as often."""
+    """The integers, once a loop has turned as often, after they were there."""
+    turns, value = jax.lax.optimization_barrier((turns, value))
     last = jax.lax.fori_loop(0, turns, lambda _, x: x * jnp.uint32(1664525) + jnp.uint32(1013904223), jnp.uint32(1))
     return value + (last == 0).astype(value.dtype)
 
