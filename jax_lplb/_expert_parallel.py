@@ -50,7 +50,7 @@ def expert_parallel(
 
     Args:
       tokens: [num_tokens, d_model], of this rank.
-      physical_ids: int32 [num_tokens, k]; negative ids are padding.
+      physical_ids: int32 [num_tokens, k]; negative ids are padding, whose tokens and gates may hold anything.
       gates: float32 [num_tokens, k].
       slots: a pytree, the weights of this rank's slots; or `Home` ones, to be brought, with tokens where that can be.
       experts: what runs on sorted rows.

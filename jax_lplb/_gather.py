@@ -65,7 +65,8 @@ tokens_to_cells.defvjp(_tokens_to_cells_forward, _tokens_to_cells_backward)
 def weighted_sum(gates: jax.Array, cells: jax.Array, cell_of_pair: jax.Array, pair_of_cell: jax.Array) -> jax.Array:
     """float32: for each token the sum of its pairs' cells times its gates; a pair without a cell adds nothing."""
     of_pairs = gather(cells, cell_of_pair).reshape(*gates.shape, -1).astype(jnp.float32)
-    return jnp.sum(gates[..., None] * of_pairs, axis=1)
+    has_cell = (cell_of_pair < len(cells)).reshape(gates.shape)  # the gate of padding may be no number
+    return jnp.sum(jnp.where(has_cell, gates, 0)[..., None] * of_pairs, axis=1)
 
 
 def _weighted_sum_forward(*operands: jax.Array) -> Any:

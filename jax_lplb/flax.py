@@ -270,22 +270,27 @@ class MoE(nnx.Module):
         run = partial(with_auto_axes, run, jax.P(self.slot_axes))
         return run(reverse_only(self._home_weights(), message), self.placement.get_value())
 
-    def __call__(self, x: jax.Array, slots: dict[str, jax.Array] | None = None) -> tuple[jax.Array, Metrics]:
+    def __call__(
+        self, x: jax.Array, slots: dict[str, jax.Array] | None = None, *, mask: jax.Array | None = None
+    ) -> tuple[jax.Array, Metrics]:
         """Runs the layer.
 
         Args:
           x: float [tokens, ..., d_model], its first axis sharded over `token_axes`. Where their devices do not divide
             it, they share out the tokens of all axes; what is then missing is padded within, and counts as no tokens.
           slots: what `prepare` returned; by default copies travel within the call.
+          mask: bool [tokens, ...], the shape of `x` without its last axis: True for a token, False for padding. Padding
+            goes to no expert and counts in no metric, whatever `x` holds there; its results and gradients are 0. By
+            default all are tokens.
 
         Returns:
           The result, of the shape and dtype of `x`, and `Metrics`.
 
         Raises:
-          TypeError, ValueError: `x` or `slots` has another dtype or shape.
+          TypeError, ValueError: `x`, `slots` or `mask` has another dtype or shape.
           NotImplementedError: it is differentiated in forward mode or twice, and dispatch is not "dense".
         """
-        self._check_call(x, slots)
+        self._check_call(x, slots, mask)
         if x.size == 0:  # for GPUs, jax 0.11.2 crashes as it compiles a shard_map over empty arrays
             return x, self._metrics_of_nothing()
         if slots is None:
@@ -301,19 +306,26 @@ class MoE(nnx.Module):
         row_axes = 1 if len(x) % shards else x.ndim - 1
         num_rows = math.prod(x.shape[: x.ndim - row_axes])
         run = self._on_each_device(
-            partial(self._on_rank, slots is not None, num_rows),
-            (jax.P(self.token_axes), jax.P(axes), jax.P(), jax.P(), jax.P()),
+            partial(self._on_rank, slots is not None),
+            (jax.P(self.token_axes), jax.P(self.token_axes), jax.P(axes), jax.P(), jax.P(), jax.P()),
             (jax.P(self.token_axes), jax.P()),
         )
 
-        def padded(x: jax.Array, *rest: Any) -> tuple[jax.Array, Metrics]:
-            rows = x.reshape(num_rows, *x.shape[x.ndim - row_axes :])
+        def padded(x: jax.Array, mask: jax.Array | None, *rest: Any) -> tuple[jax.Array, Metrics]:
             extra = -num_rows % shards
-            y, metrics = run(jnp.pad(rows, [(0, extra), *[(0, 0)] * (rows.ndim - 1)]) if extra else rows, *rest)
+            if extra and mask is None:
+                mask = jnp.ones(x.shape[:-1], bool)
+
+            def rows(array: jax.Array) -> jax.Array:
+                array = array.reshape(num_rows, *array.shape[x.ndim - row_axes :])
+                return jnp.pad(array, [(0, extra), *[(0, 0)] * (array.ndim - 1)]) if extra else array
+
+            y, metrics = run(rows(x), None if mask is None else rows(mask), *rest)
             return y[:num_rows].reshape(x.shape), metrics
 
         layer = partial(with_auto_axes, padded, (spec_of(x), jax.P()))
-        operands = (x, weights, dense, bias, self.placement.get_value())
+        mask = None if mask is None else jnp.asarray(mask)
+        operands = (x, mask, weights, dense, bias, self.placement.get_value())
         if self.dispatch != "dense":
             operands = reverse_only(
                 operands,
@@ -364,7 +376,7 @@ class MoE(nnx.Module):
         """Over the other axes too, so that gradients are added up over those in the parameters' dtype."""
         return jax.tree.map(lambda leaf: _ffi.vary(leaf, frozenset(self.other_axes)), weights)
 
-    def _check_call(self, x: Any, slots: Any) -> None:
+    def _check_call(self, x: Any, slots: Any, mask: Any) -> None:
         if self.router.ndim != 2:
             raise ValueError(
                 f"the layer is a stack of layers, with a router of shape {self.router.shape}: run them one by one, "
@@ -375,6 +387,12 @@ class MoE(nnx.Module):
             raise TypeError(f"x must be a floating-point array, got {getattr(x, 'dtype', type(x).__name__)}")
         if x.ndim < 2 or x.shape[-1] != d_model:
             raise ValueError(f"x must have shape [tokens, ..., d_model] = [..., {d_model}], got {x.shape}")
+        if mask is not None:
+            if not isinstance(mask, (jax.Array, np.ndarray)) or mask.dtype != bool:
+                kind = getattr(mask, "dtype", type(mask).__name__)
+                raise TypeError(f"mask must be a bool array, True for a token and False for padding, got {kind}")
+            if mask.shape != x.shape[:-1]:
+                raise ValueError(f"mask must have the shape of x without d_model, {x.shape[:-1]}, got {mask.shape}")
         if slots is None:
             return
         if self.dispatch == "dense":
@@ -399,28 +417,28 @@ class MoE(nnx.Module):
     def _on_rank(
         self,
         prepared: bool,
-        num_rows: int,
         x: jax.Array,
+        mask: jax.Array | None,
         weights: dict[str, jax.Array],
         dense: dict[str, jax.Array],
         bias: jax.Array | None,
         placement: Placement,
     ) -> tuple[jax.Array, Metrics]:
-        """`num_rows`: of all shards along the first axis of their `x`; rows beyond them are padding."""
+        def of_tokens(array: jax.Array, padding: int = 0) -> jax.Array:
+            return array if mask is None else jnp.where(mask.reshape(-1, 1), array, padding)
+
         weights = self._varying(weights)
-        tokens = x.reshape(-1, x.shape[-1])
-        num_tokens = num_rows * (len(tokens) // len(x))
+        # Padding, and the gradient of its result, may hold anything: both are 0 before anything is made of them, as 0
+        # times NaN is NaN.
+        tokens = of_tokens(x.reshape(-1, x.shape[-1]))
         router = dense["router"].astype(jnp.float32)
         logits = jnp.dot(tokens.astype(jnp.float32), router, precision=lax.Precision.HIGHEST)
         expert_ids, gates, probability = self.route(logits, bias)
-        if num_rows % self._num_shards:
-            first = lax.axis_index(self.token_axes) * len(tokens)
-            padding = (first + jnp.arange(len(tokens), dtype=jnp.int32) >= num_tokens)[:, None]
-            expert_ids, probability = jnp.where(padding, -1, expert_ids), jnp.where(padding, 0, probability)
+        expert_ids, probability = of_tokens(expert_ids, -1), of_tokens(probability)
 
         out = balance(expert_ids, placement, axis_name=self.axis_name, **dict(self.balance_options))
         placement = out.placement
-        metrics = self._metrics(out, expert_ids, probability, num_tokens, placement)
+        metrics = self._metrics(out, expert_ids, probability, mask, placement)
         tokens = tokens.astype(self.dtype)
         if self.dispatch == "dense":
             result, rounds = self._every_expert(tokens, expert_ids, gates, weights, placement), jnp.int32(1)
@@ -433,7 +451,7 @@ class MoE(nnx.Module):
             )
             shared = dense_swiglu(shared_in, shared_out, tokens)
             result = result.astype(jnp.float32) + shared.astype(jnp.float32)
-        return result.astype(x.dtype).reshape(x.shape), metrics._replace(rounds=rounds)
+        return of_tokens(result).astype(x.dtype).reshape(x.shape), metrics._replace(rounds=rounds)
 
     def _dispatch(
         self,
@@ -491,7 +509,12 @@ class MoE(nnx.Module):
         return Metrics(**{name: kinds.get(name, jnp.float32(0)) for name in Metrics._fields})
 
     def _metrics(
-        self, out: Balanced, expert_ids: jax.Array, probability: jax.Array, num_tokens: int, placement: Placement
+        self,
+        out: Balanced,
+        expert_ids: jax.Array,
+        probability: jax.Array,
+        mask: jax.Array | None,
+        placement: Placement,
     ) -> Metrics:
         """Over all ranks, and the worst or the mean over other token axes; `rounds` is left to the caller."""
         others, ranks = self.other_axes, placement.num_ranks
@@ -504,6 +527,9 @@ class MoE(nnx.Module):
         total = lax.psum(out.load, others) if others else out.load
         chosen = total.astype(jnp.float32) / jnp.maximum(jnp.sum(total.astype(jnp.float32)), 1)
         moved, probability = lax.psum((moved.astype(jnp.float32), jnp.sum(probability, axis=0)), self.token_axes)
+        num_tokens: Any = len(expert_ids) * self._num_shards
+        if mask is not None:
+            num_tokens = jnp.maximum(lax.psum(jnp.sum(mask, dtype=jnp.float32), self.token_axes), 1)
 
         def worst(value: jax.Array) -> jax.Array:
             return lax.pmax(value, others) if others else value
