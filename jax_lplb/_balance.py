@@ -16,6 +16,7 @@ from jax_lplb._count import check_expert_ids, check_num_sms, count, flat_ids
 from jax_lplb._load import in_tokens, in_units, to_integers
 from jax_lplb._mesh import AxisName, spec_of, with_auto_axes
 from jax_lplb._placement import Placement
+from jax_lplb._rows import rows_of_experts
 from jax_lplb._solve import (
     Options,
     Solver,
@@ -133,13 +134,24 @@ def balance(
     out_specs = Balanced(of_ids, *[replicated] * (len(Balanced._fields) - 1))
 
     chosen, nothing = placement.planning is not None, cast(Placement, None)
+    steps = _balance_filled_up if chosen and placement.num_experts % placement.num_ranks else _balance
 
     def run(expert_ids: jax.Array, load: jax.Array | None, placement: Placement) -> Balanced:
-        out = _balance(expert_ids, load, placement, axis_name, num_shards, sync, options, num_sms, implementation)
+        out = steps(expert_ids, load, placement, axis_name, num_shards, sync, options, num_sms, implementation)
         return out if chosen else out._replace(placement=nothing)
 
     out = with_auto_axes(run, out_specs, expert_ids, load, placement)
     return out if chosen else out._replace(placement=placement)  # as it was given, on the host maybe
+
+
+def _balance_filled_up(expert_ids: jax.Array, load: jax.Array | None, placement: Placement, *rest: Any) -> Balanced:
+    """As `_balance`, where copies are to be planned, and ranks do not divide the experts."""
+    rows = rows_of_experts(placement.num_experts, placement.num_ranks)
+    ids = jnp.asarray(rows).at[expert_ids].get(mode="fill", fill_value=-1, wrap_negative_indices=False)
+    out = _balance(ids, None if load is None else _plan.to_rows(load, placement), _plan.fill_up(placement), *rest)
+    phy2log, log2phy = _plan.of_experts(out.placement.phy2log, placement), out.placement.log2phy[rows]
+    chosen = dataclasses.replace(placement, phy2log=phy2log, log2phy=log2phy)
+    return out._replace(load=out.load[rows], placement=chosen)
 
 
 def _balance(

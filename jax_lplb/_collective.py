@@ -94,7 +94,10 @@ def rows_by_slot(leaf: jax.Array, wanted: jax.Array, axis_name: AxisName) -> jax
 
 
 def rows_of_all(leaf: jax.Array, source: jax.Array, axis_name: AxisName) -> jax.Array:
-    """The rows `source` of all ranks' rows: all ranks show one of theirs at a time, and each takes what it needs."""
+    """The rows `source` of all ranks' rows, zeros beyond them.
+
+    All ranks show one of theirs at a time, and each takes what it needs.
+    """
 
     def run(leaf: jax.Array, source: jax.Array) -> jax.Array:
         rows = leaf.shape[0]
@@ -103,7 +106,7 @@ def rows_of_all(leaf: jax.Array, source: jax.Array, axis_name: AxisName) -> jax.
         @jax.checkpoint  # else the backward pass would keep a mask of the result's size for each row
         def show(row: jax.Array, result: jax.Array) -> jax.Array:
             shown = lax.all_gather(lax.dynamic_index_in_dim(leaf, row, keepdims=False), axis_name)
-            taken = (source % rows == row).reshape(-1, *[1] * (leaf.ndim - 1))
+            taken = ((source % rows == row) & (source < shown.shape[0] * rows)).reshape(-1, *[1] * (leaf.ndim - 1))
             return jnp.where(taken, shown[source // rows], result)
 
         return lax.fori_loop(0, rows, show, _ffi.vary(result, _ffi.varying(leaf, source)))

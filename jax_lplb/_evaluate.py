@@ -16,6 +16,7 @@ from jax_lplb._assign import quota_rank_load
 from jax_lplb._checks import check_count
 from jax_lplb._load import in_units
 from jax_lplb._placement import Placement, beyond_custom_calls, check_contents, slots_of_experts
+from jax_lplb._rows import logical_order
 from jax_lplb._solve import Solver, certified_bound, check_options, check_placement, solve_fractions
 
 _AT_ONCE = 256  # loads of one call, at most
@@ -26,7 +27,8 @@ class Evaluation(NamedTuple):
     """What `evaluate` returns: the imbalance of each load, largest rank load / mean rank load, float64 [...].
 
     Attributes:
-      contiguous: no placement: experts in logical order, ceil(num_experts / num_ranks) to a rank, no copies.
+      contiguous: no placement: experts in logical order, as many on each rank, or one fewer on some where ranks do not
+        divide them; no copies.
       home: no copies: all tokens of an expert go to the rank that keeps its weights, `placement.home_rank`.
       even: they are split evenly over the expert's slots.
       optimum: no split over the slots, even of fractions of a token, is better: a certified lower bound.
@@ -105,7 +107,7 @@ def evaluate(
     check_placement(alone, implementation)
     check_options(alone, solver, tol, None)
 
-    in_order, home = in_slots(np.arange(experts)[None], ranks), in_slots(stacked.home_order, ranks)
+    in_order, home = logical_order(experts, ranks)[None], stacked.home_order
 
     # Of each load the interior-point method in pure JAX holds which replica is on which rank.
     at_once = min(_AT_ONCE, max(_ELEMENTS // (experts * alone.max_replicas * alone.group_size), 1))
@@ -128,11 +130,6 @@ def evaluate(
         most[here], assigned[here] = (_imbalance(largest, part, ranks) for largest in (most[here], assigned[here]))
     results = (contiguous, at_home, even, np.maximum(most, 1), assigned, gap, copies.astype(np.int64))
     return Evaluation(*(result.reshape(loads.shape[:-1]) for result in results))
-
-
-def in_slots(order: np.ndarray, num_ranks: int) -> np.ndarray:
-    """The experts of each row [rows, experts] in equally many slots a rank, filled up with -1: a phy2log of homes."""
-    return np.pad(order, ((0, 0), (0, -order.shape[1] % num_ranks)), constant_values=-1)
 
 
 def _imbalance(largest: np.ndarray, loads: np.ndarray, num_ranks: int) -> np.ndarray:

@@ -22,13 +22,14 @@ def permute_experts(tree: Any, old: Placement, new: Placement, *, axis_name: Axi
     with. Placements may be traced, so that a jitted step may take the new one as an argument.
 
     Args:
-      tree: a pytree of arrays [num_experts, ...], whose row i belongs to expert `old.home_order[i]`. Sharded as you
+      tree: a pytree of arrays [num_ranks * rows_per_rank, ...] (num_experts rows, where ranks divide the experts),
+        whose row i belongs to expert `old.home_order[i]`; rows of padding are zeros in the result. Sharded as you
         like: XLA gathers a leaf of which it has to move rows between devices, one leaf after the other. Give the
         jitted function `out_shardings`, and donate the tree.
       old: the placement whose order the tree has.
       new: that whose order it shall have; of as many experts.
       axis_name: within `shard_map`, the axis or axes of the ranks. Leaves are then the rows of this rank,
-        [num_experts / num_ranks, ...], and no rank ever holds more than one row of each rank beside its own rows.
+        [rows_per_rank, ...], and no rank ever holds more than one row of each rank beside its own rows.
 
     Returns:
       The tree, with row i of its leaves belonging to expert `new.home_order[i]`.
@@ -41,36 +42,57 @@ def permute_experts(tree: Any, old: Placement, new: Placement, *, axis_name: Axi
     check_one_layer("new", new)
     if old.num_experts != new.num_experts:
         raise ValueError(f"old and new must have equally many experts, got {old.num_experts} and {new.num_experts}")
-    return _take_rows(tree, _inverse(old.home_order)[new.home_order], axis_name, new.num_ranks)
+    rows, experts = _inverse(old), new.home_order
+    if not isinstance(experts, np.ndarray):
+        rows = jnp.asarray(rows)
+    source = _or_none(rows[experts], experts, len(old.home_order))
+    return _take_rows(tree, source, len(old.home_order), axis_name, new.num_ranks)
 
 
 def to_logical(tree: Any, placement: Placement, *, axis_name: AxisName | None = None) -> Any:
-    """Carries weights to logical order, as checkpoints hold them; arguments and errors as of `permute_experts`."""
+    """Carries weights to logical order, as checkpoints hold them; arguments and errors as of `permute_experts`.
+
+    Without rows of padding: [num_experts, ...].
+    """
     check_one_layer("placement", placement)
-    return _take_rows(tree, _inverse(placement.home_order), axis_name, placement.num_ranks)
+    return _take_rows(tree, _inverse(placement), len(placement.home_order), axis_name, placement.num_ranks)
 
 
 def from_logical(tree: Any, placement: Placement, *, axis_name: AxisName | None = None) -> Any:
     """Carries weights from logical order to that of home slots; arguments and errors as of `permute_experts`."""
     check_one_layer("placement", placement)
-    return _take_rows(tree, placement.home_order, axis_name, placement.num_ranks)
+    experts = placement.home_order
+    source = _or_none(experts, experts, placement.num_experts)
+    return _take_rows(tree, source, placement.num_experts, axis_name, placement.num_ranks)
 
 
-def _inverse(order: Any) -> Any:
+def _inverse(placement: Placement) -> Any:
+    """int32 [num_experts], the row of each expert."""
+    order = placement.home_order
     xp: Any = np if isinstance(order, np.ndarray) else jnp
-    return xp.argsort(order).astype(np.int32)
+    return xp.argsort(xp.where(order < 0, placement.num_experts, order))[: placement.num_experts].astype(np.int32)
 
 
-def _take_rows(tree: Any, source: Any, axis_name: AxisName | None, num_ranks: int) -> Any:
-    """Row i of each leaf becomes its row source[i]; rows are numbered over all ranks."""
+def _or_none(rows: Any, experts: Any, num_rows: int) -> Any:
+    """The rows, and where the expert is none numbers beyond them, each once."""
+    xp: Any = np if isinstance(experts, np.ndarray) else jnp
+    return xp.where(experts < 0, num_rows + xp.arange(len(experts), dtype=np.int32), rows)
+
+
+def _take_rows(tree: Any, source: Any, num_rows: int, axis_name: AxisName | None, num_ranks: int) -> Any:
+    """Row i of each leaf becomes its row source[i] of `num_rows`, zeros beyond; numbered over all ranks."""
     ranks = 1 if axis_name is None else axis_size(axis_name, num_ranks)
-    rows, rest = divmod(len(source), ranks)
-    if rest:
-        raise ValueError(f"axis_name = {axis_name!r}: its {ranks} ranks do not divide the {len(source)} experts evenly")
-
+    for number in (num_rows, len(source)):
+        if number % ranks:
+            raise ValueError(
+                f"axis_name = {axis_name!r}: its {ranks} ranks do not divide {number} rows evenly; leave axis_name "
+                "out, and call this outside of shard_map, with whole arrays"
+            )
+    rows = num_rows // ranks
     source = jnp.asarray(source)
     if axis_name is not None:
-        source = lax.dynamic_slice_in_dim(source, lax.axis_index(axis_name) * rows, rows)
+        own = len(source) // ranks
+        source = lax.dynamic_slice_in_dim(source, lax.axis_index(axis_name) * own, own)
 
     def take(path: Any, leaf: Any) -> jax.Array:
         leaf = with_rows(leaf, rows, f"tree{jax.tree_util.keystr(path)}")
@@ -101,7 +123,7 @@ def _take(leaf: jax.Array, source: jax.Array, axis_name: AxisName | None) -> jax
     if axis_name is not None:
         return rows_of_all(leaf, source, axis_name)
     return with_auto_axes(
-        lambda leaf, source: leaf.at[source].get(mode="promise_in_bounds", unique_indices=True),
+        lambda leaf, source: leaf.at[source].get(mode="fill", fill_value=0, unique_indices=True),
         spec_of(leaf),
         leaf,
         source,

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike
 from jax_lplb import _ffi, _placement_file, _plan, eplb
 from jax_lplb._checks import check_choice, check_count, check_positive
 from jax_lplb._mesh import with_auto_axes
+from jax_lplb._rows import logical_order, rows_of_experts
 from jax_lplb.topology import Topology
 
 
@@ -101,8 +102,16 @@ class Placement:
         return self.num_ranks // self.num_groups
 
     @property
+    def rows_per_rank(self) -> int:
+        """Rows of weights on each rank: num_experts / num_ranks, rounded up."""
+        return -(-self.num_experts // self.num_ranks)
+
+    @property
     def home_order(self) -> Any:
-        """int32 [num_experts], the logical expert of each row of weights as the ranks hold them, rank after rank.
+        """int32 [num_ranks * rows_per_rank], the logical expert of each row of weights as the ranks hold them.
+
+        Rank after rank. Where ranks do not divide the experts, some have one fewer than others, and a last row of
+        padding in its place: -1 here, and zeros in the weights.
 
         Along a topology these are the home slots; they are in logical order, unless `from_topology` was given a load.
         Without a topology (`from_eplb`, `from_phy2log`) rows are in logical order, whatever the slots hold.
@@ -114,16 +123,19 @@ class Placement:
         xp: Any = np if isinstance(self.phy2log, np.ndarray) else jnp
         leading = self.phy2log.shape[:-1]
         if self.topology is None:
-            return xp.broadcast_to(xp.arange(self.num_experts, dtype=np.int32), (*leading, self.num_experts))
+            order = logical_order(self.num_experts, self.num_ranks)
+            return xp.broadcast_to(xp.asarray(order), (*leading, *order.shape))
         by_rank = self.phy2log.reshape(*leading, self.num_ranks, self.slots_per_rank)
-        return by_rank[..., : self.num_experts // self.num_ranks].reshape(*leading, self.num_experts)
+        return by_rank[..., : self.rows_per_rank].reshape(*leading, self.num_experts)
 
     @property
     def home_rank(self) -> Any:
         """int32 [num_experts], the rank that keeps each logical expert's weights: that of its row in `home_order`."""
         if self.topology is not None:
             return self.log2phy[..., 0] // self.slots_per_rank
-        return self.home_order // -(-self.num_experts // self.num_ranks)
+        xp: Any = np if isinstance(self.phy2log, np.ndarray) else jnp
+        rank = rows_of_experts(self.num_experts, self.num_ranks) // self.rows_per_rank
+        return xp.broadcast_to(xp.asarray(rank), (*self.phy2log.shape[:-1], self.num_experts))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Placement):
@@ -201,7 +213,10 @@ class Placement:
         if num_ranks % size:
             raise ValueError(f"num_ranks must be a multiple of the topology's {size} ranks, got {num_ranks}")
         if num_experts % num_ranks:
-            raise ValueError(f"num_experts must be divisible by num_ranks = {num_ranks}, got {num_experts}")
+            raise ValueError(
+                f"num_experts must be divisible by num_ranks = {num_ranks}, got {num_experts}: along a topology ranks "
+                "have equally many; per_batch, from_eplb and from_phy2log take any number"
+            )
         home = num_experts // num_ranks
         if redundants_per_rank % columns:
             raise ValueError(
@@ -247,7 +262,8 @@ class Placement:
         load: ArrayLike,
         *,
         num_ranks: int,
-        redundants_per_rank: int,
+        redundants_per_rank: int | None = None,
+        num_slots: int | None = None,
         num_groups: int = 1,
         num_nodes: int = 1,
         max_replicas: int | None = None,
@@ -263,8 +279,10 @@ class Placement:
         Args:
           load: [..., num_experts], past tokens of each logical expert, in any unit. Leading axes, one entry for each
             layer, are those of the leaves. A layer of zeros has no past: as if its experts had had equally many.
-          num_ranks: ranks of the expert-parallel axis; divides num_experts + num_ranks * redundants_per_rank.
-          redundants_per_rank: slots of each rank beyond num_experts / num_ranks.
+          num_ranks: ranks of the expert-parallel axis.
+          redundants_per_rank: slots of each rank beyond num_experts / num_ranks, rounded up.
+          num_slots: slots of all ranks, in place of `redundants_per_rank`: a multiple of `num_ranks`, and at least as
+            many as there are experts.
           num_groups: groups of experts that the router picks from, for EPLB's hierarchical policy.
           num_nodes: machines that the ranks are spread over, for the same.
           max_replicas: room for that many replicas of an expert, so that placements for other loads can replace this
@@ -273,22 +291,35 @@ class Placement:
         Raises:
           TypeError: a number is not an integer, or `load` is traced.
           ValueError: the numbers do not fit together, as said above, a rank would have more slots than there are
-            experts, or a load is negative or not finite.
+            experts, both or neither of `redundants_per_rank` and `num_slots` are given, or a load is negative or not
+            finite.
         """
         load = _past_load(load)
         num_experts = load.shape[-1]
         check_count("num_ranks", num_ranks)
-        check_count("redundants_per_rank", redundants_per_rank, least=0)
         if max_replicas is not None:
             check_count("max_replicas", max_replicas)
-        if num_experts % num_ranks:
-            raise ValueError(f"num_ranks must divide the {num_experts} experts of load, got {num_ranks}")
-        slots = num_experts // num_ranks + redundants_per_rank
-        if slots > num_experts:
+        if (redundants_per_rank is None) == (num_slots is None):
             raise ValueError(
-                f"redundants_per_rank = {redundants_per_rank} gives a rank {slots} slots, more than the {num_experts} "
-                "experts it could hold"
+                "give either redundants_per_rank or num_slots, got redundants_per_rank = "
+                f"{redundants_per_rank!r} and num_slots = {num_slots!r}"
             )
+        if redundants_per_rank is not None:
+            check_count("redundants_per_rank", redundants_per_rank, least=0)
+            slots = -(-num_experts // num_ranks) + redundants_per_rank
+            asked = f"redundants_per_rank = {redundants_per_rank}"
+        else:
+            assert num_slots is not None
+            check_count("num_slots", num_slots)
+            if num_slots % num_ranks or num_slots < num_experts:
+                raise ValueError(
+                    f"num_slots must be a multiple of num_ranks = {num_ranks}, and at least the {num_experts} experts "
+                    f"of load, got {num_slots}"
+                )
+            slots = num_slots // num_ranks
+            asked = f"num_slots = {num_slots}"
+        if slots > num_experts:
+            raise ValueError(f"{asked} gives a rank {slots} slots, more than the {num_experts} experts it could hold")
         layers = load.reshape(-1, num_experts)
         # Zeros say that nothing is known yet, and to EPLB that one expert may have all the copies.
         layers = np.where(layers.any(axis=1, keepdims=True), layers, 1)
@@ -380,8 +411,10 @@ class Placement:
     ) -> "Placement":
         """Contiguous homes, and free slots whose copies `balance` chooses for each batch, by its own load.
 
-        Needs no past, no topology and no moving of experts. Rank i has the experts i * n to (i + 1) * n - 1 of n =
-        num_experts / num_ranks in its first slots, and then `redundants_per_rank` slots that hold nothing (-1).
+        Needs no past, no topology and no moving of experts. Rank i has the experts i * num_experts // num_ranks to
+        (i + 1) * num_experts // num_ranks - 1 in its first slots, and then `redundants_per_rank` slots that hold
+        nothing (-1). Where ranks do not divide the experts, those that have one fewer have a slot besides that always
+        stays empty: that of their row of padding, see `home_order`.
         `balance` returns the placement that it filled as `Balanced.placement`; `choose` fills one by itself. `solve`
         and `assign` take a placement as it is.
 
@@ -390,7 +423,7 @@ class Placement:
         copies by the batch itself.
 
         Args:
-          num_experts: logical experts, a multiple of `num_ranks`.
+          num_experts: logical experts.
           num_ranks: ranks of the expert-parallel axis.
           redundants_per_rank: slots of each rank for copies.
           num_groups: groups of neighbouring ranks, nodes say, that copy experts among themselves only; divides
@@ -417,16 +450,16 @@ class Placement:
         check_positive("target", target)
         if target < 1:
             raise ValueError(f"target must be at least 1, the busiest rank over the mean; got {target}")
-        if num_experts % num_ranks:
-            raise ValueError(f"num_experts must be divisible by num_ranks = {num_ranks}, got {num_experts}")
         if num_ranks % num_groups:
             raise ValueError(f"num_groups must divide num_ranks = {num_ranks}, got {num_groups}")
-        size, homes = num_ranks // num_groups, num_experts // num_ranks
+        order = logical_order(num_experts, num_ranks)
+        size, homes = num_ranks // num_groups, len(order) // num_ranks
         slots = homes + redundants_per_rank
-        if slots > homes * size:
+        of_group = int(np.min(np.sum(order.reshape(num_groups, -1) >= 0, axis=1)))
+        if redundants_per_rank and slots > of_group:
             raise ValueError(
-                f"redundants_per_rank = {redundants_per_rank} gives a rank {slots} slots, more than the {homes * size} "
-                f"experts of its group: at most {homes * (size - 1)}"
+                f"redundants_per_rank = {redundants_per_rank} gives a rank {slots} slots, more than the {of_group} "
+                f"experts of its group: at most {max(of_group - homes, 0)}"
             )
         if max_replicas is None:
             max_replicas = size if redundants_per_rank else 1
@@ -435,7 +468,7 @@ class Placement:
             if max_replicas > size:
                 raise ValueError(f"max_replicas must be at most the {size} ranks of a group, got {max_replicas}")
         by_rank = np.full((num_ranks, slots), -1, np.int32)
-        by_rank[:, :homes] = np.arange(num_experts).reshape(num_ranks, homes)
+        by_rank[:, :homes] = order.reshape(num_ranks, homes)
         phy2log = by_rank.reshape(-1)
         log2phy = np.full((num_experts, max_replicas), -1, np.int32)
         log2phy[:, 0] = np.flatnonzero(phy2log >= 0)
@@ -789,10 +822,13 @@ def check_limits(placement: Placement, implementation: _ffi.Implementation) -> N
 
 def beyond_custom_calls(placement: Placement) -> str:
     """What of a placement the custom calls cannot hold, as a sentence; empty where there is nothing."""
+    experts = placement.num_experts
+    if placement.planning is not None:
+        experts = placement.num_ranks * placement.rows_per_rank  # of `_plan.fill_up`
     for what, value, limit in (
         ("ranks a group", placement.group_size, _ffi.MAX_GROUP_RANKS),
         ("physical experts a group", placement.num_physical // placement.num_groups, _ffi.MAX_GROUP_SLOTS),
-        ("experts", placement.num_experts, _ffi.MAX_EXPERTS),
+        ("experts", experts, _ffi.MAX_EXPERTS),
     ):
         if value > limit:
             return f"placement has {value} {what}, and the custom calls hold at most {limit} in shared memory"

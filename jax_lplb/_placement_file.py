@@ -80,7 +80,7 @@ def _placement(cls: type["Placement"], phy2log: np.ndarray, log2phy: np.ndarray,
     topology = None if r2o is None else Topology(np.asarray(r2o))
     placement = cls(phy2log, log2phy, ranks, groups, topology)
     home, odd = log2phy[..., 0], experts % ranks
-    homes, slots = experts // ranks, placement.slots_per_rank
+    homes, slots = placement.rows_per_rank, placement.slots_per_rank
     if topology is not None and planning is not None:
         raise ValueError("expected a topology or planning, found both")
     if topology is not None and (odd or topology.group_size != placement.group_size or np.any(home % slots >= homes)):

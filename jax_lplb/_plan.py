@@ -4,6 +4,7 @@ The algorithm and the comments on why each step is as it is are in ffi/plan.h. B
 same bits.
 """
 
+import dataclasses
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ from jax import lax
 
 from jax_lplb import _ffi, _interior_point
 from jax_lplb._load import in_units, power_of_two, to_integers
+from jax_lplb._rows import logical_order, rows_of_experts
 from jax_lplb._status import Status
 
 if TYPE_CHECKING:
@@ -50,6 +52,27 @@ class Planned(NamedTuple):
     gap: jax.Array
     iterations: jax.Array
     status: jax.Array
+
+
+def fill_up(placement: "Placement") -> "Placement":
+    """With an expert for each row of weights, those of padding without tokens: plans are for equally many a rank.
+
+    Only the shape of its `log2phy` is right, until it is planned.
+    """
+    rows = placement.num_ranks * placement.rows_per_rank
+    return dataclasses.replace(placement, log2phy=np.full((rows, placement.max_replicas), -1, np.int32))
+
+
+def to_rows(load: jax.Array, placement: "Placement") -> jax.Array:
+    """A load [num_experts] of the placement as one of `fill_up`'s."""
+    order = logical_order(placement.num_experts, placement.num_ranks)
+    return load.at[order].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+
+
+def of_experts(phy2log: jax.Array, placement: "Placement") -> jax.Array:
+    """`phy2log` of `fill_up`'s placement as one of the placement's experts."""
+    order = jnp.asarray(logical_order(placement.num_experts, placement.num_ranks))
+    return order.at[phy2log].get(mode="fill", fill_value=-1, wrap_negative_indices=False)
 
 
 def ffi_results(placement: "Placement", varies_with: tuple[jax.Array, ...]) -> list[_ffi.Result]:
@@ -106,6 +129,14 @@ def plan(
     solve: bool = True,
 ) -> Planned:
     """The plan for an int32 load, in which a copy takes at least `least`, int32 [], of the load's units."""
+    if placement.num_experts % placement.num_ranks:
+        rows, filled = rows_of_experts(placement.num_experts, placement.num_ranks), fill_up(placement)
+        planned = plan(to_rows(load, placement), least, filled, tol, threshold, implementation, solve=solve)
+        return planned._replace(
+            phy2log=of_experts(planned.phy2log, placement),
+            log2phy=planned.log2phy[rows],
+            fraction=planned.fraction[rows],
+        )
 
     def ffi(load: jax.Array, least: jax.Array) -> list[jax.Array]:
         results = ffi_results(placement, (load, least))

@@ -17,6 +17,7 @@ from jax_lplb._checks import check_choice
 from jax_lplb._mesh import AxisName
 from jax_lplb._placement import Placement, check_one_layer, owners_and_receivers
 from jax_lplb._reverse_only import reverse_only
+from jax_lplb._rows import rows_of_experts
 
 Transport = Literal["peer", "collective"] | None
 TRANSPORTS = (None, "peer", "collective")
@@ -33,7 +34,8 @@ def replicate(
     leaves of a call travel, with their gradients: leave out those that you do not use.
 
     Args:
-      home_weights: a pytree of this rank's rows [num_experts / num_ranks, ...], in the order of `placement.home_order`.
+      home_weights: a pytree of this rank's rows [rows_per_rank, ...], in the order of `placement.home_order`; rows
+        of padding are not used, and their gradients are 0.
       placement: where the copies are; may be traced.
       axis_name: mesh axis, or axes, of the ranks.
       dtype: of the slots, by default that of each leaf. Copies and their gradients travel in it.
@@ -49,8 +51,8 @@ def replicate(
 
     Raises:
       TypeError: `placement` is not a Placement.
-      ValueError: `axis_name` is not bound or has another size than `num_ranks`, num_ranks does not divide the experts,
-        a leaf has another number of rows, or ranks cannot read each other's memory and `transport` is "peer".
+      ValueError: `axis_name` is not bound or has another size than `num_ranks`, a leaf has another number of rows, or
+        ranks cannot read each other's memory and `transport` is "peer".
       NotImplementedError: it is differentiated in forward mode or twice, unless `transport` is "collective" and the
         placement has no topology.
     """
@@ -107,13 +109,13 @@ def _checked(
     """The leaves, the dtypes of their slots, and the tree that they are of."""
     check_one_layer("placement", placement)
     check_choice("transport", transport, TRANSPORTS)
-    ranks = axis_size(axis_name, placement.num_ranks)
-    home, rest = divmod(placement.num_experts, ranks)
-    if rest:
-        raise ValueError(f"placement: its {ranks} ranks do not divide the {placement.num_experts} experts evenly")
+    axis_size(axis_name, placement.num_ranks)
     leaves, tree = jax.tree.flatten(home_weights)
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(home_weights)]
-    leaves = [with_rows(leaf, home, f"home_weights{path}") for path, leaf in zip(paths, leaves, strict=True)]
+    leaves = [
+        with_rows(leaf, placement.rows_per_rank, f"home_weights{path}")
+        for path, leaf in zip(paths, leaves, strict=True)
+    ]
     return leaves, tuple(leaf.dtype if dtype is None else jnp.dtype(dtype) for leaf in leaves), tree
 
 
@@ -127,6 +129,10 @@ def _homes_first(placement: Placement) -> bool:
     return placement.topology is not None or placement.planning is not None
 
 
+def _has_padding(placement: Placement) -> bool:
+    return placement.num_experts < placement.num_ranks * placement.rows_per_rank
+
+
 class Rows(NamedTuple):
     """Which rows go where, for this rank. Rows of buffers are numbered over all ranks, rank * rows + row."""
 
@@ -138,10 +144,13 @@ class Rows(NamedTuple):
 
 def _rows(placement: Placement, axis_name: AxisName) -> Rows:
     ranks, slots, topology = placement.num_ranks, placement.slots_per_rank, placement.topology
-    home = placement.num_experts // ranks
+    home = placement.rows_per_rank
     of_slots, log2phy = jnp.asarray(placement.phy2log).reshape(ranks, slots), jnp.asarray(placement.log2phy)
     rank = lax.axis_index(axis_name)
     experts = jnp.minimum(of_slots, placement.num_experts - 1)
+    if _has_padding(placement):  # else, but for topologies, experts have their numbers as rows
+        rows = jnp.asarray(rows_of_experts(placement.num_experts, ranks))
+        experts = rows.at[experts].get(mode="fill", fill_value=-1, wrap_negative_indices=False)
     source, sent = experts[rank], None
     if topology is not None and slots > home:
         _, receiver = owners_and_receivers(topology, ranks, slots - home)
@@ -149,7 +158,8 @@ def _rows(placement: Placement, axis_name: AxisName) -> Rows:
         sent = (log2phy[copies, 0] % slots)[rank]
         first = log2phy[source, 0]  # its home
         source = first // slots * home + first % slots
-    replicas = log2phy[jnp.asarray(placement.home_order).reshape(ranks, home)[rank]]
+    own = jnp.asarray(placement.home_order).reshape(ranks, home)[rank]
+    replicas = log2phy.at[own].get(mode="fill", fill_value=-1, wrap_negative_indices=False)
     brought = experts[:, home:] if _homes_first(placement) else experts
     return Rows(jnp.where(of_slots[rank] < 0, -1, source), replicas, brought, sent)
 
@@ -161,6 +171,7 @@ class Transfer:
     implementation: _ffi.Implementation  # "ffi": peers' memory; "xla": collectives; None: by platform
     axis_name: AxisName
     homes_first: bool
+    has_padding: bool  # among rows of weights
     dtypes: tuple[Any, ...]  # of the leaves
     slot_dtypes: tuple[Any, ...]
     # For collectives along a topology.
@@ -204,7 +215,16 @@ def _transfer(
     axes, routes = axis_name, None
     if placement.topology is not None:
         axes, routes = _collective.routes_of(placement.topology, axis_name, placement.num_ranks)
-    return Transfer(implementation, axis_name, _homes_first(placement), tuple(dtypes), tuple(slot_dtypes), axes, routes)
+    return Transfer(
+        implementation,
+        axis_name,
+        _homes_first(placement),
+        _has_padding(placement),
+        tuple(dtypes),
+        tuple(slot_dtypes),
+        axes,
+        routes,
+    )
 
 
 @functools.cache
@@ -286,6 +306,9 @@ def by_collectives(transfer: Transfer, leaves: list[jax.Array], rows: Rows) -> l
     brought = [_collective.rows_by_slot(leaf, rows.wanted, transfer.axis_name) for leaf in casted]
     if not transfer.homes_first:
         return brought
+    if transfer.has_padding:
+        holds = rows.replicas[:, 0] >= 0
+        casted = [jnp.where(holds.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, jnp.zeros_like(leaf)) for leaf in casted]
     return [jnp.concatenate([leaf, below]) for leaf, below in zip(casted, brought, strict=True)]
 
 

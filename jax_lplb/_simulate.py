@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jax_lplb import eplb, topology
-from jax_lplb._evaluate import Evaluation, evaluate, even_imbalance, in_slots
+from jax_lplb._evaluate import Evaluation, evaluate, even_imbalance
 from jax_lplb._placement import Placement
+from jax_lplb._rows import logical_order
 
 
 class Windows(NamedTuple):
@@ -67,11 +68,11 @@ def _along_topology(past: np.ndarray, ranks: int, redundants: int, **options: An
 
 
 def _without_copies(past: np.ndarray, ranks: int, _: int) -> np.ndarray:
-    return in_slots(np.arange(past.shape[-1])[None], ranks)
+    return logical_order(past.shape[-1], ranks)[None]
 
 
 def _eplb(past: np.ndarray, ranks: int, redundants: int) -> np.ndarray:
-    return eplb.rebalance_experts(past, past.shape[-1] + ranks * redundants, 1, 1, ranks)[0]
+    return eplb.rebalance_experts(past, ranks * (-(-past.shape[-1] // ranks) + redundants), 1, 1, ranks)[0]
 
 
 # Of past loads [placements, experts], ranks and redundant experts on each: the slots of each placement, or of one for
@@ -135,7 +136,7 @@ def _newly_held(phy2log: np.ndarray, before: np.ndarray, experts: int, ranks: in
         return holds[..., :experts]
 
     # The last row, which -1 names, is what ranks hold at the beginning.
-    at_first = held(in_slots(np.arange(experts)[None], ranks))
+    at_first = held(logical_order(experts, ranks)[None])
     holds = held(np.broadcast_to(phy2log, (len(before), phy2log.shape[1])))
     previous = np.concatenate([holds, at_first])[before]
     return float(np.sum(holds & ~previous, dtype=np.int64) / len(before))

@@ -21,6 +21,7 @@ from jax_lplb._grouped_matmul import GroupedMatmul, has_tokamax
 from jax_lplb._mesh import shard, spec_of, with_auto_axes
 from jax_lplb._permute_experts import from_logical
 from jax_lplb._placement import Placement
+from jax_lplb._plan import to_rows
 from jax_lplb._replicate import TRANSPORTS, Transport, replicate
 from jax_lplb._reverse_only import reverse_only
 from jax_lplb._router import Router
@@ -94,9 +95,10 @@ class MoE(nnx.Module):
     Each token's results are those of its top-k experts, whatever copy computes them: balancing changes where, not what.
     Parameters are float32: `router` [d_model, num_experts], `w_in` [num_experts, d_model, 2 * d_expert] (gate and up)
     and `w_out` [num_experts, d_expert, d_model], the latter two in the order of `placement.home_order`, each expert
-    once, their first axis sharded over the expert axis. Shared experts are one wide expert that all tokens go to, on
-    every device: `shared_in` [d_model, 2 * n_shared_experts * d_expert] and `shared_out`. The router is computed in
-    float32, experts in `dtype`.
+    once, their first axis sharded over the expert axis. Where ranks do not divide the experts, that axis has rows of
+    padding besides, as `home_order` says: zeros, which are not used and have no gradients. Shared experts are one wide
+    expert that all tokens go to, on every device: `shared_in` [d_model, 2 * n_shared_experts * d_expert] and
+    `shared_out`. The router is computed in float32, experts in `dtype`.
 
     Stacks of layers, made by `nnx.vmap` or `nnx.scan`, have these axes behind the layers'.
     """
@@ -193,10 +195,10 @@ class MoE(nnx.Module):
             )
         check_positive("buffer_factor", buffer_factor)
         expert_axes, token_axes = _check_axes(mesh, axis_name, token_axes)
-        ranks = _num_ranks(num_experts, mesh, expert_axes)
+        ranks = math.prod(mesh.shape[axis] for axis in expert_axes)
         if placement is None:
             if redundants_per_rank is None:
-                redundants_per_rank = min(2, num_experts - num_experts // ranks)
+                redundants_per_rank = min(2, num_experts - math.ceil(num_experts / ranks))
             placement = Placement.per_batch(
                 num_experts=num_experts, num_ranks=ranks, redundants_per_rank=redundants_per_rank
             )
@@ -347,8 +349,9 @@ class MoE(nnx.Module):
         placement = self.placement.get_value()
         params: Any = {"w_in": (self.w_in, w_in), "w_out": (self.w_out, w_out)}
         for name, (param, rows) in params.items():
-            if jnp.shape(rows) != param.shape:
-                raise ValueError(f"{name} must have shape {param.shape}, in logical order, got {jnp.shape(rows)}")
+            shape = (placement.num_experts, *param.shape[1:])
+            if jnp.shape(rows) != shape:
+                raise ValueError(f"{name} must have shape {shape}, in logical order, got {jnp.shape(rows)}")
             in_order = from_logical(jnp.asarray(rows, param.dtype), placement)
             param.set_value(shard(in_order, self.mesh, jax.P(self.axis_name)))
 
@@ -489,7 +492,9 @@ class MoE(nnx.Module):
         experts = jax.tree.map(
             lambda leaf: lax.all_gather(leaf, self.axis_name, tiled=True).astype(self.dtype), weights
         )
-        picked = expert_ids[:, :, None] == jnp.asarray(placement.home_order)[None, None, :]
+        order = jnp.asarray(placement.home_order)
+        order = jnp.where(order < 0, placement.num_experts, order)  # what padding among tokens did not pick
+        picked = expert_ids[:, :, None] == order[None, None, :]
         of_experts = jnp.sum(jnp.where(picked, gates[:, :, None], 0), axis=1).T  # [rows of weights, tokens]
 
         def add(total: jax.Array, expert: Any) -> tuple[jax.Array, None]:
@@ -520,7 +525,7 @@ class MoE(nnx.Module):
         others, ranks = self.other_axes, placement.num_ranks
         load = out.load.astype(jnp.float32)
         mean = jnp.maximum(jnp.sum(out.load, dtype=jnp.int32).astype(jnp.float32) / ranks, 1e-9)
-        contiguous = jnp.sum(load.reshape(ranks, -1), axis=1)
+        contiguous = jnp.sum(to_rows(load, placement).reshape(ranks, -1), axis=1)
         home = jnp.zeros_like(load, shape=(ranks,)).at[placement.home_rank].add(load)
         first_slot = jnp.asarray(placement.log2phy)[:, 0].at[expert_ids].get(mode="fill", fill_value=-1)
         moved = jnp.sum((out.physical_ids >= 0) & (out.physical_ids != first_slot), dtype=jnp.int32)
@@ -572,15 +577,6 @@ def _check_axes(mesh: Any, axis_name: Any, token_axes: Any) -> tuple[tuple[str, 
     if not set(expert_axes) <= set(token_axes):
         raise ValueError(f"token_axes must hold the axes of axis_name = {axis_name!r}, got {token_axes}")
     return expert_axes, token_axes
-
-
-def _num_ranks(num_experts: int, mesh: Any, axes: tuple[str, ...]) -> int:
-    ranks = math.prod(mesh.shape[axis] for axis in axes)
-    if num_experts % ranks:
-        raise ValueError(
-            f"num_experts = {num_experts} must be a multiple of the {ranks} ranks, which hold as many experts each"
-        )
-    return ranks
 
 
 def _check_ranks(placement: Placement, num_experts: int, axis_name: Any, ranks: int) -> None:
