@@ -42,10 +42,7 @@ def permute_experts(tree: Any, old: Placement, new: Placement, *, axis_name: Axi
     check_one_layer("new", new)
     if old.num_experts != new.num_experts:
         raise ValueError(f"old and new must have equally many experts, got {old.num_experts} and {new.num_experts}")
-    rows, experts = _inverse(old), new.home_order
-    if not isinstance(experts, np.ndarray):
-        rows = jnp.asarray(rows)
-    source = _or_none(rows[experts], experts, len(old.home_order))
+    source = _rows_of(new.home_order, _inverse(old), len(old.home_order))
     return _take_rows(tree, source, len(old.home_order), axis_name, new.num_ranks)
 
 
@@ -61,8 +58,7 @@ def to_logical(tree: Any, placement: Placement, *, axis_name: AxisName | None = 
 def from_logical(tree: Any, placement: Placement, *, axis_name: AxisName | None = None) -> Any:
     """Carries weights from logical order to that of home slots; arguments and errors as of `permute_experts`."""
     check_one_layer("placement", placement)
-    experts = placement.home_order
-    source = _or_none(experts, experts, placement.num_experts)
+    source = _rows_of(placement.home_order, np.arange(placement.num_experts, dtype=np.int32), placement.num_experts)
     return _take_rows(tree, source, placement.num_experts, axis_name, placement.num_ranks)
 
 
@@ -73,10 +69,11 @@ def _inverse(placement: Placement) -> Any:
     return xp.argsort(xp.where(order < 0, placement.num_experts, order))[: placement.num_experts].astype(np.int32)
 
 
-def _or_none(rows: Any, experts: Any, num_rows: int) -> Any:
-    """The rows, and where the expert is none numbers beyond them, each once."""
-    xp: Any = np if isinstance(experts, np.ndarray) else jnp
-    return xp.where(experts < 0, num_rows + xp.arange(len(experts), dtype=np.int32), rows)
+def _rows_of(experts: Any, row_of: Any, num_rows: int) -> Any:
+    """The row of each expert; for none a number beyond all rows, each of its own."""
+    xp: Any = np if isinstance(experts, np.ndarray) and isinstance(row_of, np.ndarray) else jnp
+    experts, row_of = xp.asarray(experts), xp.asarray(row_of)
+    return xp.where(experts < 0, num_rows + xp.arange(len(experts), dtype=np.int32), row_of[experts])
 
 
 def _take_rows(tree: Any, source: Any, num_rows: int, axis_name: AxisName | None, num_ranks: int) -> Any:
