@@ -45,7 +45,8 @@ class Metrics(NamedTuple):
     of the worst row.
 
     Attributes:
-      contiguous: float32 [], imbalance without any placement: experts in logical order, as many on each rank.
+      contiguous: float32 [], imbalance without any placement: experts in logical order, as many on each rank, or one
+        fewer on some where ranks do not divide them.
       home: float32 [], imbalance without copies: each expert where its weights are, `placement.home_rank`.
       optimum: float32 [], a certified lower bound on the imbalance that the copies allow.
       balanced: float32 [], imbalance as it was.
