@@ -21,6 +21,7 @@ from test_moe import (
     params_of,
     value_and_grads,
 )
+from test_padding import value_and_grads as of_masked
 
 import jax_lplb as lplb
 from jax_lplb.flax import MoE
@@ -308,18 +309,18 @@ def test_the_layer_equals_the_dense_one(rng, name, dispatch, transport, buffer_f
     np.testing.assert_allclose(metrics.balanced, evaluation.assigned.item(), rtol=1e-6)
 
 
-def test_what_rows_of_padding_hold_does_not_show(rng):
-    """Nor do they in the dense layer, where tokens that are masked are nobody's."""
-    x, _ = inputs(rng, 64)
-    for dispatch in ("peer", "dense"):
-        layer = make(dispatch=dispatch)
-        results = []
-        for value in (0, jnp.nan):
-            for param in (layer.w_in, layer.w_out):
-                param[...] = jnp.where((ORDER < 0)[:, None, None], value, param[...])
-            mask = np.arange(len(x)) % 3 > 0
-            results.append(nnx.jit(lambda layer, x, mask: layer(x, mask=mask)[0])(layer, x, mask))
-        np.testing.assert_array_equal(*results)
+@pytest.mark.parametrize(("dispatch", "transport"), [("peer", "peer"), ("dense", None)])
+def test_what_rows_of_padding_hold_does_not_show(rng, dispatch, transport):
+    """Nor is it what tokens that are masked pick: results and gradients are as with zeros."""
+    layer, (x, weight) = make(dispatch=dispatch, transport=transport), inputs(rng, 64)
+    mask, got = np.arange(len(x)) % 3 > 0, []
+    for value in (0, jnp.nan):
+        for param in (layer.w_in, layer.w_out):
+            param[...] = jnp.where((ORDER < 0)[:, None, None], value, param[...])
+        (result, _), grads = of_masked(layer, x, weight, mask)
+        got.append((result, *jax.tree.leaves(grads)))
+    for leaf, other in zip(*got, strict=True):
+        np.testing.assert_array_equal(leaf, other)
 
 
 def test_checkpoints_are_logical(rng):
