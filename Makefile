@@ -4,7 +4,7 @@
 #   make test         the tests that need no GPU; for the others: MARK=gpu JAX="jax[cuda13]" PYTEST_ARGS=-n0
 #   make smoke        a few of them with the oldest supported Python and JAX, in .venv-oldest
 #   make lint         formatting, ruff, types
-#   make docs         the site of docs/, into build/docs; its pictures and tables: docs/pictures.py and docs/tables.py
+#   make docs         the site of docs/, into build/docs; its pictures and tables: docs/pictures.py and docs/fill_tables.py
 #   make wheel        wheels into dist/
 #   make bench-build  build/bench/lplb_bench and lplb_coexist, which run the CUDA kernels without Python or JAX; and with
 #                     XLA_INCLUDE=.../jaxlib/include liblplb_noop.so (no newer headers than the jaxlib that will load it)

@@ -14,16 +14,8 @@ import pytest
 import jax_lplb as lplb
 
 ROOT = pathlib.Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("as_in_a_new_python")
 ONCE = re.compile(r"Finished XLA compilation of jit\((step|<lambda>)\)")
-
-
-@pytest.fixture(autouse=True)
-def as_in_a_new_python(monkeypatch):
-    """With JAX's own settings, but the devices that the tests have, whose number cannot be set any more."""
-    update = jax.config.update
-    monkeypatch.setattr(jax.config, "update", lambda name, value: name == "jax_num_cpu_devices" or update(name, value))
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"), jax.set_mesh(None):
-        yield
 
 
 def numbers(line: str) -> list[float]:
