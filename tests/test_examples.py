@@ -81,6 +81,17 @@ def test_snippets_of_readme(capsys, caplog):
         np.add.at(expected, token, gates[token, choice][:, None] * (x[token] @ weights[expert]))
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-3)
 
+    (weights_code,) = blocks("Where the copies are")
+    packed = lplb.Placement.from_topology(
+        lplb.topology.cube(), num_experts=256, num_ranks=8, redundants_per_rank=2, load=load
+    )
+    logical = {"params": np.arange(256) + 1.0, "moments": -np.arange(256.0)}
+    ordered = {"lplb": lplb, "placement": packed} | logical
+    exec(weights_code, ordered)
+    for name, rows in logical.items():
+        np.testing.assert_array_equal(ordered[name], rows[packed.home_order])
+    assert text.count("```python") == 4  # all of them were run
+
     # What its comment says of weights.
     (line,) = re.findall(r"layer\.set_experts\(.*\)", layer_code)
     rows = {name: -np.asarray(getattr(moe, name)[...]) for name in ("w_in", "w_out")}
