@@ -113,7 +113,8 @@ class Candidate(NamedTuple):
     def source(self, experts: int) -> str:
         """What `place` calls, in Python, where `past` are the past loads."""
         constructor, arguments = self._call(experts)
-        return f"lplb.Placement.{constructor}({', '.join(f'{name}={value}' for name, value in arguments.items())})"
+        written = [f"{name}={value}" for name, value in arguments.items()]
+        return f"lplb.Placement.{constructor}({', '.join(written)})"
 
     def _call(self, experts: int) -> tuple[str, dict[str, Any]]:
         """A constructor of `Placement`, and its arguments as they are written in Python."""

@@ -29,7 +29,7 @@ def words(chosen: Row, rows: Sequence[Row], percent: float, without: float) -> s
     best = min(rows, key=lambda row: row.order)
     imbalance = chosen.numbers["imbalance"]
     said = (
-        f"Take {_named(chosen)}: the busiest rank has at most {imbalance['p95']:.3f} times the mean in 95 % of batches "
+        f"Take {chosen.named}. The busiest rank has at most {imbalance['p95']:.3f} times the mean in 95 % of batches "
         f"and layers, {imbalance['p50']:.3f} times in the median"
     )
     if chosen.candidate.kind != "none":
@@ -37,16 +37,11 @@ def words(chosen: Row, rows: Sequence[Row], percent: float, without: float) -> s
     if chosen is best:
         why = "It is the best at 95 %, and"
     else:
-        why = f"The best at 95 % is {_named(best)}, with {best.numbers['imbalance']['p95']:.3f};"
+        why = f"The best at 95 % is {best.named}: {best.numbers['imbalance']['p95']:.3f};"
     return (
         f"{said}.\n{why} the rule is: {rule(percent)}. On each rank its slots hold "
         f"{study.weights(chosen, 'slots', 0)} over all layers; {study.weights(chosen, 'moved', 1)} are moved a batch."
     )
-
-
-def _named(row: Row) -> str:
-    slots = row.candidate.redundants
-    return row.title + f" with {slots} slot{'s' * (slots != 1)} of each rank" * (row.candidate.kind != "none")
 
 
 def code(candidate: _simulate.Candidate, judged: Study) -> str:

@@ -3,6 +3,7 @@
 import json as json_format
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Annotated, Any
 
 import tyro
@@ -69,9 +70,12 @@ def simulate(
     panels = {}
     for size, copies in configs:
         of_config = [row for row in rows if (row.candidate.ranks, row.candidate.redundants) == (size, copies)]
-        title = f"{size} ranks, {copies} redundant expert{'s' * (copies != 1)} each"
+        title = (
+            f"{size} ranks, {copies} redundant expert{'s' * (copies != 1)} each; topology: "
+            f"{of_config[0].candidate.topology}"
+        )
         panels[title] = of_config
-        console.print(study.table(of_config, f"{title}; topology: {of_config[0].candidate.topology}", COLUMNS))
+        console.print(study.table(of_config, title, COLUMNS))
     _print_notes(console, COLUMNS)
     _write(judged, rows, {})
     if recording.plot is not None:
@@ -147,7 +151,7 @@ def advise(
 
 def _print_notes(console: Console, columns: Sequence[str]) -> None:
     for name, note in study.notes(columns).items():
-        console.print(f"{name}: {note}", markup=False)
+        console.print(fill(f"{name}: {note}", 110), markup=False)
 
 
 def _write(judged: Study, rows: list[Row], advised: dict[str, Any]) -> None:

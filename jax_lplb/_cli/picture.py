@@ -21,7 +21,7 @@ STYLES: dict[_simulate.Kind, tuple[str, Any]] = {
     "topology": ("#2166ac", "dotted"),
     "topology_repeats": ("#01665e", "dashdot"),
     "eplb": ("#1b7837", (0, (6, 2, 1, 2, 1, 2))),
-    "per_batch": ("#542788", "solid"),
+    "per_batch": ("#542788", (0, (9, 2))),
 }
 IN_NODES = ("#b2182b", (0, (1, 3)))
 MOST_BATCHES = 256  # of a heat map
@@ -114,7 +114,10 @@ def write(
     ]
     for name, rows in panels.items():
         body += _table(name, rows, chosen, columns)
-    body += ["<dl>", *(f"<dt>{name}</dt><dd>{escape(note)}</dd>" for name, note in study.notes(columns).items())]
+    notes = study.notes(columns)
+    if chosen is not None:
+        notes["in bold"] = "the placement whose rank loads are shown."
+    body += ["<dl>", *(f"<dt>{name}</dt><dd>{escape(note)}</dd>" for name, note in notes.items())]
     path.write_text(PAGE.format(title=escape(title), body="\n".join([*body, "</dl>"])), encoding="utf-8")
 
 
@@ -149,15 +152,16 @@ def _distributions(panels: Mapping[str, Sequence[Row]], chosen: Row | None) -> A
         fitting = [row for row in rows if row.imbalance is not None]
         worst_first = sorted(fitting, key=lambda row: (row is not chosen, row.order), reverse=True)
         drawn = {(row.candidate.kind, row.candidate.groups): row for row in worst_first}
-        several = len({row.candidate.redundants for row in rows}) > 1
-        for (kind, groups), row in sorted(drawn.items(), key=lambda one: list(STYLES).index(one[0][0])):
+        of_kinds = sorted(drawn.values(), key=lambda row: list(STYLES).index(row.candidate.kind))
+        for label, row in zip(study.labels(of_kinds), of_kinds, strict=True):
             assert row.imbalance is not None
+            kind, groups = row.candidate.kind, row.candidate.groups
             colour, dashes = STYLES[kind] if groups == 1 else IN_NODES
-            label = row.title + f", {row.candidate.redundants} slots" * (several and row.candidate.redundants > 0)
             values = np.sort(row.imbalance, axis=None)
             share = np.arange(1, values.size + 1) / values.size * 100
             axis.plot(share, values, color=colour, linestyle=dashes, label=label)
-        axis.set(title=title, xlabel="% of batches and layers", ylabel="imbalance (max / mean rank load)")
+        axis.set_title(title, fontsize="medium")
+        axis.set(xlabel="% of batches and layers", ylabel="imbalance (max / mean rank load)")
         axis.label_outer()
         axis.legend(frameon=False, fontsize="small", loc="upper left")
     return figure
@@ -193,12 +197,10 @@ def _rank_loads(judged: Study, chosen: Row) -> tuple[Any, str]:
     axes[-1].set(xlabel="batch")
     figure.colorbar(image, ax=list(axes), label="rank load / mean")
     shown = f"the last {len(share)} of {judged.steps}" if len(share) < judged.steps else f"{len(share)}"
-    slots = chosen.candidate.redundants
     return figure, (
         f"Tokens of each of {ranks} ranks over the mean, in {shown} batches of layer {layer} (from 0), the least even "
-        f"without copies. Above: experts in logical order, no copies. Below: {chosen.title}"
-        + f", {slots} slot{'s' * (slots != 1)} of each rank" * (chosen.candidate.kind != "none")
-        + ". Bright is busy; in an even load all is of one shade."
+        f"without copies. Above: experts in logical order, no copies. Below: {chosen.named}. Bright is busy; an even "
+        "load is of one shade."
     )
 
 

@@ -1,7 +1,7 @@
 """What commands that judge placements share: the recording, rows of numbers, and tables."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, NoReturn
 
@@ -84,6 +84,12 @@ class Row(NamedTuple):
         return self.numbers.get("does_not_fit")
 
     @property
+    def named(self) -> str:
+        """The title, with the number of slots for copies."""
+        slots = self.candidate.redundants
+        return self.title + f", {slots} slot{'s' * (slots != 1)} of each rank" * (self.candidate.kind != "none")
+
+    @property
     def order(self) -> tuple[float, ...]:
         """By imbalance, then memory, then traffic: the least is the best."""
         imbalance = self.numbers["imbalance"]
@@ -114,9 +120,15 @@ def cells(row: Row, columns: Sequence[str]) -> list[str]:
     return [row.title, *("-" if row.reason else COLUMNS[name](row) for name in columns)]
 
 
-def reasons(rows: Iterable[Row]) -> list[str]:
+def labels(rows: Sequence[Row]) -> list[str]:
+    """Of each row its title; with the number of slots, where rows differ in it."""
+    several = len({row.candidate.redundants for row in rows if row.candidate.kind != "none"}) > 1
+    return [row.named if several else row.title for row in rows]
+
+
+def reasons(rows: Sequence[Row]) -> list[str]:
     """A line for each that was not judged."""
-    return [f"{row.title} does not fit: {row.reason}" for row in rows if row.reason]
+    return [f"{label} does not fit: {row.reason}" for label, row in zip(labels(rows), rows, strict=True) if row.reason]
 
 
 def table(rows: Sequence[Row], title: str | None, columns: Sequence[str]) -> Table:
@@ -189,7 +201,8 @@ class Study:
     def layer(self, number: int, most: int) -> _simulate.Windows:
         """The last windows of one layer, of up to `most` batches."""
         past, now, before = self.loads
-        last = slice(-max(most // len(now), 1) * self.layers + number, None, self.layers)
+        first = max(len(past) - max(most // len(now), 1) * self.layers, 0)
+        last = slice(first + number, None, self.layers)
         return _simulate.Windows(past[last], now[:, last], before[last])
 
     def judge(self, tried: dict[_simulate.Candidate, str], most_bytes: float = np.inf) -> list[Row]:
