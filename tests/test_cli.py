@@ -141,14 +141,15 @@ def test_all_formats_give_the_same_loads(kind, ids, tmp_path, rng):
     if kind == "sglang":
         path.write_text(json.dumps({"rank": 0, "logical_count": counts.tolist()}))
     elif kind == "vllm":
-        slots = np.stack([rng.permutation(EXPERTS + 4) % EXPERTS for _ in range(LAYERS)])  # four have a second slot
-        second = np.stack([np.isin(np.arange(EXPERTS + 4), np.unique(row, return_index=True)[1]) for row in slots])
-        of_slots = np.take_along_axis(counts, np.broadcast_to(slots, (len(counts), *slots.shape)), axis=2)
-        copied = np.stack([np.bincount(row, minlength=EXPERTS) == 2 for row in slots])
-        copied = np.take_along_axis(copied, slots, axis=1)
-        of_slots = np.where(copied, np.where(second, of_slots // 3, of_slots - of_slots // 3), of_slots)
-        window = np.pad(of_slots, ((0, 3), (0, 0), (0, 0)))  # which is not full yet
-        np.savez(path, expert_load_window=window.astype(np.int32), physical_to_logical_map=slots)
+        slots = np.stack([rng.permutation([*range(EXPERTS), *range(4)]) for _ in range(LAYERS)])
+        window = np.zeros((len(counts) + 3, *slots.shape), np.int32)  # which is not full yet
+        for layer, experts in enumerate(slots):
+            for expert in range(EXPERTS):
+                tokens = counts[:, layer, expert]
+                first, *second = np.flatnonzero(experts == expert)
+                window[: len(counts), layer, first] = tokens // 3 if second else tokens
+                window[: len(counts), layer, second] = (tokens - tokens // 3)[:, None]
+        np.savez(path, expert_load_window=window, physical_to_logical_map=slots)
     elif kind == "folder":
         path = tmp_path / "recorded"
         with lplb.Recorder(path, chunk_steps=4) as recorder:
@@ -379,34 +380,54 @@ def test_what_is_beyond_the_memory_for_copies_does_not_fit(recorded, capsys):
     assert [row["bytes_slots"] for row in rows if row["redundants"] == 1] == [6e6] * 3
 
 
+ON_8 = {"num_experts": EXPERTS, "num_ranks": 8}
+
+
 @pytest.mark.parametrize(
-    "candidate",
+    ("candidate", "make"),
     [
-        _simulate.Candidate("none", 8, 0),
-        _simulate.Candidate("per_batch", 8, 2, groups=2),
-        _simulate.Candidate("topology_repeats", 8, 2, ("torus", (4, 2))),
-        _simulate.Candidate("eplb", 8, 1),
+        (
+            _simulate.Candidate("none", 8, 0),
+            lambda _: lplb.Placement.per_batch(**ON_8, redundants_per_rank=0),
+        ),
+        (
+            _simulate.Candidate("per_batch", 8, 2, groups=2),
+            lambda _: lplb.Placement.per_batch(**ON_8, redundants_per_rank=2, num_groups=2),
+        ),
+        (
+            _simulate.Candidate("topology", 8, 2, ("torus", (4, 2))),
+            lambda past: lplb.Placement.from_topology(
+                lplb.topology.torus(4, 2), **ON_8, redundants_per_rank=2, load=past
+            ),
+        ),
+        (
+            _simulate.Candidate("topology_repeats", 8, 2, ("cube", ())),
+            lambda past: lplb.Placement.from_topology(
+                lplb.topology.cube(), **ON_8, redundants_per_rank=2, load=past, repeats=True
+            ),
+        ),
+        (
+            _simulate.Candidate("eplb", 8, 1),
+            lambda past: lplb.Placement.from_eplb(past, num_ranks=8, redundants_per_rank=1),
+        ),
     ],
-    ids=lambda candidate: candidate.kind,
+    ids=lambda value: getattr(value, "kind", ""),
 )
-def test_code_of_the_advice_runs_and_makes_what_was_judged(candidate, recorded, ids):
+def test_code_of_the_advice_runs_and_makes_what_was_judged(candidate, make, recorded, ids):
     pytest.importorskip("flax")
     judged = study.Study(study.Recording(recorded, window=WINDOW))
     names: dict = {}
     exec(advice.code(candidate, judged), names)
     past = counts_of(ids)[-WINDOW:].mean(axis=0)
-    expected = candidate.place(past)
-    if candidate.by_past:
-        expected = jax.tree.map(lambda leaf: leaf[0], expected)
-    assert names["placement"].num_ranks == 8
-    balance = jax.jit(lambda ids, placement: lplb.balance(ids, placement))
-    batch = ids[: 8 * 4, 0].astype(np.int32)
-    got, wanted = (balance(batch, placement) for placement in (names["placement"], expected))
-    np.testing.assert_array_equal(got.rank_load, wanted.rank_load)
-    np.testing.assert_array_equal(got.placement.phy2log, wanted.placement.phy2log)
-    on_mesh = jax.device_put(batch, jax.NamedSharding(names["mesh"], jax.P("ep")))
-    slots = np.asarray(names["slots_of"](on_mesh))
-    np.testing.assert_array_equal(np.asarray(got.placement.phy2log)[slots], batch)
+    assert names["placement"] == make(past[0])
+    assert candidate.place(past) == make(past)
+    batch = jax.device_put(ids[:32, 0].astype(np.int32), jax.NamedSharding(names["mesh"], jax.P("ep")))
+    slots = np.asarray(names["slots_of"](batch))
+    if candidate.kind == "per_batch":
+        filled = names["placement"].choose(np.bincount(ids[:32, 0].ravel(), minlength=EXPERTS).astype(np.int32))
+        np.testing.assert_array_equal(np.asarray(filled.phy2log)[slots], batch)
+    else:
+        np.testing.assert_array_equal(names["placement"].phy2log[slots], batch)
     assert names["layer"].route.top_k == 8
 
 
