@@ -484,6 +484,16 @@ def test_a_page_needs_nothing_but_itself(command, recorded):
         assert all(line in parsed.text for line in said["why"].splitlines())
 
 
+def test_a_page_is_written_where_nothing_fits(recorded):
+    pytest.importorskip("matplotlib")
+    page = recorded.with_name("out.html")
+    options = ("--ranks", "3", "--redundants", "1", "--placements", "eplb", "--plot", str(page))
+    (row,) = simulate(recorded, *options)
+    parsed = Page(page.read_text())
+    assert row["does_not_fit"] in parsed.text
+    assert [tag for tag, _ in parsed.tags].count("img") == 1  # and no rank loads
+
+
 @pytest.mark.parametrize("kind", ["none", "eplb_even", "eplb", "per_batch"])
 def test_rank_loads_of_a_picture_are_those_judged(kind, recorded):
     judged = study.Study(study.Recording(recorded, window=WINDOW))

@@ -163,7 +163,8 @@ def _distributions(panels: Mapping[str, Sequence[Row]], chosen: Row | None) -> A
         axis.set_title(title, fontsize="medium")
         axis.set(xlabel="% of batches and layers", ylabel="imbalance (max / mean rank load)")
         axis.label_outer()
-        axis.legend(frameon=False, fontsize="small", loc="upper left")
+        if of_kinds:
+            axis.legend(frameon=False, fontsize="small", loc="upper left")
     return figure
 
 
