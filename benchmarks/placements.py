@@ -38,11 +38,16 @@ def gpt_oss(folder: pathlib.Path, steps: int = 24) -> list[np.ndarray]:
 
 def judge(name: str, sequences: list[np.ndarray], ranks: int, redundants: int) -> dict[str, Any]:
     loads = _simulate.windows(sequences, PAST, 1)
-    result = {kind: _simulate.judge(kind, loads, ranks, redundants).imbalance for kind in _simulate.EVEN}
+    along = _simulate.topologies_for(ranks, redundants)[0]
+
+    def judged(kind: _simulate.Kind) -> _simulate.Judged:
+        return _simulate.judge(_simulate.Candidate(kind, ranks, redundants, along), loads)
+
+    result = {kind: judged(kind).imbalance for kind in _simulate.EVEN}
     solved = []
     for kind in _simulate.SOLVED:
         try:
-            one = _simulate.judge(kind, loads, ranks, redundants).evaluation
+            one = judged(kind).evaluation
         except ValueError:  # more copies of a rank than it has experts
             continue
         assert one is not None

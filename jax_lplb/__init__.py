@@ -10,6 +10,7 @@ from jax_lplb._balance import Balanced, balance
 from jax_lplb._count import count_load
 from jax_lplb._dispatch import Dispatched, Handle, combine, dispatch
 from jax_lplb._evaluate import Evaluation, evaluate
+from jax_lplb._ffi import CUSTOM_CALLS
 from jax_lplb._permute_experts import from_logical, permute_experts, to_logical
 from jax_lplb._placement import Placement
 from jax_lplb._recorder import Recorder, load_trace
@@ -20,6 +21,7 @@ from jax_lplb._status import Status
 __version__ = "0.1.0"  # the one place: pyproject.toml reads it here
 
 __all__ = [
+    "CUSTOM_CALLS",
     "Balanced",
     "Dispatched",
     "Evaluation",

@@ -140,6 +140,11 @@ def _imbalance(largest: np.ndarray, loads: np.ndarray, num_ranks: int) -> np.nda
 
 def even_imbalance(loads: np.ndarray, phy2log: np.ndarray, num_ranks: int) -> np.ndarray:
     """The imbalance of each load [loads, experts], split evenly over slots [loads, slots], or [1, slots] for all."""
+    return _imbalance(even_loads(loads, phy2log, num_ranks).max(axis=1), loads, num_ranks)
+
+
+def even_loads(loads: np.ndarray, phy2log: np.ndarray, num_ranks: int) -> np.ndarray:
+    """The rank loads [loads, ranks] of the same."""
     phy2log = np.broadcast_to(phy2log, (len(loads), phy2log.shape[1]))
     holds = phy2log >= 0
     rows = np.arange(len(loads))[:, None]
@@ -147,7 +152,7 @@ def even_imbalance(loads: np.ndarray, phy2log: np.ndarray, num_ranks: int) -> np
     slots = np.zeros(loads.shape)
     np.add.at(slots, (np.broadcast_to(rows, expert.shape), expert), holds)
     of_slots = np.where(holds, (loads / np.maximum(slots, 1))[rows, expert], 0)
-    return _imbalance(of_slots.reshape(len(loads), num_ranks, -1).sum(axis=2).max(axis=1), loads, num_ranks)
+    return of_slots.reshape(len(loads), num_ranks, -1).sum(axis=2)
 
 
 @partial(jax.jit, static_argnames=("solver", "tol", "implementation"))

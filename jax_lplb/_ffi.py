@@ -54,6 +54,12 @@ def _register() -> tuple[frozenset[str], str]:
 
 _PLATFORMS, _WHY_NOT = _register()
 
+# Names of all custom calls, for `jax.export`, which asks for each whether it may be in a program that is kept. It may:
+# what runs the program has to import the jax_lplb that wrote it.
+CUSTOM_CALLS: tuple[str, ...] = tuple(
+    sorted({"lplb_gather"}.union(*_handlers.handlers().values())) if _PLATFORMS else ()
+)
+
 
 @functools.cache
 def gpus() -> tuple[int, ...]:

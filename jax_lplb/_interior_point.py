@@ -170,7 +170,8 @@ def _solve_group(
         with jax.enable_x64(True):
             weights = weights.astype(jnp.float64) * (1 - jnp.eye(num_ranks, dtype=jnp.float64))
             diagonal = jnp.sum(weights, axis=1) + (slack / lam).astype(jnp.float64)
-            factor = jax.scipy.linalg.cho_factor(jnp.diag(diagonal) - weights, lower=True)
+            system = jnp.diag(diagonal) - weights
+            factor = _cholesky(system), True
             ones = jax.scipy.linalg.cho_solve(factor, jnp.ones_like(diagonal))
 
         def direction(q: jax.Array, q_slack: jax.Array) -> tuple[jax.Array, ...]:
@@ -248,3 +249,19 @@ def _solve_group(
     status = jnp.where(solvable, status, jnp.where(skipped, Status.SKIPPED, Status.CONVERGED))
     gap = jnp.where(solvable, gap, jnp.where(even_enough, gap_at_home, 0))
     return fraction, rank_load, gap, search.iterations, status.astype(jnp.int32)
+
+
+def _cholesky(matrix: jax.Array) -> jax.Array:
+    """The lower factor, in float64. For TPUs XLA does not compile its own."""
+    return lax.platform_dependent(matrix, tpu=_cholesky_by_column, default=lax.linalg.cholesky)
+
+
+def _cholesky_by_column(matrix: jax.Array) -> jax.Array:
+    rows = jnp.arange(len(matrix))
+
+    def add(k: jax.Array, lower: jax.Array) -> jax.Array:
+        # No product: under vmap, which may come when float64 is off again, its result would be float32.
+        column = matrix[:, k] - jnp.sum(lower * lower[k][None, :], axis=1)
+        return lower.at[:, k].set(jnp.where(rows >= k, column / jnp.sqrt(column[k]), 0))
+
+    return lax.fori_loop(0, len(matrix), add, jnp.zeros_like(matrix))

@@ -123,7 +123,8 @@ def gather(words: jax.Array, axis_name: AxisName) -> jax.Array:
     def by_collective(words: jax.Array, _: Any) -> jax.Array:
         return lax.all_gather(words, axis_name, to="invarying")
 
-    if "cuda" not in _ffi.handlers() or jax.process_count() > 1:
+    # Without GPUs here, the program is for those of other machines (`jax.export`), which have numbers of their own.
+    if "cuda" not in _ffi.handlers() or jax.process_count() > 1 or not _ffi.gpus():
         return by_collective(words, None)
     mesh, ranks = jax.sharding.get_abstract_mesh(), lax.axis_size(axis_name)
     axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)

@@ -1,12 +1,14 @@
 """What balancing would bring on recorded loads: placements made by the past, judged on the batches after it."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, get_args
 
+import jax
 import numpy as np
 
 from jax_lplb import eplb, topology
-from jax_lplb._evaluate import Evaluation, evaluate, even_imbalance
+from jax_lplb._balance import balance
+from jax_lplb._evaluate import Evaluation, evaluate, even_imbalance, even_loads
 from jax_lplb._placement import Placement
 from jax_lplb._rows import logical_order
 
@@ -44,50 +46,112 @@ def windows(sequences: Sequence[np.ndarray], window: int, every: int) -> Windows
     return Windows(np.concatenate(past), np.concatenate(now, axis=1), np.concatenate(before))
 
 
-def topology_for(num_ranks: int, redundants_per_rank: int) -> tuple[str, tuple[int, ...]]:
-    """A function of `jax_lplb.topology` and its arguments: LPLB's cube or hypercube, a torus, or else a ring."""
+def topologies_for(num_ranks: int, redundants_per_rank: int) -> list[tuple[str, tuple[int, ...]]]:
+    """Functions of `jax_lplb.topology` and their arguments: LPLB's cube or hypercube, a torus, and last a ring."""
+    found: list[tuple[str, tuple[int, ...]]] = []
     if redundants_per_rank % 2 == 0:
-        if num_ranks in (8, 16):
-            return {8: "cube", 16: "hypercube"}[num_ranks], ()
+        found += [(name, ()) for ranks, name in ((8, "cube"), (16, "hypercube")) if ranks == num_ranks]
         columns = max((n for n in range(2, num_ranks) if n * n <= num_ranks and num_ranks % n == 0), default=1)
         if columns > 1:
-            return "torus", (num_ranks // columns, columns)
-    return "ring", (num_ranks,)
+            found.append(("torus", (num_ranks // columns, columns)))
+    return [*found, ("ring", (num_ranks,))]
 
 
-def _along_topology(past: np.ndarray, ranks: int, redundants: int, **options: Any) -> Placement:
-    name, sizes = topology_for(ranks, redundants)
-    return Placement.from_topology(
-        getattr(topology, name)(*sizes),
-        num_experts=past.shape[-1],
-        num_ranks=ranks,
-        redundants_per_rank=redundants,
-        load=past,
-        **options,
-    )
+Kind = Literal[
+    "none",  # experts in logical order
+    "eplb_even",  # copies of EPLB, and even splits
+    # The others are split as `balance` does.
+    "topology",  # LPLB's way
+    "topology_repeats",
+    "eplb",
+    "per_batch",  # which knows nothing of the past, but the batch
+]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+EVEN, SOLVED = KINDS[:2], KINDS[2:]
 
 
-def _without_copies(past: np.ndarray, ranks: int, _: int) -> np.ndarray:
-    return logical_order(past.shape[-1], ranks)[None]
+class Candidate(NamedTuple):
+    """A placement to try.
+
+    Attributes:
+      kind: of `KINDS`.
+      ranks: of the expert-parallel axis.
+      redundants: redundant experts on each rank; none of them for "none".
+      along: of the kinds along a topology, a function of `jax_lplb.topology` and its arguments.
+      groups: of ranks that copy experts among themselves only, for "per_batch".
+    """
+
+    kind: Kind
+    ranks: int
+    redundants: int
+    along: tuple[str, tuple[int, ...]] | None = None
+    groups: int = 1
+
+    @property
+    def topology(self) -> str | None:
+        """As in Python."""
+        if self.along is None:
+            return None
+        name, sizes = self.along
+        return f"{name}({', '.join(map(str, sizes))})"
+
+    @property
+    def by_past(self) -> bool:
+        """Whether past loads make the placement."""
+        return self.kind not in ("none", "per_batch")
+
+    def place(self, past: np.ndarray) -> Placement:
+        """A placement by past loads [..., experts]: stacked where it depends on them. ValueError: there is none."""
+        constructor, arguments = self._call(past.shape[-1])
+        if self.along is not None and "topology" in arguments:
+            name, sizes = self.along
+            arguments["topology"] = getattr(topology, name)(*sizes)
+        if "load" in arguments:
+            arguments["load"] = past
+        placement: Placement = getattr(Placement, constructor)(**arguments)
+        return placement
+
+    def source(self, experts: int) -> str:
+        """What `place` calls, in Python, where `past` are the past loads."""
+        constructor, arguments = self._call(experts)
+        written = [f"{name}={value}" for name, value in arguments.items()]
+        return f"lplb.Placement.{constructor}({', '.join(written)})"
+
+    def _call(self, experts: int) -> tuple[str, dict[str, Any]]:
+        """A constructor of `Placement`, and its arguments as they are written in Python."""
+        numbers = {"num_ranks": self.ranks, "redundants_per_rank": self.redundants}
+        if self.kind == "eplb":
+            return "from_eplb", {"load": "past", **numbers}
+        numbers = {"num_experts": experts, **numbers}
+        if self.kind == "none":
+            return "per_batch", numbers | {"redundants_per_rank": 0}
+        if self.kind == "per_batch":
+            return "per_batch", numbers | ({"num_groups": self.groups} if self.groups > 1 else {})
+        repeats = {"repeats": True} if self.kind == "topology_repeats" else {}
+        return "from_topology", {"topology": f"lplb.topology.{self.topology}", **numbers, "load": "past", **repeats}
 
 
-def _eplb(past: np.ndarray, ranks: int, redundants: int) -> np.ndarray:
-    return eplb.rebalance_experts(past, ranks * (-(-past.shape[-1] // ranks) + redundants), 1, 1, ranks)[0]
+def candidates(ranks: int, redundants: Sequence[int], nodes: int = 1) -> list[Candidate]:
+    """What may be advised: all that `balance` can use, each once."""
+    found = [Candidate("none", ranks, 0)]
+    for copies in redundants:
+        for along in topologies_for(ranks, copies):
+            found.append(Candidate("topology", ranks, copies, along))
+            if along[0] != "ring":  # where there is one column, nothing can repeat
+                found.append(Candidate("topology_repeats", ranks, copies, along))
+        found += [Candidate("eplb", ranks, copies), Candidate("per_batch", ranks, copies)]
+        if nodes > 1:
+            found.append(Candidate("per_batch", ranks, copies, groups=nodes))
+    return found
 
 
-# Of past loads [placements, experts], ranks and redundant experts on each: the slots of each placement, or of one for
-# all, whose loads are split evenly. ValueError: there is none.
-EVEN: dict[str, Callable[[np.ndarray, int, int], np.ndarray]] = {"none": _without_copies, "eplb_even": _eplb}
-
-# Likewise: a stacked placement, or one for all, whose loads are split as `balance` does.
-SOLVED: dict[str, Callable[[np.ndarray, int, int], Placement]] = {
-    "topology": _along_topology,  # LPLB's way
-    "topology_repeats": lambda past, ranks, redundants: _along_topology(past, ranks, redundants, repeats=True),
-    "eplb": lambda past, ranks, redundants: Placement.from_eplb(past, num_ranks=ranks, redundants_per_rank=redundants),
-    "per_batch": lambda past, ranks, redundants: Placement.per_batch(
-        num_experts=past.shape[-1], num_ranks=ranks, redundants_per_rank=redundants
-    ),  # which knows nothing of the past, but the batch
-}
+def _even_slots(candidate: Candidate, past: np.ndarray) -> np.ndarray:
+    """The slots [placements, slots] of past loads [placements, experts], or [1, slots] for all: split evenly."""
+    experts, ranks = past.shape[-1], candidate.ranks
+    if candidate.kind == "none":
+        return logical_order(experts, ranks)[None]
+    slots = -(-experts // ranks) + candidate.redundants
+    return eplb.rebalance_experts(past, ranks * slots, 1, 1, ranks)[0]
 
 
 class Judged(NamedTuple):
@@ -108,22 +172,44 @@ class Judged(NamedTuple):
     evaluation: Evaluation | None
 
 
-def judge(kind: str, loads: Windows, ranks: int, redundants: int) -> Judged:
-    """Raises ValueError, with the reason, where there is no placement of that kind."""
+def judge(candidate: Candidate, loads: Windows) -> Judged:
+    """Raises ValueError, with the reason, where there is no such placement."""
     past, now, before = loads
-    experts = past.shape[-1]
-    if kind in EVEN:
-        phy2log = EVEN[kind](past, ranks, redundants)
+    experts, ranks = past.shape[-1], candidate.ranks
+    if candidate.kind in EVEN:
+        phy2log = _even_slots(candidate, past)
         imbalance = np.stack([even_imbalance(batch, phy2log, ranks) for batch in now])
         copies = float(np.sum(phy2log[0] >= 0) - experts)
         return Judged(imbalance, copies, _newly_held(phy2log, before, experts, ranks) / len(now), None)
-    placement = SOLVED[kind](past, ranks, redundants)
+    placement = candidate.place(past)
     evaluation = evaluate(placement, now, progress=False)
     copies = float(evaluation.copies.mean())
     moved = copies
     if placement.planning is None:
         moved = _newly_held(placement.phy2log, before, experts, ranks) / len(now)
     return Judged(evaluation.assigned, copies, moved, evaluation)
+
+
+def rank_loads(candidate: Candidate, loads: Windows) -> np.ndarray:
+    """Tokens of each rank [batches, ranks] in the windows of one layer, batch by batch, where there is a placement."""
+    past, now, _ = loads
+    if candidate.kind in EVEN:
+        phy2log = _even_slots(candidate, past)
+        return np.stack([even_loads(batch, phy2log, candidate.ranks) for batch in now], axis=1).reshape(
+            -1, candidate.ranks
+        )
+    placement = candidate.place(past)
+    stacked = placement.phy2log.ndim > 1
+    run = jax.jit(lambda ids, placement: balance(ids, placement).rank_load)
+    most = int(now.sum(axis=-1).max())
+    found = []
+    for number, batches in enumerate(now.swapaxes(0, 1)):
+        one = jax.tree.map(lambda leaf, number=number: leaf[number], placement) if stacked else placement
+        for batch in batches:
+            ids = np.full((most, 1), -1, np.int32)  # what is left over is padding
+            ids[: batch.sum(), 0] = np.repeat(np.arange(len(batch)), batch)
+            found.append(np.asarray(run(ids, one)))
+    return np.stack(found)
 
 
 def _newly_held(phy2log: np.ndarray, before: np.ndarray, experts: int, ranks: int) -> float:

@@ -25,6 +25,7 @@ from jax_lplb._plan import to_rows
 from jax_lplb._replicate import TRANSPORTS, Transport, replicate
 from jax_lplb._reverse_only import reverse_only
 from jax_lplb._router import Router
+from jax_lplb._rows import rows_of_experts
 from jax_lplb._status import Status
 from jax_lplb._swiglu import dense_swiglu, swiglu
 
@@ -494,7 +495,9 @@ class MoE(nnx.Module):
             lambda leaf: lax.all_gather(leaf, self.axis_name, tiled=True).astype(self.dtype), weights
         )
         order = jnp.asarray(placement.home_order)
-        order = jnp.where(order < 0, placement.num_experts, order)  # what padding among tokens did not pick
+        if placement.num_experts < len(order):  # without rows of padding, which nobody computes or picks
+            rows = rows_of_experts(placement.num_experts, placement.num_ranks)
+            order, experts = order[rows], jax.tree.map(lambda leaf: leaf.at[rows].get(unique_indices=True), experts)
         picked = expert_ids[:, :, None] == order[None, None, :]
         of_experts = jnp.sum(jnp.where(picked, gates[:, :, None], 0), axis=1).T  # [rows of weights, tokens]
 

@@ -64,6 +64,15 @@ def mesh(request) -> jax.sharding.Mesh:
 
 
 @pytest.fixture
+def as_in_a_new_python(monkeypatch):
+    """With JAX's own settings, but the devices that the tests have, whose number cannot be set any more."""
+    update = jax.config.update
+    monkeypatch.setattr(jax.config, "update", lambda name, value: name == "jax_num_cpu_devices" or update(name, value))
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"), jax.set_mesh(None):
+        yield
+
+
+@pytest.fixture
 def fresh():
     """What reads peers' memory is traced anew, with what a test puts in place of its parts."""
     jax.clear_caches()

@@ -26,6 +26,7 @@ def main(process: int, processes: int, port: int) -> None:
     for elements in (3, 1 << 14, 1 << 20):  # where memory grows, in regions of their own
         check_weights(mesh, "peer", elements)
     check_layer(mesh, None, redundants_per_rank=2)
+    check_layer(mesh, None, redundants_per_rank=2, dispatch="peer")
     ring = lplb.topology.ring(processes)
     along = lplb.Placement.from_topology(ring, num_experts=16, num_ranks=processes, redundants_per_rank=2)
     check_layer(mesh, along)

@@ -297,9 +297,8 @@ def test_vmap(rng, mesh, names):
                     assert_same_bits(of_element, value)
 
 
-@pytest.mark.parametrize("policy", [None, "nothing", "collectives"])
-def test_layers_by_scan_and_remat(rng, mesh, policy):
-    """No checkpoint policy keeps addresses for later; gradients are those of a dense reference."""
+def layers_by_scan(rng, mesh, policy):
+    """Three layers with gradients: a jitted step, a dense reference of it, and what both take."""
     ranks, layers, width = mesh.size, 3, 4
     place = placed(ranks)
     x, _, _, _, factor = drawn(rng, ranks, 6, 3, width)
@@ -328,16 +327,20 @@ def test_layers_by_scan_and_remat(rng, mesh, policy):
 
     body = by_ranks if policy is None else jax.checkpoint(by_ranks, policy=policies[policy])
     layered = P(None, "ep")
-    step = jax.jit(
-        jax.shard_map(
-            partial(gradients, body),
-            mesh=mesh,
-            in_specs=(P("ep"), layered, layered, layered, P("ep")),
-            out_specs=(P("ep"), P("ep"), layered, layered),
-        )
+    step = jax.shard_map(
+        partial(gradients, body),
+        mesh=mesh,
+        in_specs=(P("ep"), layered, layered, layered, P("ep")),
+        out_specs=(P("ep"), P("ep"), layered, layered),
     )
-    got = step(x, ids, gates, weights, factor)
-    for one, other in zip(got, jax.jit(partial(gradients, dense))(x, ids, gates, weights, factor), strict=True):
+    return jax.jit(step), jax.jit(partial(gradients, dense)), (x, ids, gates, weights, factor)
+
+
+@pytest.mark.parametrize("policy", [None, "nothing", "collectives"])
+def test_layers_by_scan_and_remat(rng, mesh, policy):
+    """No checkpoint policy keeps addresses for later; gradients are those of a dense reference."""
+    step, dense, operands = layers_by_scan(rng, mesh, policy)
+    for one, other in zip(step(*operands), dense(*operands), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
@@ -673,6 +676,8 @@ def test_any_delays_and_memory_that_is_used_again_at_once(monkeypatch, fresh, rn
 @pytest.mark.parametrize("broken", [None, "gather", "release"])
 def test_release_is_what_waits_until_all_have_read_and_written(monkeypatch, fresh, rng, mesh, broken):
     """Rank 0 reads tokens late, which the others write over, and writes sums and gradients late into their memory."""
+    if broken and mesh.devices.flat[0].platform != "cpu":
+        pytest.skip("it would read places that are none any more, and write wherever those are")
     delayed(monkeypatch, lambda rank, _: jnp.where(rank == 0, 30 * turns(mesh), 0), lambda *_: 0)
     if broken == "gather":
         monkeypatch.setattr(_peer, "gather", without_waiting(_peer.gather))

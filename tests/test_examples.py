@@ -14,16 +14,8 @@ import pytest
 import jax_lplb as lplb
 
 ROOT = pathlib.Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("as_in_a_new_python")
 ONCE = re.compile(r"Finished XLA compilation of jit\((step|<lambda>)\)")
-
-
-@pytest.fixture(autouse=True)
-def as_in_a_new_python(monkeypatch):
-    """With JAX's own settings, but the devices that the tests have, whose number cannot be set any more."""
-    update = jax.config.update
-    monkeypatch.setattr(jax.config, "update", lambda name, value: name == "jax_num_cpu_devices" or update(name, value))
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"), jax.set_mesh(None):
-        yield
 
 
 def numbers(line: str) -> list[float]:
@@ -88,6 +80,17 @@ def test_snippets_of_readme(capsys, caplog):
         token, choice = np.nonzero(ids == expert)
         np.add.at(expected, token, gates[token, choice][:, None] * (x[token] @ weights[expert]))
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-3)
+
+    (weights_code,) = blocks("Where the copies are")
+    packed = lplb.Placement.from_topology(
+        lplb.topology.cube(), num_experts=256, num_ranks=8, redundants_per_rank=2, load=load
+    )
+    logical = {"params": np.arange(256) + 1.0, "moments": -np.arange(256.0)}
+    ordered = {"lplb": lplb, "placement": packed} | logical
+    exec(weights_code, ordered)
+    for name, rows in logical.items():
+        np.testing.assert_array_equal(ordered[name], rows[packed.home_order])
+    assert text.count("```python") == 4  # all of them were run
 
     # What its comment says of weights.
     (line,) = re.findall(r"layer\.set_experts\(.*\)", layer_code)

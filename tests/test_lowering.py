@@ -79,6 +79,7 @@ def test_one_collective_inside_shard_map(platform, sync, wrap):
 def test_peers_take_one_more_call_and_no_collective_on_gpus(monkeypatch, platform):
     """On CPUs it is the all_gather."""
     monkeypatch.setattr(_ffi, "_PLATFORMS", frozenset({"cpu", "cuda"}))
+    monkeypatch.setattr(_ffi, "gpus", lambda: tuple(range(8)))
     run = jax.shard_map(
         partial(lplb.balance, placement=PLACEMENT, axis_name="ep", sync="peer", implementation="ffi"),
         mesh=jax.make_mesh((8,), ("ep",), axis_types=(AxisType.Auto,), devices=jax.devices("cpu")),

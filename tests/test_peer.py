@@ -518,7 +518,8 @@ def delayed(monkeypatch, before, after) -> None:
     def slow(read):
         def run(exposed, rows, *rest):
             rank = jax.lax.axis_index("ep")
-            made, done = read(exposed, late(rows, before(rank, rows)), *rest)
+            exposed = exposed._replace(table=late(exposed.table, before(rank, rows)))
+            made, done = read(exposed, rows, *rest)
             return made, late(done, after(rank, rows))
 
         return run

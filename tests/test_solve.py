@@ -8,6 +8,7 @@ import helpers
 import hypothesis
 import hypothesis.strategies as st
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import (
@@ -23,6 +24,7 @@ from helpers import (
 
 import jax_lplb as lplb
 from jax_lplb import Status
+from jax_lplb._interior_point import _cholesky_by_column
 
 MAX_ITERATIONS = 50
 
@@ -396,3 +398,20 @@ def test_no_gradient(implementation, platform, rng):
         return (interior_point(load, place, implementation=implementation).split ** 2).sum()
 
     assert not np.asarray(jax.jit(jax.grad(total))(load)).any()
+
+
+@pytest.mark.parametrize("size", [1, 5, 32])
+def test_cholesky_by_column_is_that_of_numpy(rng, size):
+    """In float64, also where it is mapped after float64 is off again."""
+    matrices = rng.normal(size=(3, size, size + 2)).astype(np.float32)
+    matrices = matrices @ matrices.swapaxes(1, 2)
+
+    def factor(matrix):
+        with jax.enable_x64(True):
+            lower = _cholesky_by_column(matrix.astype(jnp.float64))
+            high = lower.astype(jnp.float32)
+            return high, (lower - high.astype(jnp.float64)).astype(jnp.float32)
+
+    high, low = map(np.asarray, jax.jit(jax.vmap(factor))(matrices))
+    expected = np.linalg.cholesky(matrices.astype(np.float64))
+    np.testing.assert_allclose(high.astype(np.float64) + low, expected, rtol=1e-11, atol=1e-11)

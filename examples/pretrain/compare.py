@@ -128,7 +128,7 @@ def draw(runs: Sequence[Path], path: Path) -> None:
     imbalance.set(ylabel="max / mean rank load", xlabel="step", title="Imbalance of each step, mean over layers")
     for each in (loss, in_time, speed, imbalance):
         each.spines[["top", "right"]].set_visible(False)
-        each.legend(frameon=False)
+        each.legend(frameon=False, ncols=2 if each is imbalance else 1)
     figure.savefig(path, format="png", dpi=120)
     plt.close(figure)
 

@@ -87,6 +87,12 @@ class EvenRouter(NamedTuple):
         return self.router(jnp.where(even_choices(tokens, experts, self.top_k), logits, -1e9), None)
 
 
+@nnx.remat
+def _recomputed(norm: nnx.RMSNorm, x: jax.Array) -> jax.Array:
+    """A norm, which the backward pass computes again: it would keep several copies of the stream, in float32."""
+    return norm(x)
+
+
 class Block(nnx.Module):
     """Attention, then experts, each after an RMSNorm and added to the stream."""
 
@@ -121,8 +127,8 @@ class Block(nnx.Module):
         """[batch, tokens, d_model] to the same, and the layer's metrics."""
         # Before the attention, so that copies travel while it is computed; those of a batch are not chosen yet.
         slots = self.moe.prepare() if self.moe.placement.get_value().planning is None else None
-        x = x + self.attention(self.attention_norm(x))
-        mixed, metrics = self.moe(self.moe_norm(x), slots)
+        x = x + self.attention(_recomputed(self.attention_norm, x))
+        mixed, metrics = self.moe(_recomputed(self.moe_norm, x), slots)
         return x + mixed, metrics
 
 

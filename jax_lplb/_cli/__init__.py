@@ -14,7 +14,7 @@ def main() -> None:
         if missing not in ("rich", "tyro"):
             raise
         raise SystemExit(f"jax-lplb needs rich and tyro, and there is no {missing}: pip install rich tyro") from None
-    if sys.argv[1:2] == ["simulate"]:
+    if sys.argv[1:2] in (["simulate"], ["advise"]):
         # On the CPU alone: a GPU may be in use, and JAX would take most of its memory.
         jax.config.update("jax_platforms", "cpu")
     commands.run(sys.argv[1:])

@@ -3,37 +3,25 @@
 import json as json_format
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from textwrap import fill
+from typing import Annotated, Any
 
-import numpy as np
 import tyro
 from rich.console import Console
-from rich.filesize import decimal
-from rich.progress import Progress
-from rich.table import Table
 
 from jax_lplb import _simulate
+from jax_lplb._cli import advice, picture, study
 from jax_lplb._cli import doctor as checks
-from jax_lplb._cli import trace as traces
+from jax_lplb._cli.study import TITLES, Recording, Row, Study, check, check_positive, stop
 
-Kind = Literal["none", "eplb_even", "topology", "topology_repeats", "eplb", "per_batch"]
-KINDS: tuple[Kind, ...] = ("none", "eplb_even", "topology", "topology_repeats", "eplb", "per_batch")
-TITLES: dict[Kind, str] = {
-    "none": "no copies",
-    "eplb_even": "EPLB, even split",
-    "topology": "topology, LP",
-    "topology_repeats": "topology, repeats, LP",
-    "eplb": "EPLB, LP",
-    "per_batch": "per batch",
-}
-COLOURS = ("#777777", "#e08214", "#2166ac", "#01665e", "#1b7837", "#542788")
-TIME_MODEL = "the experts of a layer take time in proportion to the tokens of the busiest rank"
+Recorded = Annotated[Recording, tyro.conf.arg(name="")]
+COLUMNS = ("median", "95 %", "99 %", "worst", "copies", "moved", "time saved")
 
 
 def run(arguments: Sequence[str]) -> None:
     """Runs the command that the arguments name."""
     tyro.extras.subcommand_cli_from_dict(
-        {"simulate": simulate, "doctor": doctor},
+        {"simulate": simulate, "advise": advise, "doctor": doctor},
         prog="jax-lplb",
         description="Expert load balancing for JAX: what it would bring, and whether it works here.",
         args=arguments,
@@ -46,17 +34,10 @@ def doctor() -> None:
 
 
 def simulate(
-    trace: tyro.conf.Positional[Path],
+    recording: Recorded,
     ranks: tuple[int, ...] = (8, 16),
     redundants: tuple[int, ...] = (1, 2),
-    placements: tuple[Kind, ...] = KINDS,
-    window: int = 8,
-    batch_tokens: int = 512,
-    experts: int | None = None,
-    expert_mb: float | None = None,
-    widths: Annotated[tuple[int, int] | None, tyro.conf.arg(metavar="D_MODEL D_EXPERT")] = None,
-    json: Path | None = None,
-    plot: Path | None = None,
+    placements: tuple[_simulate.Kind, ...] = _simulate.KINDS,
 ) -> None:
     """Says what balancing would bring on recorded routing.
 
@@ -64,194 +45,134 @@ def simulate(
     per batch are chosen for the batch itself. Runs on the CPU.
 
     Args:
-      trace: The folder of a Recorder, or .npz, .npy or .json with counts or logical_count [steps, layers, experts] or
-        topk_ids [tokens, layers, k]. The name of an .npy says which.
+      recording: What is judged, and where the results go.
       ranks: Numbers of expert-parallel ranks.
       redundants: Redundant experts on each rank.
       placements: Where the copies are, and how tokens are split over them.
-      window: Batches to place by, and as many to judge on.
-      batch_tokens: Tokens of a batch, where the trace has topk_ids.
-      experts: How many there are, where the trace has topk_ids; by default one more than the highest.
-      expert_mb: Weights of one expert, in megabytes.
-      widths: The same by widths, of a SwiGLU expert in 16 bits: 3 x d_model x d_expert x 2 bytes.
-      json: Writes all numbers to this file.
-      plot: Draws the imbalances to this file.
     """
-    for name, numbers in (("ranks", ranks), ("window", (window,)), ("batch-tokens", (batch_tokens,))):
-        _check("--" + name, numbers, 1)
-    _check("--redundants", redundants, 0)
-    _check("--experts", (1 if experts is None else experts,), 1)
+    check("--ranks", ranks, 1)
+    check("--redundants", redundants, 0)
     if not placements:
-        _stop(f"--placements needs one or more of {', '.join(KINDS)}")
-    expert_bytes = _expert_bytes(expert_mb, widths)
-    try:
-        sequences = traces.read(trace, batch_tokens, experts)
-    except traces.BadTraceError as error:
-        _stop(str(error))
-    longest = max(map(len, sequences))
-    if longest < 2 * window:
-        cure = f"pass --window {longest // 2} or less" if longest > 1 else "record more of them"
-        _stop(f"{trace} has {longest} batches in sequence, and --window {window} takes {2 * window}: {cure}")
-    loads = _simulate.windows(sequences, window, window)
-    for option, path in (("--json", json), ("--plot", plot)):
-        _check_writable(option, path)
-
-    layers, num_experts = sequences[0].shape[1:]
-    rows, judged = [], {}
+        stop(f"--placements needs one or more of {', '.join(_simulate.KINDS)}")
+    judged = Study(recording)
+    _check_writable(recording)
     configs = [(size, copies) for size in dict.fromkeys(ranks) for copies in dict.fromkeys(redundants)]
-    kinds = [kind for kind in KINDS if kind in placements]
-    errors = Console(stderr=True)
-    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
-        task = progress.add_task("Judging", total=len(configs) * len(kinds))
-        for config in configs:
-            base = _simulate.judge("none", loads, *config).imbalance
-            name, sizes = _simulate.topology_for(*config)
-            along = f"{name}({', '.join(map(str, sizes))})"
-            for kind in kinds:
-                row: dict[str, Any] = dict(zip(("ranks", "redundants"), config, strict=True))
-                row |= {"topology": along, "placement": kind}
-                try:
-                    one = _simulate.judge(kind, loads, *config)
-                except ValueError as error:
-                    row["does_not_fit"] = str(error)
-                else:
-                    row |= _numbers(one, base, loads, layers, expert_bytes)
-                    judged[*config, kind] = one.imbalance
-                rows.append(row)
-                progress.advance(task)
-
-    steps = loads.now[..., 0].size // layers
+    rows = judged.judge(
+        {
+            _simulate.Candidate(kind, *config, _simulate.topologies_for(*config)[0]): TITLES[kind]
+            for config in configs
+            for kind in _simulate.KINDS
+            if kind in placements
+        }
+    )
     console = _console()
-    console.print(
-        f"{trace}: {num_experts} experts, {layers} layers, {steps} batches judged, of "
-        f"{loads.now.sum() / (steps * layers):,.0f} expert choices a layer in the mean; placed by the {window} batches "
-        f"before, for {window}",
-        markup=False,
-    )
+    console.print(judged.header, markup=False)
+    panels = {}
     for size, copies in configs:
-        of_config = [row for row in rows if (row["ranks"], row["redundants"]) == (size, copies)]
+        of_config = [row for row in rows if (row.candidate.ranks, row.candidate.redundants) == (size, copies)]
         title = (
-            f"{size} ranks, {copies} redundant expert{'s' * (copies != 1)} each; topology: {of_config[0]['topology']}"
+            f"{size} ranks, {copies} redundant expert{'s' * (copies != 1)} each; topology: "
+            f"{of_config[0].candidate.topology}"
         )
-        console.print(_table(of_config, title, expert_bytes is not None))
-    console.print(
-        "imbalance: tokens of the busiest rank / mean, over batches and layers. copies: of a layer.\n"
-        "moved: weights that ranks receive, over all layers, a batch in the mean: of experts that they did not hold\n"
-        "for the batch before, and of all copies that a batch chooses. In training, all copies travel in every step.\n"
-        f"time saved: if {TIME_MODEL}."
-    )
-    report = {
-        "trace": str(trace),
-        "experts": num_experts,
-        "layers": layers,
-        "batches": steps,
-        "window": window,
-        "expert_bytes": expert_bytes,
-        "time_model": TIME_MODEL,
-        "rows": rows,
-    }
-    if json is not None:
-        json.write_text(json_format.dumps(report, indent=1) + "\n")
-    if plot is not None:
-        _draw(judged, configs, plot)
+        panels[title] = of_config
+        console.print(study.table(of_config, title, COLUMNS))
+    _print_notes(console, COLUMNS)
+    _write(judged, rows, {})
+    if recording.plot is not None:
+        fitting = [row for row in rows if row.imbalance is not None]
+        best = min(fitting, key=lambda row: row.order, default=None)
+        picture.write(recording.plot, judged, panels, best, COLUMNS)
 
 
-def _numbers(
-    one: _simulate.Judged, base: np.ndarray, loads: _simulate.Windows, layers: int, expert_bytes: float | None
-) -> dict[str, Any]:
-    """What the table and the JSON say of a placement; `base`: the imbalances without copies."""
-    tokens = loads.now.sum(axis=-1)
-    percentiles = {f"p{percent}": float(np.percentile(one.imbalance, percent)) for percent in (50, 95, 99)}
-    moved = one.moved * layers
-    return {
-        "imbalance": percentiles | {"worst": float(one.imbalance.max())},
-        "copies": one.copies,
-        "experts_moved": moved,
-        "bytes_moved": None if expert_bytes is None else moved * expert_bytes,
-        "time_saved": 1 - float(np.sum(one.imbalance * tokens) / max(np.sum(base * tokens), 1)),
-    }
+def advise(
+    recording: Recorded,
+    ranks: int,
+    ranks_per_node: int | None = None,
+    redundants: tuple[int, ...] = (1, 2, 4),
+    within: float = 2,
+    max_copies_mb: float | None = None,
+) -> None:
+    """Says which placement to take for recorded routing, why, and how in Python.
+
+    Tries no copies, all topologies that fit, EPLB, and copies per batch, judged as `simulate` judges. Runs on the CPU.
+
+    Args:
+      recording: What is judged, and where the results go.
+      ranks: Expert-parallel ranks.
+      ranks_per_node: Ranks of a node: copies per batch within nodes are tried, too.
+      redundants: Redundant experts on each rank, to try.
+      within: Percent that the imbalance may be above the best, to save memory for copies, and then traffic.
+      max_copies_mb: Most memory that a rank's slots for copies may take, over all layers, in megabytes. Needs
+        --expert-mb or --widths.
+    """
+    nodes = 1
+    check("--ranks", (ranks,), 1)
+    check("--redundants", redundants, 1)
+    if ranks_per_node is not None:
+        check("--ranks-per-node", (ranks_per_node,), 1)
+        if ranks % ranks_per_node:
+            stop(f"--ranks-per-node must divide --ranks, {ranks}, got {ranks_per_node}")
+        nodes = ranks // ranks_per_node
+    if not 0 <= within < float("inf"):
+        stop(f"--within must be a percentage from 0 on, got {within}")
+    judged = Study(recording)
+    most_bytes = float("inf")
+    if max_copies_mb is not None:
+        check_positive("--max-copies-mb", max_copies_mb)
+        if judged.expert_bytes is None:
+            stop("--max-copies-mb needs to know what an expert takes: pass --expert-mb or --widths")
+        most_bytes = max_copies_mb * 1e6
+    _check_writable(recording)
+    tried = {}
+    for one in _simulate.candidates(ranks, sorted(set(redundants)), nodes):
+        title = TITLES[one.kind].replace("topology", str(one.topology))
+        tried[one] = title + f" in nodes of {ranks // one.groups}" * (one.groups > 1)
+    rows = judged.judge(tried, most_bytes)
+    fitting = sorted((row for row in rows if row.imbalance is not None), key=lambda row: row.order)
+    chosen = advice.choose(fitting, within)
+    without = next(row for row in fitting if row.candidate.kind == "none").numbers["imbalance"]["p95"]
+    said, code = advice.words(chosen, fitting, within, without), advice.code(chosen.candidate, judged)
+
+    console = _console()
+    console.print(judged.header, markup=False)
+    columns = ("slots", "median", "95 %", "99 %", "worst", "memory", "moved", "time saved")
+    console.print(study.table(fitting, f"{ranks} ranks, the best first", columns))
+    for reason in study.reasons(rows):
+        console.print(reason, markup=False)
+    _print_notes(console, columns)
+    console.print(f"\n{said}\n\n{code}", markup=False)
+    rows = fitting + [row for row in rows if row.imbalance is None]
+    _write(judged, rows, {"chosen": fitting.index(chosen), "rule": advice.rule(within), "why": said, "code": code})
+    if recording.plot is not None:
+        picture.write(recording.plot, judged, {f"{ranks} ranks": rows}, chosen, columns, (said, code))
 
 
-def _table(rows: list[dict[str, Any]], title: str, in_bytes: bool) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    table.add_column("placement", no_wrap=True)
-    for name in ("median", "95 %", "99 %", "worst", "copies", "moved", "time saved"):
-        table.add_column(name, justify="right", no_wrap=True)
-    reasons = []
-    for row in rows:
-        if "does_not_fit" in row:
-            reasons.append(f"{TITLES[row['placement']]} does not fit: {row['does_not_fit']}")
-            table.add_row(TITLES[row["placement"]], *["-"] * 7)
-            continue
-        moved = decimal(round(row["bytes_moved"])) if in_bytes else f"{row['experts_moved']:.1f} experts"
-        imbalances = (f"{value:.3f}" for value in row["imbalance"].values())
-        saved = f"{row['time_saved']:.1%}"
-        table.add_row(TITLES[row["placement"]], *imbalances, f"{row['copies']:.1f}", moved, saved)
-    if reasons:
-        table.caption, table.caption_justify = "\n".join(reasons), "left"
-    return table
+def _print_notes(console: Console, columns: Sequence[str]) -> None:
+    for name, note in study.notes(columns).items():
+        console.print(fill(f"{name}: {note}", 110), markup=False)
 
 
-def _draw(judged: dict[tuple[int, int, Kind], np.ndarray], configs: list[tuple[int, int]], path: Path) -> None:
-    """The imbalance over the share of batches and layers that are no worse, for each placement; a panel a config."""
-    figure = _figure()
-    figure.set(figwidth=4 * len(configs), figheight=3.6, layout_engine="constrained")
-    axes = figure.subplots(1, len(configs), sharey=True, squeeze=False)
-    for axis, config in zip(axes[0], configs, strict=True):
-        for kind, colour in zip(KINDS, COLOURS, strict=True):
-            if (imbalance := judged.get((*config, kind))) is not None:
-                values = np.sort(imbalance, axis=None)
-                axis.plot(np.arange(1, values.size + 1) / values.size * 100, values, color=colour, label=TITLES[kind])
-        axis.set(title="{} ranks, {} redundant each".format(*config), xlabel="% of batches and layers")
-    axes[0, 0].set(ylabel="imbalance (max / mean rank load)")
-    axes[0, -1].legend(frameon=False, fontsize="small", loc="upper left")
-    figure.savefig(path, dpi=150)
+def _write(judged: Study, rows: list[Row], advised: dict[str, Any]) -> None:
+    if (path := judged.recording.json) is not None:
+        report = judged.report | advised | {"rows": [row.numbers for row in rows]}
+        path.write_text(json_format.dumps(report, indent=1) + "\n")
 
 
-def _figure() -> Any:
+def _check_writable(recording: Recording) -> None:
+    if recording.plot is not None:
+        formats = picture.formats()
+        if recording.plot.suffix[1:] not in formats:
+            stop(f"--plot must end in one of {', '.join('.' + name for name in formats)}, got {recording.plot}")
+    for option, path in (("--json", recording.json), ("--plot", recording.plot)):
+        _try(option, path)
+
+
+def _try(option: str, path: Path | None) -> None:
     try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        _stop("--plot needs matplotlib: pip install matplotlib")
-    return Figure()
-
-
-def _expert_bytes(expert_mb: float | None, widths: tuple[int, int] | None) -> float | None:
-    if expert_mb is not None and widths is not None:
-        _stop("--expert-mb and --widths say the same; pass one of them")
-    if widths is not None:
-        _check("--widths", widths, 1)
-        return 3 * widths[0] * widths[1] * 2
-    if expert_mb is None:
-        return None
-    if not 0 < expert_mb < np.inf:
-        _stop(f"--expert-mb must be positive and finite, got {expert_mb}")
-    return expert_mb * 1e6
-
-
-def _check(option: str, numbers: tuple[int, ...], least: int) -> None:
-    if not numbers:
-        _stop(f"{option} needs a number or more")
-    for number in numbers:
-        if number < least:
-            _stop(f"{option} must be at least {least}, got {number}")
-
-
-def _check_writable(option: str, path: Path | None) -> None:
-    if path is None:
-        return
-    if option == "--plot":
-        formats = _figure().canvas.get_supported_filetypes()
-        if path.suffix[1:] not in formats:
-            _stop(f"--plot must end in one of {', '.join('.' + name for name in formats)}, got {path}")
-    try:
-        path.open("ab").close()
+        if path is not None:
+            path.open("ab").close()
     except OSError as error:
-        _stop(f"{option}: cannot write {path}: {error.strerror}")
-
-
-def _stop(message: str) -> NoReturn:
-    raise SystemExit(f"jax-lplb: {message}")
+        stop(f"{option}: cannot write {path}: {error.strerror}")
 
 
 def _console() -> Console:

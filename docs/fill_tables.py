@@ -1,0 +1,191 @@
+"""Fills the tables of docs/performance.md from benchmarks/results/*.json: `python docs/fill_tables.py`.
+
+A table stands below the comment <!-- table: NAME -->, with NAME one of TABLES.
+"""
+
+import json
+import pathlib
+import re
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+RESULTS = pathlib.Path(__file__).parents[1] / "benchmarks" / "results"
+Row = dict[str, Any]
+
+
+def rows_of(file: str, **where: Any) -> list[Row]:
+    rows = json.loads((RESULTS / f"{file}.json").read_text())["rows"]
+    return [row for row in rows if all(row.get(name) == value for name, value in where.items())]
+
+
+def only(rows: list[Row], **where: Any) -> Row | None:
+    """The one row that there is, if any."""
+    found = [row for row in rows if all(row.get(name) == value for name, value in where.items())]
+    assert len(found) <= 1, where
+    return found[0] if found else None
+
+
+def unique(rows: Iterable[Row], name: str) -> list[Any]:
+    return list(dict.fromkeys(row[name] for row in rows))
+
+
+def line(*cells: str) -> str:
+    return "|" + "|".join(f" {cell} " if cell else " " for cell in cells) + "|"
+
+
+def table(*header: str) -> list[str]:
+    return [line(*header), "|" + "---|" * len(header)]
+
+
+def times(row: Row | None, digits: int = 1) -> str:
+    return f"{row['median_us']:.{digits}f} / {row['p99_us']:.{digits}f}" if row else "-"
+
+
+def shared(row: Row) -> str:
+    """A layer's time, and its throughput as a share of the even load's."""
+    return f"{row['median_us'] / 1000:.2f} ms, {int(100 * row['share_of_even'] + 0.5)} %"
+
+
+def solves() -> list[str]:
+    header = "interior point", "iterations", "worst true gap", "edge balance", "sweeps", "worst true gap"
+    rows, lines = rows_of("kernels_h200"), table("ranks x redundant", *header)
+    for case in unique(rows, "case"):
+        cells = []
+        for kernel in ("ipm", "edge_balance"):
+            row = only(rows, case=case, kernel=kernel)
+            cells += [times(row), row["iterations"], f"{row['worst_gap']:.1e}"] if row else ["-", "", ""]
+        lines.append(line(case, *cells))
+    return lines
+
+
+def steps() -> list[str]:
+    header = "count", "assign", "all three, interior point", "all three, edge balance"
+    rows, lines = rows_of("kernels_h200"), table("ranks x redundant", *header)
+    for case in unique(rows, "case"):
+        alone = (times(only(rows, case=case, kernel=kernel), 2) for kernel in ("count", "assign"))
+        together = (times(only(rows, case=case, kernel=kernel)) for kernel in ("all, ipm", "all, edge_balance"))
+        lines.append(line(case, *alone, *together))
+    return lines
+
+
+def mathdx() -> list[str]:
+    rows, lines = rows_of("kernels_h200"), table("ranks x redundant", "own routine", "cuSolverDx")
+    for case in unique(rows, "case"):
+        lines.append(
+            line(case, *(times(only(rows, case=case, kernel=kernel)) for kernel in ("ipm", "ipm (cuSolverDx)")))
+        )
+    return lines
+
+
+def plans() -> list[str]:
+    header = "plan + solve", "plan alone", "assign", "count, plan, solve, assign"
+    rows = rows_of("plan_h100")
+    lines = table("ranks x slots", *header, "imbalance", "copies, median", "certified by the plan")
+    for case in unique(rows, "case"):
+        kernels = (times(only(rows, case=case, kernel=kernel)) for kernel in ("plan + solve", "plan", "assign", "all"))
+        row = only(rows, case=case, kernel="plan + solve")
+        assert row is not None
+        ranks, slots = map(int, case.split("x"))
+        imbalance = " / ".join(f"{row[f'imbalance_{what}']:.3f}" for what in ("median", "p95", "worst"))
+        copies = f"{row['copies_median']:g} of {ranks * slots}"
+        lines.append(line(case, *kernels, imbalance, copies, str(row["by_plan_alone"])))
+    return lines
+
+
+def robustness() -> list[str]:
+    header = "loads", "converged", "worst true gap", "iterations or sweeps, median/max"
+    lines = table("placement", "solver", *header)
+    for row in rows_of("robustness_h200"):
+        cells = row["instances"], row["converged"], f"{row['worst_gap']:.1e}", row["iterations"]
+        lines.append(line(row["case"], row["solver"], *map(str, cells)))
+    return lines
+
+
+def placements() -> list[str]:
+    header = "none", "EPLB, even", "topology, LP", "topology, repeats, LP", "EPLB, LP", "per batch, LP"
+    lines = table("trace, ranks x redundant", *header, "copies per batch")
+    for row in rows_of("placements_cpu", bench="placement"):
+        ranks, slots = map(int, row["case"].split()[-1].split("x"))
+        names = "none", "eplb_even", "topology_lp", "topology_repeats_lp", "eplb_lp", "per_batch_lp"
+        cells = (row.get(name, "-") for name in names)
+        lines.append(line(row["case"], *cells, f"{row['copies_per_batch']} of {ranks * slots}"))
+    return lines
+
+
+def layer(file: str) -> list[str]:
+    header = "imbalance, optimum", "factor", "", "unbalanced", "balanced, copies in the layer", "balanced, prepared"
+    rows, lines = rows_of(file), table("load", *header)
+    for load in unique(rows, "load"):
+        for name in ("forward", "forward+backward"):
+            here = [row for row in rows if row["load"] == load and row["pass"] == name]
+            without = only(here, mode="even") or only(here, mode="unbalanced")
+            balanced, prepared = only(here, mode="balanced"), only(here, mode="prepared")
+            assert without
+            assert balanced
+            assert prepared
+            cells = map(shared, (without, balanced, prepared))
+            imbalance = f"{without['home']:.2f}, {balanced['optimum']:.2f}"
+            factors = f"{without['smallest_factor']:.2f} -> {balanced['smallest_factor']:.2f}"
+            lines.append(line(load, imbalance, factors, name, *cells))
+    return lines
+
+
+def layer_by_peers() -> list[str]:
+    header = "imbalance, with copies", "dispatch", "factor", "forward", "forward+backward"
+    rows, lines = rows_of("layer_peer_h100x4"), table("load", *header)
+    for load, mode, dispatch in dict.fromkeys((row["load"], row["mode"], row["dispatch"]) for row in rows):
+        where = {"load": load, "mode": mode, "dispatch": dispatch}
+        forward, both = (only(rows, **where, **{"pass": name}) for name in ("forward", "forward+backward"))
+        assert forward
+        assert both
+        imbalance = f"{forward['home']:.2f}" + (f", {forward['balanced']:.2f}" if mode == "batch" else "")
+        cells = map(shared, (forward, both))
+        name = load if mode == "batch" else f"{load}, without copies"
+        lines.append(line(name, imbalance, dispatch, f"{forward['factor']:.2f}", *cells))
+    return lines
+
+
+def tokens() -> list[str]:
+    names = {
+        ("dispatch", "forward"): "dispatch",
+        ("dispatch", "backward"): "its gradient",
+        ("combine", "forward"): "combine",
+        ("combine", "backward"): "its gradient, with that of the gates",
+    }
+    rows, lines = rows_of("dispatch_h100x4"), table("", "peer, 132 blocks", "peer, 264 blocks", "all_to_all")
+    for (step, name), title in names.items():
+        here = [row for row in rows if row["step"] == step and row["pass"] == name]
+        peers = (only(here, dispatch="peer", blocks=blocks) for blocks in (132, 264))
+        cells = [f"{row['median_us']:,.0f} us, {row['gb_per_s']:.0f} GB/s" for row in peers if row]
+        others = [f"{row['median_us']:,.0f} us" for row in here if row["dispatch"] == "all_to_all"]
+        lines.append(line(title, *cells, *others))
+    return lines
+
+
+TABLES = {
+    "solves": solves,
+    "steps": steps,
+    "mathdx": mathdx,
+    "plans": plans,
+    "robustness": robustness,
+    "placements": placements,
+    "layer_h200x2": partial(layer, "layer_h200x2"),
+    "layer_h100x4": partial(layer, "layer_h100x4"),
+    "layer_by_peers": layer_by_peers,
+    "tokens": tokens,
+}
+
+
+def filled(page: str) -> str:
+    """The page with its tables as the results have them."""
+
+    def fill(place: re.Match[str]) -> str:
+        return place[1] + "".join(f"{row}\n" for row in TABLES[place[2]]())
+
+    return re.sub(r"(<!-- table: (\w+) -->\n\n)(?:\|.*\n)*", fill, page)
+
+
+if __name__ == "__main__":
+    page = pathlib.Path(__file__).parent / "performance.md"
+    page.write_text(filled(page.read_text()))
