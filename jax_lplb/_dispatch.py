@@ -80,8 +80,8 @@ def dispatch(
 
     Args:
       tokens: [num_tokens, d_model], of this rank; equally many on all ranks.
-      physical_ids: int32 [num_tokens, k], as `balance` returns them; ids outside of 0 .. num_physical - 1 are padding, whose
-        tokens, gates and gradients may hold anything, and get gradients of 0.
+      physical_ids: int32 [num_tokens, k], as `balance` returns them; ids outside of 0 .. num_physical - 1 are padding,
+        whose tokens, gates and gradients may hold anything; those that they get are 0.
       placement: whose slots the ids refer to.
       axis_name: mesh axis, or axes, of the ranks.
       buffer_factor: rows of a rank's buffer, over the mean that ranks get. With the copies of `Placement.per_batch`

@@ -444,6 +444,20 @@ def test_code_of_the_advice_runs_where_no_recorder_wrote_the_trace(ids, tmp_path
     assert names["placement"].slots_per_rank == 3
 
 
+def test_advice_for_ranks_that_do_not_divide_the_experts(ids, tmp_path):
+    """All but topologies fit, and are as `evaluate` says of the same placements."""
+    loads = counts_of(ids)
+    np.savez(tmp_path / "trace.npz", counts=loads)
+    said = advise(tmp_path / "trace.npz", "--ranks", "3", "--redundants", "1")
+    rows = {row["placement"]: row for row in said["rows"]}
+    assert "divisible by num_ranks = 3" in rows["topology"]["does_not_fit"]
+    assert "does_not_fit" not in rows["eplb"]
+    place = lplb.Placement.per_batch(num_experts=EXPERTS, num_ranks=3, redundants_per_rank=1)
+    judged = lplb.evaluate(place, loads[WINDOW : len(loads) // WINDOW * WINDOW], progress=False)
+    assert rows["per_batch"]["imbalance"]["worst"] == pytest.approx(judged.assigned.max(), rel=1e-6)
+    assert rows["none"]["imbalance"]["worst"] == pytest.approx(judged.contiguous.max(), rel=1e-6)
+
+
 class Page(HTMLParser):
     """The tags of a page with their attributes, and its text."""
 
@@ -488,7 +502,7 @@ def test_a_page_needs_nothing_but_itself(command, recorded):
 def test_a_page_is_written_where_nothing_fits(recorded):
     pytest.importorskip("matplotlib")
     page = recorded.with_name("out.html")
-    options = ("--ranks", "3", "--redundants", "1", "--placements", "eplb", "--plot", str(page))
+    options = ("--ranks", "3", "--redundants", "1", "--placements", "topology", "--plot", str(page))
     (row,) = simulate(recorded, *options)
     parsed = Page(page.read_text())
     assert row["does_not_fit"] in parsed.text
