@@ -436,9 +436,12 @@ class MoE(nnx.Module):
         # Padding, and the gradient of its result, may hold anything: both are 0 before anything is made of them, as 0
         # times NaN is NaN.
         tokens = of_tokens(x.reshape(-1, x.shape[-1]))
-        router = dense["router"].astype(jnp.float32)
-        logits = jnp.dot(tokens.astype(jnp.float32), router, precision=lax.Precision.HIGHEST)
-        expert_ids, gates, probability = self.route(logits, bias)
+
+        @jax.checkpoint  # else the tokens would be kept in float32
+        def logits_of(tokens: jax.Array, router: jax.Array) -> jax.Array:
+            return jnp.dot(tokens.astype(jnp.float32), router.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+
+        expert_ids, gates, probability = self.route(logits_of(tokens, dense["router"]), bias)
         expert_ids, probability = of_tokens(expert_ids, -1), of_tokens(probability)
 
         out = balance(expert_ids, placement, axis_name=self.axis_name, **dict(self.balance_options))
