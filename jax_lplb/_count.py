@@ -85,13 +85,13 @@ def count(
 
 
 def chunking(num_ids: int, num_experts: int) -> tuple[int, int]:
-    """Number and size of the chunks that ids are cut into; the last chunk may be shorter."""
+    """Number and size of the chunks that ids, one at least, are cut into; the last chunk may be shorter."""
     most_chunks = 256 if num_ids <= 2**20 else 1024
     chunk_size = _LEAST_CHUNK
     # Each chunk costs a row of `num_experts` counts, so it has that many ids, or half as many.
     while chunk_size < num_experts // 2 or chunk_size * most_chunks < num_ids:
         chunk_size *= 2
-    return max(1, -(-num_ids // chunk_size)), chunk_size
+    return -(-num_ids // chunk_size), chunk_size
 
 
 def check_expert_ids(ids: Any, name: str = "expert_ids") -> None:

@@ -100,6 +100,17 @@ def test_runs_in_another_process(tmp_path: pathlib.Path, rng, mesh, placement, w
             np.testing.assert_array_equal(results[name], expected)
 
 
+@pytest.mark.parametrize("implementation", ["ffi", "xla"])
+def test_any_number_of_tokens(rng, placement, implementation):
+    """On one device; within `shard_map` JAX's own shapes are known numbers."""
+    split = jax.jit(lambda ids: lplb.balance(ids, placement, implementation=implementation).physical_ids)
+    (n,) = export.symbolic_shape("n", constraints=["n >= 1", "n <= 4096"])
+    program = exported(split, [jax.ShapeDtypeStruct((n, 2), np.int32)], ("cpu",))
+    for tokens in (1, 700):
+        ids = rng.integers(0, 16, (tokens, 2)).astype(np.int32)
+        np.testing.assert_array_equal(program.call(ids), split(ids))
+
+
 def test_for_gpus_that_are_not_here(monkeypatch, mesh, placement):
     """Nothing in the program numbers devices of the machine that wrote it."""
     monkeypatch.setattr(_ffi, "_PLATFORMS", frozenset({"cpu", "cuda"}))
