@@ -18,8 +18,9 @@ Rows count all steps after the 20th, with what the host does between them: `toke
 seconds, `share_of_even` this over that of `even`, `mfu` what it is of the devices' peak. `imbalance` is the median of
 the steps' means over layers, `imbalance_p95` the 95th percentile of the steps' worst layers, `rounds_max` the most
 rounds through the dispatch's buffers, `final_loss` the mean of the last 20 steps, and `loss_difference` the largest
-relative difference of the losses, means of 20 steps, from those of the first mode that is not `even`. FOLDER gets
-`pretrain.json` and `pretrain.png`.
+relative difference of the losses, means of 20 steps, from those of the first mode that is not `even`.
+`seconds_to_loss` is how long a mode took, in its steps, to the lowest loss, a mean of 20 steps, that all modes but
+`even` came to, `common_loss`. FOLDER gets `pretrain.json` and `pretrain.png`.
 """
 
 import argparse
@@ -36,7 +37,7 @@ from typing import Any
 import numpy as np
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples" / "pretrain"))
-from compare import SETTLED, column, differences, draw, read_lines
+from compare import SETTLED, column, differences, draw, read_lines, smooth
 from config import PRESETS, Config, check, parse
 from flops import utilisation
 from train import set_flags
@@ -89,6 +90,19 @@ def row_of(run: pathlib.Path, config: Config, baseline: pathlib.Path | None) -> 
     }
 
 
+def seconds_to_common_loss(runs: dict[str, pathlib.Path]) -> dict[str, dict[str, float]]:
+    """To the lowest loss, of means of some steps, that all of the runs came to."""
+    rows = {mode: lines for mode, run in runs.items() if (lines := read_lines(run / "metrics.jsonl"))}
+    losses = {mode: smooth(column(of_run, "loss")) for mode, of_run in rows.items()}
+    common_loss = max((loss.min() for loss in losses.values()), default=0.0)
+    result = {}
+    for mode, loss in losses.items():
+        passed = np.nancumsum(column(rows[mode], "seconds"))
+        seconds = float(passed[np.argmax(loss <= common_loss)])
+        result[mode] = {"common_loss": round(float(common_loss), 5), "seconds_to_loss": round(seconds, 1)}
+    return result
+
+
 def write(out: pathlib.Path, configs: dict[str, Config], failed: dict[str, str]) -> None:
     """The rows of all runs that have ended so far."""
     import common
@@ -109,6 +123,9 @@ def write(out: pathlib.Path, configs: dict[str, Config], failed: dict[str, str])
     for row in rows:
         known = even and "tokens_per_s" in row
         row["share_of_even"] = round(row["tokens_per_s"] / even, 4) if known else None
+    trained = {mode: config.out for mode, config in ended.items() if config.model.route == "learned"}
+    times = seconds_to_common_loss(trained)
+    rows = [row | times.get(row["mode"], {}) for row in rows]
     common.write(out / "pretrain.json", rows)
 
 

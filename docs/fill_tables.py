@@ -47,6 +47,25 @@ def shared(row: Row) -> str:
     return f"{row['median_us'] / 1000:.2f} ms, {int(100 * row['share_of_even'] + 0.5)} %"
 
 
+def pretraining() -> list[str]:
+    titles = {
+        "even": "even routing",
+        "batch-peer": "copies per batch",
+        "none": "no copies",
+        "aux-loss": "balancing loss 0.01, no copies",
+    }
+    rows = sorted(rows_of("pretrain_h100x4"), key=lambda row: -row["tokens_per_s"])
+    (loss,) = {row["common_loss"] for row in rows if "common_loss" in row}
+    header = "tokens/s", "share of even", "MFU", "imbalance, median and p95 of the worst layer", "rounds, at most"
+    lines = table("", *header, "loss, last 20 steps", f"seconds to a loss of {loss:.3f}")
+    for row in rows:
+        speed = f"{row['tokens_per_s']:,}", f"{row['share_of_even']:.1%}", f"{row['mfu']:.1%}"
+        imbalance = f"{row['imbalance']:.3f}, {row['imbalance_p95']:.3f}"
+        trained = (f"{row['final_loss']:.4f}", str(row["seconds_to_loss"])) if "common_loss" in row else ("-", "-")
+        lines.append(line(titles[row["mode"]], *speed, imbalance, str(row["rounds_max"]), *trained))
+    return lines
+
+
 def solves() -> list[str]:
     header = "interior point", "iterations", "worst true gap", "edge balance", "sweeps", "worst true gap"
     rows, lines = rows_of("kernels_h200"), table("ranks x redundant", *header)
@@ -164,6 +183,7 @@ def tokens() -> list[str]:
 
 
 TABLES = {
+    "pretraining": pretraining,
     "solves": solves,
     "steps": steps,
     "mathdx": mathdx,
