@@ -105,6 +105,11 @@ def test_a_mode_that_fails_stops_no_other(benchmark, monkeypatch, tmp_path, caps
         assert (row["rounds_max"], row["gpus"], row["bench"]) == (3, 4, "pretrain")
     assert rows["none"]["loss_difference"] == 0
     assert rows["batch-peer"]["loss_difference"] == pytest.approx(0.3 / 2.75, rel=0.02)  # at the end
+    # A mean of the last 11 steps of the one that learns less; the other begins below it.
+    assert rows["none"]["common_loss"] == rows["batch-peer"]["common_loss"] == pytest.approx(3.05)
+    assert rows["none"]["seconds_to_loss"] == 0
+    assert rows["batch-peer"]["seconds_to_loss"] == pytest.approx(19 * 60 + 20 * SECONDS["batch-peer"], abs=0.1)
+    assert "common_loss" not in rows["even"]
     assert (tmp_path / "out" / "pretrain.png").stat().st_size > 10_000
 
     with pytest.raises(SystemExit):
