@@ -16,7 +16,7 @@ from jax_lplb._count import check_expert_ids, check_num_sms, count, flat_ids
 from jax_lplb._load import in_tokens, in_units, to_integers
 from jax_lplb._mesh import AxisName, spec_of, with_auto_axes
 from jax_lplb._placement import Placement
-from jax_lplb._rows import rows_of_experts
+from jax_lplb._rows import has_padding, rows_of_experts
 from jax_lplb._solve import (
     Options,
     Solver,
@@ -134,7 +134,8 @@ def balance(
     out_specs = Balanced(of_ids, *[replicated] * (len(Balanced._fields) - 1))
 
     chosen, nothing = placement.planning is not None, cast(Placement, None)
-    steps = _balance_filled_up if chosen and placement.num_experts % placement.num_ranks else _balance
+    padded = chosen and has_padding(placement.num_experts, placement.num_ranks)
+    steps = _balance_filled_up if padded else _balance
 
     def run(expert_ids: jax.Array, load: jax.Array | None, placement: Placement) -> Balanced:
         out = steps(expert_ids, load, placement, axis_name, num_shards, sync, options, num_sms, implementation)

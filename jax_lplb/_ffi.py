@@ -63,19 +63,24 @@ CUSTOM_CALLS: tuple[str, ...] = tuple(
 
 @functools.cache
 def gpus() -> tuple[int, ...]:
-    """What CUDA calls the GPUs that JAX uses in this process; none where there are none.
-
-    Registers `lplb_gather`, too. XLA must know the type of what that call keeps before it knows its handlers; what is
-    registered before there is a backend is queued, in an order that differs between releases.
-    """
+    """What CUDA calls the GPUs that JAX uses in this process; none where there are none. Registers `lplb_gather`."""
     try:
         found = jax.local_devices(backend="cuda")
     except RuntimeError:
         return ()
+    register_gather()
+    return tuple(int(gpu.local_hardware_id) for gpu in found)
+
+
+def register_gather() -> None:
+    """Registers `lplb_gather`, once.
+
+    XLA must know the type of what that call keeps before it knows its handlers; what is registered before there is a
+    backend is queued, in an order that differs between releases.
+    """
     stages, state = _handlers.gather_cuda()
     jax.ffi.register_ffi_type("lplb_gather", state, platform="CUDA")
     jax.ffi.register_ffi_target("lplb_gather", stages, platform="CUDA")
-    return tuple(int(gpu.local_hardware_id) for gpu in found)
 
 
 def handlers() -> frozenset[str]:

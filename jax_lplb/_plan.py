@@ -14,7 +14,7 @@ from jax import lax
 
 from jax_lplb import _ffi, _interior_point
 from jax_lplb._load import in_units, power_of_two, to_integers
-from jax_lplb._rows import logical_order, rows_of_experts
+from jax_lplb._rows import has_padding, logical_order, rows_of_experts
 from jax_lplb._status import Status
 
 if TYPE_CHECKING:
@@ -65,6 +65,8 @@ def fill_up(placement: "Placement") -> "Placement":
 
 def to_rows(load: jax.Array, placement: "Placement") -> jax.Array:
     """A load [num_experts] of the placement as one of `fill_up`'s."""
+    if not has_padding(placement.num_experts, placement.num_ranks):
+        return load
     order = logical_order(placement.num_experts, placement.num_ranks)
     return load.at[order].get(mode="fill", fill_value=0, wrap_negative_indices=False)
 
@@ -129,7 +131,7 @@ def plan(
     solve: bool = True,
 ) -> Planned:
     """The plan for an int32 load, in which a copy takes at least `least`, int32 [], of the load's units."""
-    if placement.num_experts % placement.num_ranks:
+    if has_padding(placement.num_experts, placement.num_ranks):
         rows, filled = rows_of_experts(placement.num_experts, placement.num_ranks), fill_up(placement)
         planned = plan(to_rows(load, placement), least, filled, tol, threshold, implementation, solve=solve)
         return planned._replace(

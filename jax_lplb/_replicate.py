@@ -17,7 +17,7 @@ from jax_lplb._checks import check_choice
 from jax_lplb._mesh import AxisName
 from jax_lplb._placement import Placement, check_one_layer, owners_and_receivers
 from jax_lplb._reverse_only import reverse_only
-from jax_lplb._rows import rows_of_experts
+from jax_lplb._rows import has_padding, rows_of_experts
 
 Transport = Literal["peer", "collective"] | None
 TRANSPORTS = (None, "peer", "collective")
@@ -129,10 +129,6 @@ def _homes_first(placement: Placement) -> bool:
     return placement.topology is not None or placement.planning is not None
 
 
-def _has_padding(placement: Placement) -> bool:
-    return placement.num_experts < placement.num_ranks * placement.rows_per_rank
-
-
 class Rows(NamedTuple):
     """Which rows go where, for this rank. Rows of buffers are numbered over all ranks, rank * rows + row."""
 
@@ -148,7 +144,7 @@ def _rows(placement: Placement, axis_name: AxisName) -> Rows:
     of_slots, log2phy = jnp.asarray(placement.phy2log).reshape(ranks, slots), jnp.asarray(placement.log2phy)
     rank = lax.axis_index(axis_name)
     experts = jnp.minimum(of_slots, placement.num_experts - 1)
-    if _has_padding(placement):  # else, but for topologies, experts have their numbers as rows
+    if has_padding(placement.num_experts, ranks):  # else, but for topologies, experts have their numbers as rows
         rows = jnp.asarray(rows_of_experts(placement.num_experts, ranks))
         experts = rows.at[experts].get(mode="fill", fill_value=-1, wrap_negative_indices=False)
     source, sent = experts[rank], None
@@ -219,7 +215,7 @@ def _transfer(
         implementation,
         axis_name,
         _homes_first(placement),
-        _has_padding(placement),
+        has_padding(placement.num_experts, placement.num_ranks),
         tuple(dtypes),
         tuple(slot_dtypes),
         axes,

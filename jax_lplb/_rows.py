@@ -8,6 +8,11 @@ of neighbours have about as many experts each, too.
 import numpy as np
 
 
+def has_padding(num_experts: int, num_ranks: int) -> bool:
+    """Whether there are rows of padding."""
+    return num_experts % num_ranks > 0
+
+
 def rows_of_experts(num_experts: int, num_ranks: int) -> np.ndarray:
     """int32 [num_experts], numbered over all ranks."""
     return np.flatnonzero(logical_order(num_experts, num_ranks) >= 0).astype(np.int32)

@@ -25,7 +25,7 @@ from jax_lplb._plan import to_rows
 from jax_lplb._replicate import TRANSPORTS, Transport, replicate
 from jax_lplb._reverse_only import reverse_only
 from jax_lplb._router import Router
-from jax_lplb._rows import rows_of_experts
+from jax_lplb._rows import has_padding, rows_of_experts
 from jax_lplb._status import Status
 from jax_lplb._swiglu import dense_swiglu, swiglu
 
@@ -498,7 +498,7 @@ class MoE(nnx.Module):
             lambda leaf: lax.all_gather(leaf, self.axis_name, tiled=True).astype(self.dtype), weights
         )
         order = jnp.asarray(placement.home_order)
-        if placement.num_experts < len(order):  # without rows of padding, which nobody computes or picks
+        if has_padding(placement.num_experts, placement.num_ranks):  # rows that nobody computes or picks
             rows = rows_of_experts(placement.num_experts, placement.num_ranks)
             order, experts = order[rows], jax.tree.map(lambda leaf: leaf.at[rows].get(unique_indices=True), experts)
         picked = expert_ids[:, :, None] == order[None, None, :]

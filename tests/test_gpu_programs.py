@@ -20,7 +20,7 @@ from test_dispatch import layers_by_scan
 from test_peer import EXPERTS, chosen
 
 import jax_lplb as lplb
-from jax_lplb import _ffi, _handlers
+from jax_lplb import _ffi
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda13_plugin") is None or "cuda" not in _ffi.handlers(),
@@ -31,9 +31,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def h100s():
     """A mesh of four H100 that are not here."""
-    stages, state = _handlers.gather_cuda()
-    jax.ffi.register_ffi_type("lplb_gather", state, platform="CUDA")
-    jax.ffi.register_ffi_target("lplb_gather", stages, platform="CUDA")
+    _ffi.register_gather()
     target = pathlib.Path(__file__).with_name("h100.txtpb").read_text()
     topology = topologies.get_topology_desc(platform="cuda", topology="1x1x4", target_config=target)
     with pytest.MonkeyPatch.context() as patch:
