@@ -115,8 +115,8 @@ def home(placement: lplb.Placement, ids: jax.Array) -> tuple[jax.Array, jax.Arra
     return physical_ids, physical_ids[0, 0]
 
 
-def profile(run: Callable, inputs: Iterator[jax.Array]) -> list[tuple[str, float]]:
-    """Names and microseconds of all kernels that the calls launch on the first GPU, in order."""
+def profile(run: Callable, inputs: Iterator[Any], gpu: int = 0) -> list[tuple[str, float]]:
+    """Names and microseconds of all kernels that the calls launch on a GPU, in order."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for ids in inputs:
@@ -126,7 +126,7 @@ def profile(run: Callable, inputs: Iterator[jax.Array]) -> list[tuple[str, float
         events = [
             (event.start_ns, event.name, event.duration_ns / 1e3)
             for plane in data.planes
-            if plane.name == "/device:GPU:0"
+            if plane.name == f"/device:GPU:{gpu}"
             for line in plane.lines
             if line.name.startswith("Stream")
             for event in line.events

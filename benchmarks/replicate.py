@@ -1,38 +1,55 @@
-"""Wall time of bringing the weights of copies, on all GPUs of one host: `python benchmarks/replicate.py`.
+"""Time of bringing the weights of copies, on all GPUs of one host: `python benchmarks/replicate.py`.
 
-Each rank keeps `--rows` experts of 3 x 2048 x 1408 parameters in float32, and brings its slots in bfloat16. A placement
-along a topology, one whose copies are chosen by a batch (log-normal loads; "used" slots of all), and EPLB's; each
-by every transport, the cast to bfloat16 included. `forward`: the weights of the slots; `gradient`: those, and gradients
-of all slots added up at home. `no copies` is what the cast alone takes, and that of the gradients.
+Each rank keeps `--rows` experts of 3 x 2048 x 1408 parameters in float32, and brings its slots in bfloat16, by every
+transport. Placements: along a topology (`spread`: each rank reads from others, and is read); copies chosen by a load,
+of which all are of one rank's experts (`of one rank`), as they are of a log-normal load (`per batch`), or none is
+needed (`none used`); and EPLB's. `no slots` is what the cast of the weights takes, and that of their gradients.
+
+`forward`: the weights of the slots; `gradient`: those, and gradients of all slots added up at home; wall time of calls
+in a row. `device_us`: of the forward pass, all kernels of the last rank, one after the other. `link_mb` is what that
+rank reads over its links, and `of_link` the time that takes at `--link-gb-per-s`, over the device time beyond that of
+`no slots`.
 """
 
 import argparse
 import pathlib
 import time
 from functools import partial
+from typing import Any
 
 import common
 import jax
 import jax.numpy as jnp
 import numpy as np
+from balance import profile
 
 import jax_lplb as lplb
 
 P = jax.sharding.PartitionSpec
 
 
-def placements(ranks: int, experts: int) -> dict[str, lplb.Placement]:
+def placements(ranks: int, rows: int) -> dict[str, lplb.Placement]:
+    experts = ranks * rows
     load = np.random.default_rng(0).lognormal(0, 1, experts).astype(np.float32)
-    per_batch = lplb.Placement.per_batch(num_experts=experts, num_ranks=ranks, redundants_per_rank=2)
-    topology = common.topology_of(ranks)
+    of_one = np.where(np.arange(experts) < rows, 5, 1).astype(np.float32)
+    even = np.ones(experts, np.float32)
+    sizes: dict[str, Any] = {"num_experts": experts, "num_ranks": ranks}
+    along = partial(lplb.Placement.from_topology, common.topology_of(ranks), **sizes)
+    per_batch = lplb.Placement.per_batch(**sizes, redundants_per_rank=2)
+    choose = {"none used": even, "of one rank": of_one, "per batch": load}
     return {
-        "no copies": lplb.Placement.from_topology(
-            topology, num_experts=experts, num_ranks=ranks, redundants_per_rank=0
-        ),
-        "topology": lplb.Placement.from_topology(topology, num_experts=experts, num_ranks=ranks, redundants_per_rank=2),
-        "per batch": per_batch.choose(jnp.asarray(load)),
+        "no slots": along(redundants_per_rank=0),
+        "spread": along(redundants_per_rank=2),
+        **{name: per_batch.choose(jnp.asarray(of_case)) for name, of_case in choose.items()},
         "eplb": lplb.Placement.from_eplb(load, num_ranks=ranks, redundants_per_rank=2),
     }
+
+
+def link_mb(place: lplb.Placement, rank: int, expert_bytes: int) -> float:
+    """What a rank reads over its links: the weights of its slots whose home is another."""
+    held = np.asarray(place.phy2log).reshape(place.num_ranks, -1)[rank]
+    held = held[held >= 0]
+    return float(np.sum(np.asarray(place.home_rank)[held] != rank) * expert_bytes / 1e6)
 
 
 def median_us(run, repeats: int) -> float:
@@ -55,6 +72,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20, help="calls in a group")
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--hidden", type=int, default=1408)
+    parser.add_argument("--link-gb-per-s", type=float, default=300.0, help="that a rank gets over its links")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results/replicate.json"))
     args = parser.parse_args()
 
@@ -70,9 +88,11 @@ def main() -> None:
         return make()
 
     home, rows = full(experts, jnp.float32), []
-    for case, place in placements(ranks, experts).items():
+    expert_bytes = sum(leaf.nbytes for leaf in home.values()) // experts
+    cast_us = None
+    for case, place in placements(ranks, args.rows).items():
         gradient = full(place.num_physical, jnp.bfloat16)
-        for transport in args.transports if case != "no copies" else [None]:
+        for transport in args.transports if case != "no slots" else [None]:
             bring = partial(lplb.replicate, axis_name="ep", dtype=jnp.bfloat16, transport=transport)
             mapped = partial(jax.shard_map, mesh=mesh, out_specs=P("ep"))
 
@@ -82,17 +102,19 @@ def main() -> None:
 
             forward = jax.jit(mapped(bring, in_specs=(P("ep"), P())))
             both = jax.jit(mapped(slots_and_gradient, in_specs=(P("ep"), P(), P("ep"))))
-            rows.append(
-                {
-                    "bench": "replicate",
-                    "case": case,
-                    "transport": transport or "",
-                    "ranks": ranks,
-                    "used": int(np.sum(np.asarray(place.phy2log) >= 0)) - experts,
-                    "forward_us": median_us(partial(forward, home, place), args.repeats),
-                    "gradient_us": median_us(partial(both, home, place, gradient), args.repeats),
-                }
-            )
+            row = {"bench": "replicate", "case": case, "transport": transport or "", "ranks": ranks}
+            row |= {"used": int(np.sum(np.asarray(place.phy2log) >= 0)) - experts}
+            row |= {"forward_us": median_us(partial(forward, home, place), args.repeats)}
+            row |= {"gradient_us": median_us(partial(both, home, place, gradient), args.repeats)}
+            if jax.default_backend() == "gpu":
+                kernels = profile(partial(forward, home), iter([place] * 10), ranks - 1)
+                row["device_us"] = round(sum(us for _, us in kernels) / 10, 1)
+                cast_us = cast_us or row["device_us"]
+                if transport == "peer":
+                    row["link_mb"] = round(link_mb(place, ranks - 1, expert_bytes), 1)
+                    beyond = row["device_us"] - cast_us
+                    row["of_link"] = round(row["link_mb"] / args.link_gb_per_s * 1e3 / beyond, 3)
+            rows.append(row)
             print(rows[-1], flush=True)
     common.write(args.out, rows)
 

@@ -112,6 +112,43 @@ def plans() -> list[str]:
     return lines
 
 
+def chains(file: str) -> list[str]:
+    """Of 4,096 tokens a rank."""
+    rows, modes = rows_of(file, tokens=4096), ("single", "unrolled", "scanned")
+    lines = table("wall time of a call", *modes)
+    kernels = unique(rows, "kernel")
+    for kernel in kernels:
+        lines.append(line(kernel, *(times(only(rows, kernel=kernel, mode=mode)) for mode in modes)))
+    for kernel in (kernel for kernel in kernels if kernel.startswith("balance")):
+        here = (only(rows, kernel=kernel, mode=mode) for mode in modes)
+        quotients = [f"{row['of_noop']:.2f}" for row in here if row]
+        lines.append(line(f"{kernel} / {kernel.replace('balance', 'no-op')}", *quotients))
+    return lines
+
+
+def replicated() -> list[str]:
+    names = {"topology": "topology", "per batch": "per batch", "eplb": "EPLB"}
+    transports = {"peer": "peers' memory", "collective": "collectives"}
+    lines = table("placement", "copies in use", "transport", "forward", "with gradients")
+    for row in rows_of("replicate_h100x4"):
+        if row["case"] in names:
+            cells = (f"{row[name] / 1000:.2f} ms" for name in ("forward_us", "gradient_us"))
+            lines.append(line(names[row["case"]], str(row["used"]), transports[row["transport"]], *cells))
+    return lines
+
+
+def costs() -> list[str]:
+    header = "pass", "tile", "constant", "1,000 tokens", "tile", "expert", "error by tokens", "by the model"
+    lines = table("widths, slots", *header, "break-even")
+    for row in rows_of("cost_h100", bench="cost"):
+        fitted = (f"{row[name]:.{digits}f} us" for name, digits in (("constant_us", 0), ("per_1000_tokens_us", 1)))
+        others = (f"{row[name]:.1f} us" for name in ("per_tile_us", "per_expert_us"))
+        errors = (f"{row[f'{by}_median']:.1%}, {row[f'{by}_p95']:.1%}" for by in ("tokens", "model"))
+        cells = row["pass"], str(row["tile"]), *fitted, *others, *errors, f"{row['break_even']} tokens"
+        lines.append(line(row["case"], *cells))
+    return lines
+
+
 def robustness() -> list[str]:
     header = "loads", "converged", "worst true gap", "iterations or sweeps, median/max"
     lines = table("placement", "solver", *header)
@@ -188,6 +225,11 @@ TABLES = {
     "steps": steps,
     "mathdx": mathdx,
     "plans": plans,
+    "chains_h200x2": partial(chains, "balance_h200x2"),
+    "chains_h100x4": partial(chains, "balance_h100x4"),
+    "chains_h200x8": partial(chains, "balance_h200x8"),
+    "replicated": replicated,
+    "costs": costs,
     "robustness": robustness,
     "placements": placements,
     "layer_h200x2": partial(layer, "layer_h200x2"),
