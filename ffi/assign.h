@@ -3,7 +3,8 @@
 // The tokens of an expert are numbered 0 .. m-1 over the whole axis, by token order. Its split, as integer
 // quotas q_0 .. q_{k-1} that sum to m, is interleaved along that order: token o goes to replica 0 if a multiple
 // of m / q_0 falls into [o, o+1), so that any run of n tokens sends n q_0 / m of them there, to within one; the
-// rest, renumbered, go on to replica 1, and so forth.
+// rest, renumbered, go on to replica 1, and so forth. Where tokens are to stay near where they are, those of a rank go
+// through the replicas of this rank first, then through those of its node: see Nearby.
 #pragma once
 
 #include <cstdint>
@@ -18,6 +19,7 @@ struct AssignShape {
   int num_physical;
   int max_replicas;
   int num_ranks;
+  int ranks_per_node = 0;  // where tokens are to stay near where they are, see Nearby; 0: no matter where they are
 };
 
 struct AssignOperands {
@@ -27,6 +29,9 @@ struct AssignOperands {
   const int32_t* load;        // [batch, num_experts] m
   const int32_t* offset;      // [batch, num_experts] number of the first token here
   const int32_t* log2phy;     // [batch, num_experts, max_replicas]
+  // Where ranks_per_node > 0:
+  const int32_t* loads = nullptr;  // [batch, num_ranks, num_experts] tokens of each expert on each rank
+  const int32_t* rank = nullptr;   // [batch] that of these tokens
 };
 
 struct AssignResults {
@@ -181,18 +186,137 @@ LPLB_INLINE int write_shares(Read read, int max_replicas, int num_physical, int3
   return row.count() > 0 ? row.count() : 1;
 }
 
+// ---- Locality: tokens stay near where they are ----------------------------------------------------------------------
+
+// A share that a rank's tokens go on to with another number: `skip` more, for the tokens of ranks before theirs.
+struct NearShare : Share {
+  uint32_t skip;
+};
+LPLB_INLINE uint32_t skip_to(const Share&) { return 0; }
+LPLB_INLINE uint32_t skip_to(const NearShare& share) { return share.skip; }
+
+// A replica's quota, and how many tokens of its rank are in it, and how many of its node, its rank's among them.
+struct alignas(16) Part {
+  int32_t slot;
+  uint32_t quota;
+  uint32_t of_rank, of_node;
+};
+
+// Which tokens fill an expert's quotas: in three steps, for groups of 1, ranks_per_node and all ranks next to each
+// other. In each the tokens that are left on a group's ranks, numbered rank after rank, go to what is left of the
+// quotas of the group's replicas, one replica after the other. No rank and no node could keep more.
+//
+// What is left after a step is tokens or quotas of a group, never both. So a rank's tokens go through each replica
+// once: those on their rank, those on other ranks of their node, and those elsewhere.
+struct Nearby {
+  const int32_t* loads;  // tokens of the expert, those of a rank `stride` behind those of the rank before
+  int stride, num_ranks, ranks_per_node, slots_per_rank;
+  int rank;        // whose tokens are assigned
+  int32_t before;  // tokens of the expert on the ranks before it
+
+  static constexpr int kSteps = 3;
+
+  LPLB_INLINE Nearby(const AssignShape& shape, const AssignOperands& in, int64_t batch, int expert)
+      : loads(in.loads + batch * shape.num_ranks * shape.count.num_experts + expert),
+        stride(shape.count.num_experts),
+        num_ranks(shape.num_ranks),
+        ranks_per_node(shape.ranks_per_node),
+        slots_per_rank(shape.num_physical / shape.num_ranks),
+        rank(in.rank[batch]),
+        before(in.offset[batch * shape.count.num_experts + expert]) {}
+  LPLB_INLINE int group_size(int step) const { return step == 0 ? 1 : step == 1 ? ranks_per_node : num_ranks; }
+  // First rank of the group of a rank.
+  LPLB_INLINE int first_of(int step, int of_rank) const {
+    return step == 0 ? of_rank : step == 1 ? of_rank - of_rank % ranks_per_node : 0;
+  }
+  LPLB_INLINE int rank_of(const Part& part) const { return part.slot / slots_per_rank; }
+  // The step in which the rank's tokens may go to a replica.
+  LPLB_INLINE int step_of(const Part& part) const {
+    const int of_replica = rank_of(part);
+    return of_replica == rank ? 0 : first_of(1, of_replica) == first_of(1, rank) ? 1 : 2;
+  }
+  LPLB_INLINE uint32_t tokens(int begin, int end) const {
+    uint32_t sum = 0;
+    LPLB_UNROLL_BY(4)
+    for (int g = begin; g < end; ++g) sum += static_cast<uint32_t>(loads[static_cast<int64_t>(g) * stride]);
+    return sum;
+  }
+  // Of a replica's quota, what the steps before one have filled.
+  LPLB_INLINE static uint32_t filled(const Part& part, int step) {
+    return step == 0 ? 0 : step == 1 ? part.of_rank : part.of_node;
+  }
+  // And what is filled after the first step, or the second. part(j) gives replica j of `count`.
+  template <class Parts>
+  LPLB_INLINE uint32_t fill(Parts part, int count, int i, int step) const {
+    const Part own = part(i);
+    const int first = first_of(step, rank_of(own)), size = group_size(step);
+    uint32_t left = tokens(first, first + size);
+    LPLB_UNROLL_BY(1)
+    for (int j = 0; j < count; ++j) {
+      const Part other = part(j);
+      if (static_cast<unsigned>(rank_of(other) - first) >= static_cast<unsigned>(size)) continue;
+      left -= j < i ? other.quota : filled(other, step);
+    }
+    const uint32_t most = own.quota - filled(own, step), here = static_cast<int32_t>(left) > 0 ? left : 0;
+    return filled(own, step) + (here < most ? here : most);
+  }
+  // Replica i's share of the rank's tokens, and its place among those that they go through.
+  template <class Parts>
+  LPLB_INLINE NearShare share(Parts part, int count, int i, int* place) const {
+    const Part own = part(i);
+    const int step = step_of(own), first = first_of(step, rank), size = group_size(step);
+    const auto taken = [&](const Part& other) {
+      return (step + 1 < kSteps ? filled(other, step + 1) : other.quota) - filled(other, step);
+    };
+    // All of the last step's tokens are taken.
+    uint32_t left = step + 1 < kSteps ? tokens(first, first + size) : 0;
+    int earlier = 0, index = 0;  // the step of the share before this one, and how many there are before
+    LPLB_UNROLL_BY(1)
+    for (int j = 0; j < count; ++j) {
+      const Part other = part(j);
+      const int of_other = step_of(other);
+      if (step + 1 == kSteps) {
+        left += taken(other);
+      } else if (of_other <= step) {
+        left -= filled(other, step);
+      }
+      if (of_other > step || (of_other == step && j >= i)) continue;
+      if (of_other == step) left -= taken(other);
+      earlier = of_other > earlier ? of_other : earlier;
+      ++index;
+    }
+    *place = index;
+    NearShare result = {make_share(own.slot, 0, taken(own), left), 0};
+    if (index + 1 == count) result.left = result.quota;  // as it is; whatever the operands hold, here is the end
+    // Numbers go on from those among the tokens of one group to those of the next.
+    for (int s = earlier + 1; s <= step; ++s) {
+      const int begin = first_of(s, rank), end = first_of(s - 1, rank);
+      result.skip += s + 1 < kSteps ? tokens(begin, end) : static_cast<uint32_t>(before) - tokens(end, rank);
+      LPLB_UNROLL_BY(1)
+      for (int j = 0; j < count; ++j) {
+        const int of_other = rank_of(part(j));
+        if (of_other >= begin && of_other < end) result.skip -= filled(part(j), s);
+      }
+    }
+    return result;
+  }
+};
+
+// ---- Choice ---------------------------------------------------------------------------------------------------------
+
 // Slot of token `index` of an expert whose shares next() gives, one after the other: of the first where the load does
 // not know of the token.
 template <class Next>
 LPLB_INLINE int32_t choose_slot(Next next, uint32_t index) {
-  Share share = next();
+  auto share = next();
   if (share.left == 0) return share.slot;
+  index += skip_to(share);
   uint32_t o = index < share.left ? index : index % share.left;
   int32_t slot = share.slot;
   // Nothing branches within a step, so that the share after it is read while it is computed.
   LPLB_UNROLL_BY(1)
   for (bool goes_on = share.quota < share.left; goes_on;) {
-    const Share following = next();
+    const auto following = next();
     // floor(o * quota / left), or one less: o is below 2^31, and the ratio at most 2 / 2^32 too small. The remainder
     // is then below 2 * left and so below 2^32.
     uint32_t taken = static_cast<uint32_t>((static_cast<uint64_t>(o) * share.ratio) >> 32);
@@ -200,6 +324,7 @@ LPLB_INLINE int32_t choose_slot(Next next, uint32_t index) {
     const bool one_more = remainder >= share.left;
     remainder -= one_more ? share.left : 0;
     o -= taken + (one_more ? 1 : 0);
+    o += skip_to(following);
     const bool passes = remainder + share.quota < share.left;
     slot = passes ? following.slot : slot;
     share = following;
