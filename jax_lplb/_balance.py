@@ -134,10 +134,16 @@ def balance(
     if load is not None:
         check_load(load, placement)
         load = lax.stop_gradient(jnp.asarray(load))
-    if locality and (axis_name is None or load is not None):
-        given = "axis_name is None, and so there is one rank of tokens" if axis_name is None else "load is given"
-        cure = "name the mesh axis of the ranks" if axis_name is None else "leave out load"
-        raise ValueError(f"locality = True needs the tokens of each rank, but {given}; {cure}, or pass locality=False")
+    if locality and axis_name is None:
+        raise ValueError(
+            "locality = True needs the tokens of each rank, but axis_name is None, and so there is one rank of tokens; "
+            "name the mesh axis of the ranks, or pass locality=False"
+        )
+    if locality and load is not None:
+        raise ValueError(
+            "locality = True needs the tokens of each rank, but load is given, which spares the collective that brings "
+            "them; leave out load, or pass locality=False"
+        )
     near = (ranks_per_node or 1) if locality else 0
     num_shards = 1 if axis_name is None else axis_size(axis_name, placement.num_ranks)
     if expert_ids.size * num_shards > _MOST_TOKENS:
@@ -266,7 +272,7 @@ def _check_locality(
     if locality and sync == "psum":
         raise ValueError(
             "locality = True needs the tokens of each rank, and sync = 'psum' brings their sum only; pass "
-            "sync='all_gather', or None"
+            "sync='all_gather', or locality=False"
         )
     if locality and implementation != "xla" and placement.num_physical > MAX_NEAR_SLOTS:
         raise ValueError(
