@@ -1,9 +1,9 @@
 """What stays on its rank and node on recorded routing: `python benchmarks/locality.py --traces FOLDER`.
 
 With `balance(locality=True)`, and without: batches of two traces, dealt to the ranks in contiguous parts, with copies
-chosen by each batch, two slots a rank. There are two nodes of half the ranks each. A row is a choice of a token, sent to
-the rank of its expert. The folder holds deepseek_v2_lite_topk_ids.npz and gpt_oss_20b_decode_counts.npz; the latter has
-counts alone, and choices are dealt at random. Runs on a CPU. Ends with exit code 1 where rank loads differ.
+chosen by each batch, two slots a rank. There are two nodes of half the ranks each. A row is a choice of a token, sent
+to the rank of its expert. The folder holds deepseek_v2_lite_topk_ids.npz and gpt_oss_20b_decode_counts.npz; the latter
+has counts alone, and choices are dealt at random. Runs on a CPU. Ends with exit code 1 where rank loads differ.
 """
 
 import argparse

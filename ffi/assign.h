@@ -208,54 +208,28 @@ struct alignas(16) Part {
 //
 // What is left after a step is tokens or quotas of a group, never both. So a rank's tokens go through each replica
 // once: those on their rank, those on other ranks of their node, and those elsewhere.
-struct Nearby {
-  const int32_t* loads;  // tokens of the expert, those of a rank `stride` behind those of the rank before
-  int stride, num_ranks, ranks_per_node, slots_per_rank;
-  int rank;        // whose tokens are assigned
-  int32_t before;  // tokens of the expert on the ranks before it
-
+class Nearby {
+ public:
   static constexpr int kSteps = 3;
 
   LPLB_INLINE Nearby(const AssignShape& shape, const AssignOperands& in, int64_t batch, int expert)
-      : loads(in.loads + batch * shape.num_ranks * shape.count.num_experts + expert),
-        stride(shape.count.num_experts),
-        num_ranks(shape.num_ranks),
-        ranks_per_node(shape.ranks_per_node),
-        slots_per_rank(shape.num_physical / shape.num_ranks),
-        rank(in.rank[batch]),
-        before(in.offset[batch * shape.count.num_experts + expert]) {}
-  LPLB_INLINE int group_size(int step) const { return step == 0 ? 1 : step == 1 ? ranks_per_node : num_ranks; }
-  // First rank of the group of a rank.
-  LPLB_INLINE int first_of(int step, int of_rank) const {
-    return step == 0 ? of_rank : step == 1 ? of_rank - of_rank % ranks_per_node : 0;
-  }
-  LPLB_INLINE int rank_of(const Part& part) const { return part.slot / slots_per_rank; }
-  // The step in which the rank's tokens may go to a replica.
-  LPLB_INLINE int step_of(const Part& part) const {
-    const int of_replica = rank_of(part);
-    return of_replica == rank ? 0 : first_of(1, of_replica) == first_of(1, rank) ? 1 : 2;
-  }
-  LPLB_INLINE uint32_t tokens(int begin, int end) const {
-    uint32_t sum = 0;
-    LPLB_UNROLL_BY(4)
-    for (int g = begin; g < end; ++g) sum += static_cast<uint32_t>(loads[static_cast<int64_t>(g) * stride]);
-    return sum;
-  }
-  // Of a replica's quota, what the steps before one have filled.
-  LPLB_INLINE static uint32_t filled(const Part& part, int step) {
-    return step == 0 ? 0 : step == 1 ? part.of_rank : part.of_node;
-  }
-  // And what is filled after the first step, or the second. part(j) gives replica j of `count`.
+      : loads_(in.loads + batch * shape.num_ranks * shape.count.num_experts + expert),
+        before_(static_cast<uint32_t>(in.offset[batch * shape.count.num_experts + expert])),
+        rank_(in.rank[batch]),
+        num_experts_(shape.count.num_experts),
+        num_ranks_(shape.num_ranks),
+        ranks_per_node_(shape.ranks_per_node),
+        slots_per_rank_(shape.num_physical / shape.num_ranks) {}
+  // What is filled of replica i after the first step, or the second. part(j) gives replica j of `count`.
   template <class Parts>
   LPLB_INLINE uint32_t fill(Parts part, int count, int i, int step) const {
     const Part own = part(i);
-    const int first = first_of(step, rank_of(own)), size = group_size(step);
-    uint32_t left = tokens(first, first + size);
+    const Ranks group = group_of(step, own.slot / slots_per_rank_);
+    uint32_t left = tokens(group);
     LPLB_UNROLL_BY(1)
     for (int j = 0; j < count; ++j) {
       const Part other = part(j);
-      if (static_cast<unsigned>(rank_of(other) - first) >= static_cast<unsigned>(size)) continue;
-      left -= j < i ? other.quota : filled(other, step);
+      if (is_on(group, other)) left -= j < i ? other.quota : filled(other, step);
     }
     const uint32_t most = own.quota - filled(own, step), here = static_cast<int32_t>(left) > 0 ? left : 0;
     return filled(own, step) + (here < most ? here : most);
@@ -264,42 +238,75 @@ struct Nearby {
   template <class Parts>
   LPLB_INLINE NearShare share(Parts part, int count, int i, int* place) const {
     const Part own = part(i);
-    const int step = step_of(own), first = first_of(step, rank), size = group_size(step);
-    const auto taken = [&](const Part& other) {
-      return (step + 1 < kSteps ? filled(other, step + 1) : other.quota) - filled(other, step);
-    };
-    // All of the last step's tokens are taken.
-    uint32_t left = step + 1 < kSteps ? tokens(first, first + size) : 0;
-    int earlier = 0, index = 0;  // the step of the share before this one, and how many there are before
+    const int step = step_of(own);
+    const bool is_last = step + 1 == kSteps;  // which takes all that is left
+    uint32_t left = is_last ? 0 : tokens(group_of(step, rank_));
+    int earlier = 0, index = 0;  // the step of the share before this one, and how many there are
     LPLB_UNROLL_BY(1)
     for (int j = 0; j < count; ++j) {
       const Part other = part(j);
       const int of_other = step_of(other);
-      if (step + 1 == kSteps) {
-        left += taken(other);
+      const uint32_t takes = filled(other, step + 1) - filled(other, step);
+      if (is_last) {
+        left += takes;
       } else if (of_other <= step) {
         left -= filled(other, step);
       }
       if (of_other > step || (of_other == step && j >= i)) continue;
-      if (of_other == step) left -= taken(other);
+      if (of_other == step) left -= takes;
       earlier = of_other > earlier ? of_other : earlier;
       ++index;
     }
     *place = index;
-    NearShare result = {make_share(own.slot, 0, taken(own), left), 0};
+    NearShare result = {make_share(own.slot, 0, filled(own, step + 1) - filled(own, step), left), 0};
     if (index + 1 == count) result.left = result.quota;  // as it is; whatever the operands hold, here is the end
-    // Numbers go on from those among the tokens of one group to those of the next.
+    // Numbers go on from those among the tokens of a group to those among the next larger one's.
     for (int s = earlier + 1; s <= step; ++s) {
-      const int begin = first_of(s, rank), end = first_of(s - 1, rank);
-      result.skip += s + 1 < kSteps ? tokens(begin, end) : static_cast<uint32_t>(before) - tokens(end, rank);
+      const int first = group_of(s, rank_).first, end = group_of(s - 1, rank_).first;
+      const Ranks ranks = {first, end - first};
+      result.skip += s + 1 == kSteps ? before_ - tokens({end, rank_ - end}) : tokens(ranks);
       LPLB_UNROLL_BY(1)
       for (int j = 0; j < count; ++j) {
-        const int of_other = rank_of(part(j));
-        if (of_other >= begin && of_other < end) result.skip -= filled(part(j), s);
+        if (is_on(ranks, part(j))) result.skip -= filled(part(j), s);
       }
     }
     return result;
   }
+
+ private:
+  // Ranks next to each other.
+  struct Ranks {
+    int first, size;
+  };
+
+  LPLB_INLINE Ranks group_of(int step, int rank) const {
+    if (step == 0) return {rank, 1};
+    return step == 1 ? Ranks{rank - rank % ranks_per_node_, ranks_per_node_} : Ranks{0, num_ranks_};
+  }
+  LPLB_INLINE bool is_on(Ranks ranks, const Part& part) const {
+    return static_cast<uint32_t>(part.slot - ranks.first * slots_per_rank_) <
+           static_cast<uint32_t>(ranks.size * slots_per_rank_);
+  }
+  // In which the rank's tokens may go to a replica.
+  LPLB_INLINE int step_of(const Part& part) const {
+    return is_on(group_of(0, rank_), part) ? 0 : is_on(group_of(1, rank_), part) ? 1 : 2;
+  }
+  LPLB_INLINE uint32_t tokens(Ranks ranks) const {
+    const int32_t* load = loads_ + static_cast<int64_t>(ranks.first) * num_experts_;
+    uint32_t sum = 0;
+    LPLB_UNROLL_BY(4)
+    for (int g = 0; g < ranks.size; ++g) sum += static_cast<uint32_t>(load[static_cast<int64_t>(g) * num_experts_]);
+    return sum;
+  }
+  // What the steps before one have filled of a quota.
+  LPLB_INLINE static uint32_t filled(const Part& part, int step) {
+    return step == 0 ? 0 : step == 1 ? part.of_rank : step == 2 ? part.of_node : part.quota;
+  }
+
+  const int32_t* loads_;  // tokens of the expert on a rank, those of the next one num_experts_ behind
+  uint32_t before_;       // of these, those on the ranks before this one
+  int rank_;              // whose tokens are assigned
+  int num_experts_, num_ranks_, ranks_per_node_, slots_per_rank_;
 };
 
 // ---- Choice ---------------------------------------------------------------------------------------------------------
