@@ -22,6 +22,10 @@ struct AssignShape {
   int ranks_per_node = 0;  // where tokens are to stay near where they are, see Nearby; 0: no matter where they are
 };
 
+// All slots of a placement whose tokens may stay near where they are: near shares of so many replicas fit into shared
+// memory, whatever their experts are.
+constexpr int kMaxNearSlots = 2048;
+
 struct AssignOperands {
   const int32_t* expert_ids;  // [batch, num_ids]
   const int32_t* starts;      // [batch, num_chunks, num_experts], from count

@@ -285,8 +285,14 @@ void read_nearby(Shapes& shapes, const ffi::RemainingArgs& nearby, int64_t ranks
   const ffi::ErrorOr<Ids> loads = nearby.get<Ids>(0), rank = nearby.get<Ids>(1);
   shapes.require(nearby.size() == 2 && loads.has_value() && rank.has_value(),
                  [] { return "expected loads of all ranks and a rank, of int32, after the other operands"; });
-  shapes.require(ranks_per_node >= 1 && ranks_per_node <= shape.num_ranks && shape.num_ranks % ranks_per_node == 0, [&] {
-    return "ranks_per_node must divide " + std::to_string(shape.num_ranks) + ", got " + std::to_string(ranks_per_node);
+  shapes.require(ranks_per_node >= 1 && ranks_per_node <= shape.num_ranks && shape.num_ranks % ranks_per_node == 0,
+                 [&] {
+                   return "ranks_per_node must divide " + std::to_string(shape.num_ranks) + ", got " +
+                          std::to_string(ranks_per_node);
+                 });
+  shapes.require(shape.num_physical <= kMaxNearSlots, [&] {
+    return "at most " + std::to_string(kMaxNearSlots) + " slots whose tokens stay near, got " +
+           std::to_string(shape.num_physical);
   });
   if (!shapes.ok()) return;
   const int64_t* of_ranks = shapes.last("loads", *loads, 2);
@@ -339,9 +345,8 @@ ffi::Error plan_assign(Launch launch, Ids expert_ids, Ids starts, Ids load, Ids 
   Shapes shapes("plan_assign");
   const Plan plan = read_plan(shapes, predicted, least, phy2log, log2phy, fraction, rank_load, gap, iterations, status,
                               tol, threshold, max_iterations, slack, max_sends, slacks, rules);
-  Assignment assignment =
-      read_assign(shapes, expert_ids, starts, *fraction, load, offset, *log2phy, physical_ids, assigned_rank_load,
-                  shapes.last("phy2log", *phy2log, 1)[0], chunk_size, num_sms);
+  Assignment assignment = read_assign(shapes, expert_ids, starts, *fraction, load, offset, *log2phy, physical_ids,
+                                      assigned_rank_load, shapes.last("phy2log", *phy2log, 1)[0], chunk_size, num_sms);
   read_nearby(shapes, nearby, ranks_per_node, &assignment);
   if (!shapes.ok()) return shapes.error();
   return launch(plan.shape, plan.in, plan.out, assignment.shape, assignment.in, assignment.out);

@@ -32,7 +32,6 @@ from jax_lplb._solve import ffi_results as solve_results
 
 Sync = Literal["all_gather", "peer", "psum"] | None
 SYNCS = (None, "all_gather", "peer", "psum")
-MAX_NEAR_SLOTS = _ffi.MAX_GROUP_SLOTS  # of all groups together
 _MOST_TOKENS = 2**31 - 1
 
 
@@ -274,10 +273,10 @@ def _check_locality(
             "locality = True needs the tokens of each rank, and sync = 'psum' brings their sum only; pass "
             "sync='all_gather', or locality=False"
         )
-    if locality and implementation != "xla" and placement.num_physical > MAX_NEAR_SLOTS:
+    if locality and implementation != "xla" and placement.num_physical > _ffi.MAX_NEAR_SLOTS:
         raise ValueError(
             f"locality = True: placement has {placement.num_physical} physical experts, and the custom calls hold at "
-            f"most {MAX_NEAR_SLOTS} in shared memory; pass implementation='xla', or locality=False"
+            f"most {_ffi.MAX_NEAR_SLOTS} in shared memory; pass implementation='xla', or locality=False"
         )
 
 
