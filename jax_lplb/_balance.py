@@ -135,8 +135,8 @@ def balance(
         load = lax.stop_gradient(jnp.asarray(load))
     if locality and axis_name is None:
         raise ValueError(
-            "locality = True needs the tokens of each rank, but axis_name is None, and so there is one rank of tokens; "
-            "name the mesh axis of the ranks, or pass locality=False"
+            "locality = True needs the tokens of each rank, but axis_name is None, and so nothing says which rank has "
+            "which; name the mesh axis of the ranks, or pass locality=False"
         )
     if locality and load is not None:
         raise ValueError(
