@@ -11,7 +11,7 @@ in the long run: of the whole recording, or by the popularity that the batch was
   balanced    copies travel in the layer, at each call
   batch       copies are chosen by the batch itself, nothing is known of the past
   prepared    copies (and weights in bfloat16) are there before: what further micro-batches of a step cost. Beside it
-              `even prepared` and `unbalanced prepared`, likewise without the cast to bfloat16
+              `even prepared`, `unbalanced prepared` and `batch prepared`, likewise without the cast to bfloat16
 
 With `--baselines` also `capacity` and `gather`, layers in plain JAX on the same loads, see plain_layers.py; `dropped`
 is the share of choices that they drop.
@@ -53,7 +53,8 @@ from jax_lplb.flax import Metrics, MoE
 
 EXPERTS, TOP_K, REDUNDANTS = 64, 6, 2
 FACTORS = (1.0, 1.01, 1.02, 1.03, 1.05, 1.1, 1.15, 1.2, 1.25, 1.3, 1.4, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
-MODES = ("even", "unbalanced", "balanced", "batch", "even prepared", "unbalanced prepared", "prepared")
+OF_PREPARED = {"balanced": "prepared"} | {mode: f"{mode} prepared" for mode in ("even", "unbalanced", "batch")}
+MODES = (*("even", "unbalanced", "balanced", "batch"), *OF_PREPARED.values())
 PASSES = ("forward", "forward+backward")
 BATCH_MS = 80.0
 
@@ -221,7 +222,7 @@ class Runner:
         sizes = (placement.slots_per_rank, placement.planning, factor, dispatch, prepared, x.shape)
         slots = None
         if prepared:
-            prepare = Pass(("prepare", *sizes[:1]), jax.jit(lambda state: nnx.merge(graph, state).prepare()), (state,))
+            prepare = Pass(("prepare", *sizes[:2]), jax.jit(lambda state: nnx.merge(graph, state).prepare()), (state,))
             self.compile([prepare])
             slots = self.run(prepare)
 
@@ -337,7 +338,7 @@ def measure(
             cases.append((row, {key: every[key] for key in passes}))
         balanced = () if load.name == "even" and baseline_only else ("balanced", "batch")
         for mode in ("even" if load.name == "even" else "unbalanced", *balanced):
-            if not {mode, {"balanced": "prepared"}.get(mode, f"{mode} prepared")} & set(modes):
+            if not {mode, OF_PREPARED[mode]} & set(modes):
                 continue
             placement = placement_for(load.past, REDUNDANTS if mode == "balanced" else 0)
             if mode == "batch":
@@ -350,8 +351,8 @@ def measure(
             for dispatch in dispatches:
                 smallest = smallest_factor(slots, placement.slots_per_rank, dispatch)
                 factor = factor_of(smallest)
-                for prepared in (False,) if mode == "batch" else (False, True):
-                    name = {"balanced": "prepared"}.get(mode, f"{mode} prepared") if prepared else mode
+                for prepared in (False, True):
+                    name = OF_PREPARED[mode] if prepared else mode
                     if name not in modes:
                         continue
                     row = {**of_load, "mode": name, "dispatch": dispatch}

@@ -10,7 +10,7 @@ from jax_lplb import _ffi
 from jax_lplb._mesh import with_auto_axes
 
 # Thread blocks count and assign chunks of ids: enough chunks to fill a GPU, few enough to add up fast.
-_LEAST_CHUNK = 256
+_LEAST_CHUNK = 512
 
 
 def count_load(

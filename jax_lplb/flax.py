@@ -249,28 +249,25 @@ class MoE(nnx.Module):
         _log.info("MoE: dispatch %s, grouped matmul %s", dispatch or "by reach", grouped_matmul or "by platform")
 
     def prepare(self) -> dict[str, jax.Array]:
-        """The weights of all slots in `dtype`, copies included, for several calls: `layer(x, slots)`.
+        """The weights in `dtype` for several calls, such as of micro-batches between two updates: `layer(x, slots)`.
 
-        For micro-batches between two updates of the parameters: copies then travel once. Differentiable, once and in
-        reverse mode. Each device has its slots; the first axis of the arrays counts those of all,
-        [devices * slots_per_rank, ...].
+        Those of all slots, copies included, which then travel once; with a per-batch placement, whose copies no one
+        knows before the batch, those that are at home, and each call brings its copies from them. Differentiable, once
+        and in reverse mode. Each device has its own rows; the first axis of the arrays counts those of all,
+        [devices * slots_per_rank, ...], or with a per-batch placement [devices * home rows of a rank, ...].
         """
         message = (
             "MoE.prepare can be differentiated once, in reverse mode (jax.grad, jax.vjp); for more make the layer with "
             "dispatch='dense', and call it without slots"
         )
-        if self.placement.get_value().planning is not None:
-            raise ValueError(
-                "prepare: copies of a per-batch placement are chosen within the call; call the layer without slots, "
-                "or give it a placement whose copies are chosen before"
-            )
-        run = self._on_each_device(
-            lambda home, placement: replicate(
-                self._varying(home), placement, self.axis_name, self.dtype, self.transport
-            ),
-            (jax.P(self.axis_name), jax.P()),
-            jax.P(self.slot_axes),
-        )
+
+        def on_rank(home: dict[str, jax.Array], placement: Placement) -> Any:
+            home = self._varying(home)
+            if placement.planning is not None:
+                return jax.tree.map(lambda leaf: leaf.astype(self.dtype), home)
+            return replicate(home, placement, self.axis_name, self.dtype, self.transport)
+
+        run = self._on_each_device(on_rank, (jax.P(self.axis_name), jax.P()), jax.P(self.slot_axes))
         run = partial(with_auto_axes, run, jax.P(self.slot_axes))
         return run(reverse_only(self._home_weights(), message), self.placement.get_value())
 
@@ -282,7 +279,7 @@ class MoE(nnx.Module):
         Args:
           x: float [tokens, ..., d_model], its first axis sharded over `token_axes`. Where their devices do not divide
             it, they share out the tokens of all axes; what is then missing is padded within, and counts as no tokens.
-          slots: what `prepare` returned; by default copies travel within the call.
+          slots: what `prepare` returned; by default weights are cast, and copies travel, within the call.
           mask: bool [tokens, ...], the shape of `x` without its last axis: True for a token, False for padding. Padding
             goes to no expert and counts in no metric, whatever `x` holds there; its results and gradients are 0. By
             default all are tokens.
@@ -402,8 +399,9 @@ class MoE(nnx.Module):
             return
         if self.dispatch == "dense":
             raise ValueError("slots: a layer with dispatch = 'dense' uses no copies; leave slots out")
-        rows = self._num_shards * self.placement.get_value().slots_per_rank
-        expected = {name: (rows, *leaf.shape[1:]) for name, leaf in self._home_weights().items()}
+        placement, home = self.placement.get_value(), self._home_weights()
+        rows = placement.rows_per_rank if placement.planning is not None else placement.slots_per_rank
+        expected = {name: (self._num_shards * rows, *leaf.shape[1:]) for name, leaf in home.items()}
         got = jax.tree.map(jnp.shape, slots)
         if got != expected:
             raise ValueError(f"slots must be what prepare() returns, of shapes {expected}, got {got}")
@@ -471,7 +469,8 @@ class MoE(nnx.Module):
         placement: Placement,
         dtype: Any,
     ) -> tuple[jax.Array, jax.Array]:
-        slots = weights if prepared else Home(weights, self.dtype, self.transport)
+        brought = prepared and placement.planning is None
+        slots = weights if brought else Home(weights, self.dtype, self.transport)
         return expert_parallel(
             tokens,
             out.physical_ids,

@@ -311,13 +311,27 @@ def test_copies_chosen_for_each_batch(rng, dispatch, buffer_factor, balance_opti
     assert layer.placement.get_value() == place  # nothing is kept
 
 
-def test_copies_chosen_for_each_batch_cannot_be_prepared(rng):
-    """As prepare says: they travel within the call, or are kept from a batch before."""
+@pytest.mark.parametrize(("dispatch", "buffer_factor"), [("peer", 4.0), ("peer", 0.3), ("all_to_all", 0.3)])
+def test_weights_prepared_for_copies_of_each_batch(rng, dispatch, buffer_factor):
+    """Micro-batches after each other, whose copies differ: on a data axis, and in one round or several."""
+    mesh = mesh_of((2, "data"), (4, "ep"))
+    layer = make(None, mesh, token_axes=("data", "ep"), dispatch=dispatch, buffer_factor=buffer_factor)
+    x, weight = inputs(rng)
+    metrics = check_against_dense(layer, x, weight, prepared=True)
+    assert metrics.balanced < metrics.home
+
+    @nnx.jit
+    def of_two(layer):
+        slots = layer.prepare()
+        assert {leaf.shape[0] for leaf in slots.values()} == {2 * EXPERTS}  # each row of the mesh has all
+        return layer(x, slots)[0], layer(x[::-1] + 1, slots)[0]
+
+    for got, of_batch in zip(of_two(layer), (x, x[::-1] + 1), strict=True):
+        np.testing.assert_array_equal(got, run(layer, of_batch)[0])
+
+
+def test_copies_of_a_batch_are_kept_where_they_are_no_longer_planned(rng):
     layer = make(None, mesh_of((RANKS, "ep")))
-    with pytest.raises(
-        ValueError, match="call the layer without slots, or give it a placement whose copies are chosen"
-    ):
-        layer.prepare()
     x, weight = inputs(rng)
     chosen = layer.placement.get_value().choose(run(layer, x)[1].load)
     layer.placement.set_value(dataclasses.replace(chosen, planning=None))
