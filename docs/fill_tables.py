@@ -169,6 +169,17 @@ def placements() -> list[str]:
     return lines
 
 
+def locality() -> list[str]:
+    header = "stay on their rank", "stay on their node", "rows of the largest pair", "MB between nodes"
+    lines = table("trace, ranks x redundant", *header)
+    for row in rows_of("locality_cpu"):
+        stay = (f"{row[f'on_{group}_far']:.1%}, {row[f'on_{group}_near']:.1%}" for group in ("rank", "node"))
+        pair = ", ".join(row[f"largest_pair_{kind}"] for kind in ("far", "near"))
+        sent = ", ".join(f"{row[f'between_nodes_mb_{kind}']:.2f}" for kind in ("far", "near"))
+        lines.append(line(row["case"], *stay, pair, sent))
+    return lines
+
+
 def layer(file: str) -> list[str]:
     header = "imbalance, optimum", "factor", "", "unbalanced", "balanced, copies in the layer", "balanced, prepared"
     rows, lines = rows_of(file), table("load", *header)
@@ -232,6 +243,7 @@ TABLES = {
     "costs": costs,
     "robustness": robustness,
     "placements": placements,
+    "locality": locality,
     "layer_h200x2": partial(layer, "layer_h200x2"),
     "layer_h100x4": partial(layer, "layer_h100x4"),
     "layer_by_peers": layer_by_peers,

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <array>
 
 #include "assign.h"
 #include "launch.cuh"
@@ -41,6 +42,7 @@ struct alignas(16) Open {
 union Place {
   Open open;
   Share share;
+  Part part;  // where tokens stay near where they are
 };
 
 // What follows the counts: where experts have few replicas, and all fit, a row of shares for each; else this (kWide).
@@ -55,25 +57,36 @@ struct Wide {
   Place* places;       // of experts with several replicas: next to each other, experts in any order, it does not show
   uint32_t* weights;   // of each place
   uint32_t room;       // how many places there are
+  // Where tokens stay near where they are, for each place:
+  Place* near;      // shares, an expert's next to each other, in the order in which tokens go through them
+  uint32_t* skips;  // of these; where the weights were
+  uint16_t* expert_of;
 
-  static constexpr size_t kOfPlace = sizeof(Place) + sizeof(uint32_t);
+  static constexpr size_t of_place(bool near) {
+    return sizeof(Place) + sizeof(uint32_t) + (near ? sizeof(Place) + sizeof(uint16_t) : 0);
+  }
   // Of all but the places.
   __host__ __device__ static size_t bytes(int experts) {
     return sizeof(Totals) + Shared::padded(experts) * (sizeof(int32_t) + sizeof(uint16_t));
   }
-  __device__ Wide(char* memory, int experts, uint32_t room)
+  __device__ Wide(char* memory, int experts, uint32_t room, bool stay_near)
       : totals(reinterpret_cast<Totals*>(memory)),
         heads(reinterpret_cast<int32_t*>(totals + 1)),
         long_row(reinterpret_cast<uint16_t*>(heads + Shared::padded(experts))),
         places(reinterpret_cast<Place*>(memory + bytes(experts))),
-        weights(reinterpret_cast<uint32_t*>(places + room)),
-        room(room) {}
+        weights(reinterpret_cast<uint32_t*>(places + (stay_near ? 2 : 1) * room)),
+        room(room),
+        near(places + room),
+        skips(weights),
+        expert_of(reinterpret_cast<uint16_t*>(skips + room)) {}
   __device__ uint32_t used() const { return min(totals->used, room); }
   // A place of a replica, `first` being its expert's first. Where there is no room for all of an expert's, those that
   // there is room for take nothing.
-  __device__ void open(uint32_t first, const Open& open, uint32_t weight) const {
+  template <bool kNear>
+  __device__ void open(int e, uint32_t first, const Open& open, uint32_t weight) const {
     const uint32_t i = first + open.number;
     if (i >= room) return;
+    if constexpr (kNear) expert_of[i] = static_cast<uint16_t>(e);
     places[i].open = first + open.count <= room ? open : Open{open.slot, open.number, 0, 0};
     weights[i] = weight;
   }
@@ -165,6 +178,7 @@ struct Rows {
 };
 
 // Writes an expert's head and opens its places, or puts it among those whose rows are long.
+template <bool kNear>
 __device__ void open_row(const Rows& in, const Wide& wide, int e) {
   Replica row[kNarrowRow];
   in.first_replicas(e, row);
@@ -189,11 +203,12 @@ __device__ void open_row(const Rows& in, const Wide& wide, int e) {
   const Weigher weigher(largest, in.max_replicas);
 #pragma unroll
   for (uint32_t r = 0; r < kNarrowRow; ++r) {
-    if (r < count) wide.open(place, {row[r].slot, r, count, load}, weigher.weight(row[r]));
+    if (r < count) wide.open<kNear>(e, place, {row[r].slot, r, count, load}, weigher.weight(row[r]));
   }
 }
 
 // Does so for long rows, a warp for each, which loads the next one ahead.
+template <bool kNear>
 __device__ void open_long_rows(const Rows& in, const Wide& wide) {
   const int lane = threadIdx.x % kWarp, num_warps = blockDim.x / kWarp, num_rows = wide.totals->long_rows;
   const auto load_first = [&](int i) { return i < num_rows ? in.replica(wide.long_row[i], lane) : Replica{}; };
@@ -225,7 +240,7 @@ __device__ void open_long_rows(const Rows& in, const Wide& wide) {
 #pragma unroll 1
     for (uint32_t r = lane; r < count; r += kWarp) {
       const Replica again = in.replica(e, r);
-      wide.open(place, {again.slot, r, count, load}, weigher.weight(again));
+      wide.open<kNear>(e, place, {again.slot, r, count, load}, weigher.weight(again));
     }
   }
 }
@@ -249,6 +264,39 @@ __device__ void close_places(const Wide& wide) {
     const uint32_t begin = tokens_upto(before, total, tokens);
     wide.places[i].share = make_share(open.slot, begin, tokens_upto(upto, total, tokens), tokens);
   }
+}
+
+// Makes near shares of the places' shares, which all threads have written. A thread has a place, as each step needs
+// what the one before has filled of all replicas of the expert. No step writes what it reads.
+__device__ void stay_near(const AssignShape& shape, const AssignOperands& in, int64_t batch, const Wide& wide) {
+  const int used = static_cast<int>(wide.used());
+  const auto for_places = [&](const Place* places, auto visit) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < used; i += blockDim.x) {
+      const int e = wide.expert_of[i];
+      int first = i, end = i + 1;
+      while (first > 0 && wide.expert_of[first - 1] == e) --first;
+      while (end < used && wide.expert_of[end] == e) ++end;
+      visit(Nearby(shape, in, batch, e), [=](int j) { return places[first + j].part; }, end - first, i, first);
+    }
+    __syncthreads();
+  };
+#pragma unroll 1
+  for (int step = 0; step < 2; ++step) {
+    const Place* from = step == 0 ? wide.places : wide.near;
+    Place* to = step == 0 ? wide.near : wide.places;
+    for_places(from, [&](const Nearby& nearby, auto part, int count, int i, int first) {
+      Part filled = from[i].part;
+      (step == 0 ? filled.of_rank : filled.of_node) = nearby.fill(part, count, i - first, step);
+      to[i].part = filled;
+    });
+  }
+  for_places(wide.places, [&](const Nearby& nearby, auto part, int count, int i, int first) {
+    int place;
+    const NearShare share = nearby.share(part, count, i - first, &place);
+    wide.near[first + place].share = share;
+    wide.skips[first + place] = share.skip;
+  });
 }
 
 // Calls visit(next), where next() gives the shares of an expert that did not fit, one after the other. Not inlined:
@@ -312,15 +360,16 @@ __device__ void add_ranks(const AssignShape& shape, ForQuotas for_quotas, uint32
 // block writes the shares of all experts to its shared memory. Where experts have few replicas, and rows of shares fit,
 // a thread writes an expert's row. Else (kWide) most experts still have one replica, and a head is all that is kept of
 // them; the shares of the others are next to each other, and a thread computes each. Those that do not fit are computed
-// anew for each token. The split and log2phy come last, see assign_after_solve_cuda.
-template <int kIds, bool kWide, bool kAhead>
+// anew for each token. The split and log2phy come last, see assign_after_solve_cuda. Where tokens stay near where they
+// are (kNear, which is kWide, too), they go through near shares, and all of these fit.
+template <int kIds, bool kWide, bool kAhead, bool kNear = false>
 __global__ void __launch_bounds__(kMaxWarps* kWarp)
     assign_kernel(const AssignShape shape, const AssignOperands in, const AssignResults out, const uint32_t room) {
   extern __shared__ uint4 memory[];
   const int experts = shape.count.num_experts, padded = Shared::padded(experts), threads = blockDim.x;
   const int num_warps = threads / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const Shared shared(memory, shape, num_warps);
-  [[maybe_unused]] const Wide wide(shared.end, experts, room);                // where kWide
+  [[maybe_unused]] const Wide wide(shared.end, experts, room, kNear);         // where kWide
   [[maybe_unused]] Share* const rows = reinterpret_cast<Share*>(shared.end);  // elsewhere
   uint16_t* counts = shared.of_warp + warp * padded;
   for (int64_t b = blockIdx.y; b < shape.count.num_batches; b += gridDim.y) {
@@ -331,8 +380,16 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
         const int32_t head = wide.heads[e];
         if (is_only_slot(head)) return head;
         if (head == kNotKept) return with_computed_shares(Rows(shape, in, b), e, choose);
-        const Place* place = wide.places + place_of(head);
-        return choose([&] { return (place++)->share; });
+        uint32_t place = place_of(head);
+        if constexpr (kNear) {
+          return choose([&] {
+            const NearShare share = {wide.near[place].share, wide.skips[place]};
+            ++place;
+            return share;
+          });
+        } else {
+          return choose([&] { return wide.places[place++].share; });
+        }
       } else {
         const Share* share = rows + e * shape.max_replicas;
         return choose([&] { return *share++; });
@@ -366,16 +423,20 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
     // An expert's shares; where kWide, what finish_shares makes them of, after the block's threads have met.
     const auto store = [&](int e) {
       if constexpr (kWide) {
-        open_row(Rows(shape, in, b), wide, e);
+        open_row<kNear>(Rows(shape, in, b), wide, e);
       } else {
         store_shares(shape, in, b, e, rows + e * shape.max_replicas);
       }
     };
     const auto finish_shares = [&] {
       if constexpr (kWide) {
-        open_long_rows(Rows(shape, in, b), wide);
+        open_long_rows<kNear>(Rows(shape, in, b), wide);
         __syncthreads();
         close_places(wide);
+      }
+      if constexpr (kNear) {
+        __syncthreads();
+        stay_near(shape, in, b, wide);
       }
     };
     const auto get_shares = [&] {
@@ -428,7 +489,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
       clear_counts();
       for (int e = threadIdx.x; e < experts; e += threads) {
         // All loads before the first use of any.
-        const int32_t start = starts[e], before = offset[e];
+        const int32_t start = starts[e], before = kNear ? 0 : offset[e];
         if (!kAhead && !has_shares) store(e);
         shared.seen[e] = static_cast<uint32_t>(start) + static_cast<uint32_t>(max(0, before));
       }
@@ -479,11 +540,13 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
 }
 
 using Kernel = void (*)(AssignShape, AssignOperands, AssignResults, uint32_t);
-// By whether a thread takes several ids at once, kWide, and whether the launch is ahead.
-constexpr Kernel kKernels[2][2][2] = {{{assign_kernel<1, false, false>, assign_kernel<1, false, true>},
-                                       {assign_kernel<1, true, false>, assign_kernel<1, true, true>}},
-                                      {{assign_kernel<kMaxIds, false, false>, assign_kernel<kMaxIds, false, true>},
-                                       {assign_kernel<kMaxIds, true, false>, assign_kernel<kMaxIds, true, true>}}};
+// By whether a thread takes several ids at once, kWide + kNear, and whether the launch is ahead.
+template <int kIds>
+constexpr std::array<std::array<Kernel, 2>, 3> kKernelsOf = {
+    {{{assign_kernel<kIds, false, false>, assign_kernel<kIds, false, true>}},
+     {{assign_kernel<kIds, true, false>, assign_kernel<kIds, true, true>}},
+     {{assign_kernel<kIds, true, false, true>, assign_kernel<kIds, true, true, true>}}}};
+constexpr std::array kKernels = {kKernelsOf<1>, kKernelsOf<kMaxIds>};
 
 cudaError_t launch_assign(cudaStream_t stream, const AssignShape& shape, const AssignOperands& in,
                           const AssignResults& out, bool ahead) {
@@ -492,9 +555,10 @@ cudaError_t launch_assign(cudaStream_t stream, const AssignShape& shape, const A
   const bool many = chunk_size > kMaxWarps * kWarp;
   // Rows where they fit. Else shares are no more than slots, unless log2phy is not a placement's.
   const size_t in_rows = static_cast<size_t>(experts) * shape.max_replicas;
-  const bool wide =
-      shape.max_replicas > kNarrowRow || Shared::bytes(shape, kLeastWarps) + in_rows * sizeof(Share) > kSharedBytes;
-  const size_t wanted = wide ? shape.num_physical : in_rows, each = wide ? Wide::kOfPlace : sizeof(Share);
+  const bool near = shape.ranks_per_node > 0;
+  const bool wide = near || shape.max_replicas > kNarrowRow ||
+                    Shared::bytes(shape, kLeastWarps) + in_rows * sizeof(Share) > kSharedBytes;
+  const size_t wanted = wide ? shape.num_physical : in_rows, each = wide ? Wide::of_place(near) : sizeof(Share);
   const size_t others = wide ? Wide::bytes(experts) : 0;
   // A thread for some ids, and for an expert whose row is wide.
   const int64_t threads =
@@ -507,7 +571,7 @@ cudaError_t launch_assign(cudaStream_t stream, const AssignShape& shape, const A
   const size_t before = Shared::bytes(shape, warps) + others, most = (kSharedBytes - before) / each;
   const uint32_t room = static_cast<uint32_t>(wanted < most ? wanted : most);
   return launch(stream, grid_of(shape.count, shape.count.num_chunks + 1), warps * kWarp, before + room * each, ahead,
-                kKernels[many][wide][ahead], shape, in, out, room);
+                kKernels[many][wide + near][ahead], shape, in, out, room);
 }
 
 }  // namespace

@@ -3,7 +3,8 @@
 // The tokens of an expert are numbered 0 .. m-1 over the whole axis, by token order. Its split, as integer
 // quotas q_0 .. q_{k-1} that sum to m, is interleaved along that order: token o goes to replica 0 if a multiple
 // of m / q_0 falls into [o, o+1), so that any run of n tokens sends n q_0 / m of them there, to within one; the
-// rest, renumbered, go on to replica 1, and so forth.
+// rest, renumbered, go on to replica 1, and so forth. Where tokens are to stay near where they are, those of a rank go
+// through the replicas of this rank first, then through those of its node: see Nearby.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +19,12 @@ struct AssignShape {
   int num_physical;
   int max_replicas;
   int num_ranks;
+  int ranks_per_node = 0;  // where tokens are to stay near where they are, see Nearby; 0: no matter where they are
 };
+
+// All slots of a placement whose tokens may stay near where they are: near shares of so many replicas fit into shared
+// memory, whatever their experts are.
+constexpr int kMaxNearSlots = 2048;
 
 struct AssignOperands {
   const int32_t* expert_ids;  // [batch, num_ids]
@@ -27,6 +33,9 @@ struct AssignOperands {
   const int32_t* load;        // [batch, num_experts] m
   const int32_t* offset;      // [batch, num_experts] number of the first token here
   const int32_t* log2phy;     // [batch, num_experts, max_replicas]
+  // Where ranks_per_node > 0:
+  const int32_t* loads = nullptr;  // [batch, num_ranks, num_experts] tokens of each expert on each rank
+  const int32_t* rank = nullptr;   // [batch] that of these tokens
 };
 
 struct AssignResults {
@@ -181,18 +190,144 @@ LPLB_INLINE int write_shares(Read read, int max_replicas, int num_physical, int3
   return row.count() > 0 ? row.count() : 1;
 }
 
+// ---- Locality: tokens stay near where they are ----------------------------------------------------------------------
+
+// A share that a rank's tokens go on to with another number: `skip` more, for the tokens of ranks before theirs.
+struct NearShare : Share {
+  uint32_t skip;
+};
+LPLB_INLINE uint32_t skip_to(const Share&) { return 0; }
+LPLB_INLINE uint32_t skip_to(const NearShare& share) { return share.skip; }
+
+// A replica's quota, and how many tokens of its rank are in it, and how many of its node, its rank's among them.
+struct alignas(16) Part {
+  int32_t slot;
+  uint32_t quota;
+  uint32_t of_rank, of_node;
+};
+
+// Which tokens fill an expert's quotas: in three steps, for groups of 1, ranks_per_node and all ranks next to each
+// other. In each the tokens that are left on a group's ranks, numbered rank after rank, go to what is left of the
+// quotas of the group's replicas, one replica after the other. No rank and no node could keep more.
+//
+// What is left after a step is tokens or quotas of a group, never both. So a rank's tokens go through each replica
+// once: those on their rank, those on other ranks of their node, and those elsewhere.
+class Nearby {
+ public:
+  static constexpr int kSteps = 3;
+
+  LPLB_INLINE Nearby(const AssignShape& shape, const AssignOperands& in, int64_t batch, int expert)
+      : loads_(in.loads + batch * shape.num_ranks * shape.count.num_experts + expert),
+        before_(static_cast<uint32_t>(in.offset[batch * shape.count.num_experts + expert])),
+        rank_(in.rank[batch]),
+        num_experts_(shape.count.num_experts),
+        num_ranks_(shape.num_ranks),
+        ranks_per_node_(shape.ranks_per_node),
+        slots_per_rank_(shape.num_physical / shape.num_ranks) {}
+  // What is filled of replica i after the first step, or the second. part(j) gives replica j of `count`.
+  template <class Parts>
+  LPLB_INLINE uint32_t fill(Parts part, int count, int i, int step) const {
+    const Part own = part(i);
+    const Ranks group = group_of(step, own.slot / slots_per_rank_);
+    uint32_t left = tokens(group);
+    LPLB_UNROLL_BY(1)
+    for (int j = 0; j < count; ++j) {
+      const Part other = part(j);
+      if (is_on(group, other)) left -= j < i ? other.quota : filled(other, step);
+    }
+    const uint32_t most = own.quota - filled(own, step), here = static_cast<int32_t>(left) > 0 ? left : 0;
+    return filled(own, step) + (here < most ? here : most);
+  }
+  // Replica i's share of the rank's tokens, and its place among those that they go through.
+  template <class Parts>
+  LPLB_INLINE NearShare share(Parts part, int count, int i, int* place) const {
+    const Part own = part(i);
+    const int step = step_of(own);
+    const bool is_last = step + 1 == kSteps;  // which takes all that is left
+    uint32_t left = is_last ? 0 : tokens(group_of(step, rank_));
+    int earlier = 0, index = 0;  // the step of the share before this one, and how many there are
+    LPLB_UNROLL_BY(1)
+    for (int j = 0; j < count; ++j) {
+      const Part other = part(j);
+      const int of_other = step_of(other);
+      const uint32_t takes = filled(other, step + 1) - filled(other, step);
+      if (is_last) {
+        left += takes;
+      } else if (of_other <= step) {
+        left -= filled(other, step);
+      }
+      if (of_other > step || (of_other == step && j >= i)) continue;
+      if (of_other == step) left -= takes;
+      earlier = of_other > earlier ? of_other : earlier;
+      ++index;
+    }
+    *place = index;
+    NearShare result = {make_share(own.slot, 0, filled(own, step + 1) - filled(own, step), left), 0};
+    if (index + 1 == count) result.left = result.quota;  // as it is; whatever the operands hold, here is the end
+    // Numbers go on from those among the tokens of a group to those among the next larger one's.
+    for (int s = earlier + 1; s <= step; ++s) {
+      const int first = group_of(s, rank_).first, end = group_of(s - 1, rank_).first;
+      const Ranks ranks = {first, end - first};
+      result.skip += s + 1 == kSteps ? before_ - tokens({end, rank_ - end}) : tokens(ranks);
+      LPLB_UNROLL_BY(1)
+      for (int j = 0; j < count; ++j) {
+        if (is_on(ranks, part(j))) result.skip -= filled(part(j), s);
+      }
+    }
+    return result;
+  }
+
+ private:
+  // Ranks next to each other.
+  struct Ranks {
+    int first, size;
+  };
+
+  LPLB_INLINE Ranks group_of(int step, int rank) const {
+    if (step == 0) return {rank, 1};
+    return step == 1 ? Ranks{rank - rank % ranks_per_node_, ranks_per_node_} : Ranks{0, num_ranks_};
+  }
+  LPLB_INLINE bool is_on(Ranks ranks, const Part& part) const {
+    return static_cast<uint32_t>(part.slot - ranks.first * slots_per_rank_) <
+           static_cast<uint32_t>(ranks.size * slots_per_rank_);
+  }
+  // In which the rank's tokens may go to a replica.
+  LPLB_INLINE int step_of(const Part& part) const {
+    return is_on(group_of(0, rank_), part) ? 0 : is_on(group_of(1, rank_), part) ? 1 : 2;
+  }
+  LPLB_INLINE uint32_t tokens(Ranks ranks) const {
+    const int32_t* load = loads_ + static_cast<int64_t>(ranks.first) * num_experts_;
+    uint32_t sum = 0;
+    LPLB_UNROLL_BY(4)
+    for (int g = 0; g < ranks.size; ++g) sum += static_cast<uint32_t>(load[static_cast<int64_t>(g) * num_experts_]);
+    return sum;
+  }
+  // What the steps before one have filled of a quota.
+  LPLB_INLINE static uint32_t filled(const Part& part, int step) {
+    return step == 0 ? 0 : step == 1 ? part.of_rank : step == 2 ? part.of_node : part.quota;
+  }
+
+  const int32_t* loads_;  // tokens of the expert on a rank, those of the next one num_experts_ behind
+  uint32_t before_;       // of these, those on the ranks before this one
+  int rank_;              // whose tokens are assigned
+  int num_experts_, num_ranks_, ranks_per_node_, slots_per_rank_;
+};
+
+// ---- Choice ---------------------------------------------------------------------------------------------------------
+
 // Slot of token `index` of an expert whose shares next() gives, one after the other: of the first where the load does
 // not know of the token.
 template <class Next>
 LPLB_INLINE int32_t choose_slot(Next next, uint32_t index) {
-  Share share = next();
+  auto share = next();
   if (share.left == 0) return share.slot;
+  index += skip_to(share);
   uint32_t o = index < share.left ? index : index % share.left;
   int32_t slot = share.slot;
   // Nothing branches within a step, so that the share after it is read while it is computed.
   LPLB_UNROLL_BY(1)
   for (bool goes_on = share.quota < share.left; goes_on;) {
-    const Share following = next();
+    const auto following = next();
     // floor(o * quota / left), or one less: o is below 2^31, and the ratio at most 2 / 2^32 too small. The remainder
     // is then below 2 * left and so below 2^32.
     uint32_t taken = static_cast<uint32_t>((static_cast<uint64_t>(o) * share.ratio) >> 32);
@@ -200,6 +335,7 @@ LPLB_INLINE int32_t choose_slot(Next next, uint32_t index) {
     const bool one_more = remainder >= share.left;
     remainder -= one_more ? share.left : 0;
     o -= taken + (one_more ? 1 : 0);
+    o += skip_to(following);
     const bool passes = remainder + share.quota < share.left;
     slot = passes ? following.slot : slot;
     share = following;

@@ -92,7 +92,13 @@ int main(int argc, char** argv) {
   const std::vector<int32_t> offset(experts, 0), least(1, 0);
   Device<int32_t> d_least(least);
   Device<int32_t> d_offset(offset);
-  std::vector<double> empty_us, count_us, assign_us;
+  std::vector<double> empty_us, count_us, assign_us, assign_local_us;
+  // With locality, as if each rank had as many tokens of each expert, on nodes of up to 4 ranks.
+  const bool has_local = problem.num_physical <= lplb::kMaxNearSlots;
+  lplb::AssignShape local_shape = assign_shape;
+  local_shape.ranks_per_node = std::gcd(4, problem.num_ranks);
+  const std::vector<int32_t> rank(1, problem.num_ranks / 2);
+  Device<int32_t> d_rank(rank);
   std::vector<Solver> solvers = {{planned ? "plan" : "ipm", problem.solve, nullptr, true}};
 #ifdef LPLB_MATHDX
   if (!planned && lplb::has_mathdx(problem.solve)) solvers.push_back({"ipm (cuSolverDx)", problem.solve, nullptr});
@@ -120,6 +126,16 @@ int main(int argc, char** argv) {
     const auto assign = [&](cudaStream_t s) { return lplb::assign_cuda(s, assign_shape, assign_in, assign_out); };
     std::vector<int32_t> counted(experts), starts(chunk_cells), physical(num_ids), assigned(ranks);
     lplb::count_cpu(count_shape, mine.data(), counted.data(), starts.data());
+    std::vector<int32_t> loads, before, total;
+    for (size_t g = 0; g < ranks; ++g) loads.insert(loads.end(), counted.begin(), counted.end());
+    for (const int32_t tokens : counted) {
+      before.push_back(rank[0] * tokens);
+      total.push_back(problem.num_ranks * tokens);
+    }
+    Device<int32_t> d_loads(loads), d_before(before), d_total(total);
+    const lplb::AssignOperands local_in = {d_ids.get(),    d_starts.get(),  d_fraction.get(), d_total.get(),
+                                           d_before.get(), d_log2phy.get(), d_loads.get(),    d_rank.get()};
+    const auto assign_local = [&](cudaStream_t s) { return lplb::assign_cuda(s, local_shape, local_in, assign_out); };
 
     for (Solver& solver : solvers) {
       const lplb::SolveShape& shape = solver.shape;
@@ -198,6 +214,21 @@ int main(int argc, char** argv) {
         LPLB_CHECK(assign(stream));
         LPLB_CHECK(cudaStreamSynchronize(stream));
       }
+      lplb::assign_cpu(local_shape,
+                       {mine.data(), starts.data(), cuda_fraction.data(), total.data(), before.data(), log2phy.data(),
+                        loads.data(), rank.data()},
+                       {physical.data(), assigned.data()});
+      for (int alone = 0; has_local && alone < 2; ++alone) {
+        if (alone == 0) LPLB_CHECK(solve(stream));
+        LPLB_CHECK(alone ? assign_local(stream)
+                         : lplb::assign_after_solve_cuda(stream, local_shape, local_in, assign_out));
+        LPLB_CHECK(cudaStreamSynchronize(stream));
+        if (physical != d_physical.host()) fail("assign with locality: physical_ids differ from the CPU's", instance);
+        if (assigned != d_assigned.host()) fail("assign with locality: rank_load differs from the CPU's", instance);
+        for (Device<int32_t>* result : {&d_physical, &d_assigned}) {
+          LPLB_CHECK(cudaMemsetAsync(result->get(), 0x7f, result->size() * sizeof(int32_t), stream));
+        }
+      }
       solver.copies.push_back(problem.num_physical - static_cast<int>(std::count(phy2log.begin(), phy2log.end(), -1)) -
                               static_cast<int>(experts));
       if (repeats > 0) {
@@ -213,6 +244,7 @@ int main(int argc, char** argv) {
       }));
       count_us.push_back(time_us(stream, repeats, count));
       assign_us.push_back(time_us(stream, repeats, assign));
+      if (has_local) assign_local_us.push_back(time_us(stream, repeats, assign_local));
     }
   }
   std::fclose(fractions);
@@ -220,7 +252,8 @@ int main(int argc, char** argv) {
   std::printf("{");
   print("empty_us", empty_us, "%.3f", ", ");
   print("count_us", count_us, "%.3f", ", ");
-  print("assign_us", assign_us, "%.3f", ", \"solvers\": {");
+  print("assign_us", assign_us, "%.3f", ", ");
+  print("assign_local_us", assign_local_us, "%.3f", ", \"solvers\": {");
   for (const Solver& solver : solvers) {
     std::printf("%s\"%s\": {", &solver == solvers.data() ? "" : ", ", solver.name);
     print("plan_us", solver.plan_us, "%.3f", ", ");

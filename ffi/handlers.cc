@@ -242,18 +242,26 @@ ffi::Error plan(Launch launch, Ids load, Ids least, ffi::Result<Ids> phy2log, ff
   return launch(plan.shape, plan.in, plan.out);
 }
 
-AssignShape read_assign(Shapes& shapes, const Ids& expert_ids, const Ids& starts, const int64_t* split, const Ids& load,
-                        const Ids& offset, const Ids& log2phy, ffi::Result<Ids>& physical_ids,
-                        ffi::Result<Ids>& rank_load, int64_t num_physical, int64_t chunk_size, int64_t num_sms) {
+// An assignment's shape, operands and results, read off its buffers.
+struct Assignment {
   AssignShape shape;
+  AssignOperands in;
+  AssignResults out;
+};
+
+Assignment read_assign(Shapes& shapes, const Ids& expert_ids, const Ids& starts, const Reals& split, const Ids& load,
+                       const Ids& offset, const Ids& log2phy, ffi::Result<Ids>& physical_ids,
+                       ffi::Result<Ids>& rank_load, int64_t num_physical, int64_t chunk_size, int64_t num_sms) {
+  Assignment assignment;
+  AssignShape& shape = assignment.shape;
   shape.count = count_shape(shapes, expert_ids, starts, chunk_size, num_sms);
   const int experts = shape.count.num_experts;
-  const int64_t* table = shapes.last("log2phy", log2phy, 2);
+  const int64_t *table = shapes.last("log2phy", log2phy, 2), *parts = shapes.last("split", split, 2);
   shapes.expect("log2phy", "num_experts", experts, table[0]);
   shape.max_replicas = static_cast<int>(table[1]);
   shapes.require(shape.max_replicas >= 1, [] { return "log2phy: max_replicas is 0"; });
-  shapes.expect("split", "num_experts", experts, split[0]);
-  shapes.expect("split", "max_replicas", shape.max_replicas, split[1]);
+  shapes.expect("split", "num_experts", experts, parts[0]);
+  shapes.expect("split", "max_replicas", shape.max_replicas, parts[1]);
   shapes.expect("load", "num_experts", experts, shapes.last("load", load, 1)[0]);
   shapes.expect("offset", "num_experts", experts, shapes.last("offset", offset, 1)[0]);
   shapes.expect("physical_ids", "size", shape.count.num_ids, shapes.last("physical_ids", *physical_ids, 1)[0]);
@@ -264,7 +272,36 @@ AssignShape read_assign(Shapes& shapes, const Ids& expert_ids, const Ids& starts
   });
   shape.num_ranks = static_cast<int>(ranks);
   shape.num_physical = static_cast<int>(num_physical);
-  return shape;
+  assignment.in = {expert_ids.typed_data(), starts.typed_data(), split.typed_data(),
+                   load.typed_data(),       offset.typed_data(), log2phy.typed_data()};
+  assignment.out = {physical_ids->typed_data(), rank_load->typed_data()};
+  return assignment;
+}
+
+// Adds what lets tokens stay near where they are, if it is there: loads of all ranks, and the tokens' rank.
+void read_nearby(Shapes& shapes, const ffi::RemainingArgs& nearby, int64_t ranks_per_node, Assignment* assignment) {
+  if (nearby.size() == 0) return;
+  AssignShape& shape = assignment->shape;
+  const ffi::ErrorOr<Ids> loads = nearby.get<Ids>(0), rank = nearby.get<Ids>(1);
+  shapes.require(nearby.size() == 2 && loads.has_value() && rank.has_value(),
+                 [] { return "expected loads of all ranks and a rank, of int32, after the other operands"; });
+  shapes.require(ranks_per_node >= 1 && ranks_per_node <= shape.num_ranks && shape.num_ranks % ranks_per_node == 0,
+                 [&] {
+                   return "ranks_per_node must divide " + std::to_string(shape.num_ranks) + ", got " +
+                          std::to_string(ranks_per_node);
+                 });
+  shapes.require(shape.num_physical <= kMaxNearSlots, [&] {
+    return "at most " + std::to_string(kMaxNearSlots) + " slots whose tokens stay near, got " +
+           std::to_string(shape.num_physical);
+  });
+  if (!shapes.ok()) return;
+  const int64_t* of_ranks = shapes.last("loads", *loads, 2);
+  shapes.expect("loads", "num_ranks", shape.num_ranks, of_ranks[0]);
+  shapes.expect("loads", "num_experts", shape.count.num_experts, of_ranks[1]);
+  shapes.last("rank", *rank, 0);
+  shape.ranks_per_node = static_cast<int>(ranks_per_node);
+  assignment->in.loads = loads->typed_data();
+  assignment->in.rank = rank->typed_data();
 }
 
 template <class Launch>
@@ -272,54 +309,47 @@ ffi::Error assign(Launch launch, Ids expert_ids, Ids starts, Reals split, Ids lo
                   ffi::Result<Ids> physical_ids, ffi::Result<Ids> rank_load, int64_t num_physical, int64_t chunk_size,
                   int64_t num_sms) {
   Shapes shapes("assign");
-  const AssignShape shape = read_assign(shapes, expert_ids, starts, shapes.last("split", split, 2), load, offset,
-                                        log2phy, physical_ids, rank_load, num_physical, chunk_size, num_sms);
+  const Assignment assignment = read_assign(shapes, expert_ids, starts, split, load, offset, log2phy, physical_ids,
+                                            rank_load, num_physical, chunk_size, num_sms);
   if (!shapes.ok()) return shapes.error();
-  const AssignOperands in = {expert_ids.typed_data(), starts.typed_data(), split.typed_data(),
-                             load.typed_data(),       offset.typed_data(), log2phy.typed_data()};
-  return launch(shape, in, AssignResults{physical_ids->typed_data(), rank_load->typed_data()});
+  return launch(assignment.shape, assignment.in, assignment.out);
 }
 
 // The split of `predicted`, and by it the assignment of tokens that `load` counts.
 template <class Launch>
 ffi::Error solve_assign(Launch launch, Ids expert_ids, Ids starts, Ids predicted, Ids load, Ids offset, Ids log2phy,
-                        ffi::Result<Ids> physical_ids, ffi::Result<Ids> rank_load, ffi::Result<Reals> fraction,
-                        ffi::Result<Reals> solved_rank_load, ffi::Result<Reals> gap, ffi::Result<Ids> iterations,
-                        ffi::Result<Ids> status, int64_t num_physical, float tol, float threshold,
-                        int64_t max_iterations, ffi::Span<const int32_t> partners, int64_t chunk_size,
-                        int64_t num_sms) {
+                        ffi::RemainingArgs nearby, ffi::Result<Ids> physical_ids, ffi::Result<Ids> rank_load,
+                        ffi::Result<Reals> fraction, ffi::Result<Reals> solved_rank_load, ffi::Result<Reals> gap,
+                        ffi::Result<Ids> iterations, ffi::Result<Ids> status, int64_t num_physical, float tol,
+                        float threshold, int64_t max_iterations, ffi::Span<const int32_t> partners, int64_t chunk_size,
+                        int64_t num_sms, int64_t ranks_per_node) {
   Shapes shapes("solve_assign");
   const Solve solve = read_solve(shapes, predicted, log2phy, fraction, solved_rank_load, gap, iterations, status,
                                  num_physical, tol, threshold, max_iterations, partners);
-  const AssignShape shape = read_assign(shapes, expert_ids, starts, shapes.last("fraction", *fraction, 2), load, offset,
-                                        log2phy, physical_ids, rank_load, num_physical, chunk_size, num_sms);
+  Assignment assignment = read_assign(shapes, expert_ids, starts, *fraction, load, offset, log2phy, physical_ids,
+                                      rank_load, num_physical, chunk_size, num_sms);
+  read_nearby(shapes, nearby, ranks_per_node, &assignment);
   if (!shapes.ok()) return shapes.error();
-  const AssignOperands in = {expert_ids.typed_data(), starts.typed_data(), fraction->typed_data(),
-                             load.typed_data(),       offset.typed_data(), log2phy.typed_data()};
-  return launch(solve.shape, solve.edges(), solve.in, solve.out, shape, in,
-                AssignResults{physical_ids->typed_data(), rank_load->typed_data()});
+  return launch(solve.shape, solve.edges(), solve.in, solve.out, assignment.shape, assignment.in, assignment.out);
 }
 
 // The plan for `predicted`, and by its split the assignment of tokens that `load` counts.
 template <class Launch>
 ffi::Error plan_assign(Launch launch, Ids expert_ids, Ids starts, Ids load, Ids offset, Ids predicted, Ids least,
-                       ffi::Result<Ids> physical_ids, ffi::Result<Ids> assigned_rank_load, ffi::Result<Ids> phy2log,
-                       ffi::Result<Ids> log2phy, ffi::Result<Reals> fraction, ffi::Result<Reals> rank_load,
-                       ffi::Result<Reals> gap, ffi::Result<Ids> iterations, ffi::Result<Ids> status, float tol,
-                       float threshold, int64_t max_iterations, float slack, int64_t max_sends,
-                       ffi::Span<const float> slacks, ffi::Span<const int32_t> rules, int64_t chunk_size,
-                       int64_t num_sms) {
+                       ffi::RemainingArgs nearby, ffi::Result<Ids> physical_ids, ffi::Result<Ids> assigned_rank_load,
+                       ffi::Result<Ids> phy2log, ffi::Result<Ids> log2phy, ffi::Result<Reals> fraction,
+                       ffi::Result<Reals> rank_load, ffi::Result<Reals> gap, ffi::Result<Ids> iterations,
+                       ffi::Result<Ids> status, float tol, float threshold, int64_t max_iterations, float slack,
+                       int64_t max_sends, ffi::Span<const float> slacks, ffi::Span<const int32_t> rules,
+                       int64_t chunk_size, int64_t num_sms, int64_t ranks_per_node) {
   Shapes shapes("plan_assign");
   const Plan plan = read_plan(shapes, predicted, least, phy2log, log2phy, fraction, rank_load, gap, iterations, status,
                               tol, threshold, max_iterations, slack, max_sends, slacks, rules);
-  const AssignShape shape =
-      read_assign(shapes, expert_ids, starts, shapes.last("fraction", *fraction, 2), load, offset, *log2phy,
-                  physical_ids, assigned_rank_load, shapes.last("phy2log", *phy2log, 1)[0], chunk_size, num_sms);
+  Assignment assignment = read_assign(shapes, expert_ids, starts, *fraction, load, offset, *log2phy, physical_ids,
+                                      assigned_rank_load, shapes.last("phy2log", *phy2log, 1)[0], chunk_size, num_sms);
+  read_nearby(shapes, nearby, ranks_per_node, &assignment);
   if (!shapes.ok()) return shapes.error();
-  const AssignOperands in = {expert_ids.typed_data(), starts.typed_data(), fraction->typed_data(),
-                             load.typed_data(),       offset.typed_data(), log2phy->typed_data()};
-  return launch(plan.shape, plan.in, plan.out, shape, in,
-                AssignResults{physical_ids->typed_data(), assigned_rank_load->typed_data()});
+  return launch(plan.shape, plan.in, plan.out, assignment.shape, assignment.in, assignment.out);
 }
 
 // ---- Peers' memory --------------------------------------------------------------------------------------------------
@@ -708,6 +738,10 @@ auto bind_chunks(Binding&& binding) {
   return std::move(binding).template Attr<int64_t>("chunk_size").template Attr<int64_t>("num_sms");
 }
 template <class Binding>
+auto bind_nearby(Binding&& binding) {
+  return bind_chunks(std::move(binding)).template Attr<int64_t>("ranks_per_node");
+}
+template <class Binding>
 auto bind_count(Binding binding) {
   return bind_chunks(std::move(binding).template Arg<Ids>().template Ret<Ids>().template Ret<Ids>());
 }
@@ -738,7 +772,7 @@ template <class Binding>
 auto bind_solve(Binding binding) {
   return bind_solve_results(std::move(binding).template Arg<Ids>().template Arg<Ids>());
 }
-// Six operands of integers, and the results of an assignment.
+// Six operands of integers and what may follow them, and the results of an assignment.
 template <class Binding>
 auto bind_assigned(Binding&& binding) {
   return std::move(binding)
@@ -748,12 +782,13 @@ auto bind_assigned(Binding&& binding) {
       .template Arg<Ids>()
       .template Arg<Ids>()
       .template Arg<Ids>()
+      .RemainingArgs()
       .template Ret<Ids>()
       .template Ret<Ids>();
 }
 template <class Binding>
 auto bind_solve_assign(Binding binding) {
-  return bind_chunks(bind_solve_results(bind_assigned(std::move(binding))));
+  return bind_nearby(bind_solve_results(bind_assigned(std::move(binding))));
 }
 template <class Binding>
 auto bind_plan_results(Binding&& binding) {
@@ -769,7 +804,7 @@ auto bind_plan(Binding binding) {
 }
 template <class Binding>
 auto bind_plan_assign(Binding binding) {
-  return bind_chunks(bind_plan_results(bind_assigned(std::move(binding))));
+  return bind_nearby(bind_plan_results(bind_assigned(std::move(binding))));
 }
 template <class Binding>
 auto bind_assign(Binding binding) {

@@ -1,6 +1,9 @@
 """Step 4 of `balance`: each token goes to a replica of its expert."""
 
-from typing import Any
+import dataclasses
+from collections.abc import Iterable
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +18,22 @@ from jax_lplb._placement import Placement
 from jax_lplb._solve import check_load, check_placement
 
 _ONE = 1 << 30  # a fraction of 1 in the quotas' fixed point
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["loads", "rank"], meta_fields=["ranks_per_node"])
+@dataclasses.dataclass(frozen=True)
+class Nearby:
+    """Where tokens are that are to stay near.
+
+    Attributes:
+      loads: int32 [num_ranks, num_experts], tokens of each expert on each rank.
+      rank: int32 [], that of the tokens to assign.
+      ranks_per_node: so many ranks next to each other are a node.
+    """
+
+    loads: jax.Array
+    rank: jax.Array
+    ranks_per_node: int
 
 
 def assign(
@@ -116,19 +135,15 @@ def assign_with_starts(
         home = jnp.where((home >= 0) & (home < num_physical), home, -1)
         return home, quota_rank_load(split, load, placement)
 
-    def ffi(
-        ids: jax.Array, starts: jax.Array, split: jax.Array, load: jax.Array, offset: jax.Array, log2phy: jax.Array
-    ) -> list[jax.Array]:
-        operands = (ids, starts, split, load, offset, log2phy)
+    def ffi(*operands: jax.Array) -> list[jax.Array]:
+        _, _, split, load, _, log2phy = operands
         results = ffi_results(num_ids, placement, operands, (split, load, log2phy))
         attributes = ffi_attributes(num_ids, placement, num_sms)
         return _ffi.call("lplb_assign", results, *operands, num_physical=np.int64(num_physical), **attributes)
 
-    def xla(
-        ids: jax.Array, starts: jax.Array, split: jax.Array, load: jax.Array, offset: jax.Array, log2phy: jax.Array
-    ) -> list[jax.Array]:
+    def xla(ids: jax.Array, starts: jax.Array, *operands: Any) -> list[jax.Array]:
         del starts  # the sort numbers all tokens at once
-        return assign_tokens(ids, split, load, offset, log2phy, placement)
+        return assign_tokens(ids, placement, *operands)
 
     physical_ids, rank_load = _ffi.choose(
         "assign", implementation, ffi, xla, expert_ids, starts, split, load, offset, log2phy
@@ -137,7 +152,7 @@ def assign_with_starts(
 
 
 def ffi_results(
-    num_ids: int, placement: Placement, ids_vary_with: tuple[jax.Array, ...], loads_vary_with: tuple[jax.Array, ...]
+    num_ids: int, placement: Placement, ids_vary_with: Iterable[jax.Array], loads_vary_with: Iterable[jax.Array]
 ) -> list[_ffi.Result]:
     """Physical ids and rank load, as the custom calls return them."""
     return [
@@ -152,13 +167,27 @@ def ffi_attributes(num_ids: int, placement: Placement, num_sms: int | None) -> d
     return {"chunk_size": np.int64(chunk_size), "num_sms": np.int64(num_sms or 0)}
 
 
+def near_attributes(nearby: Nearby | None) -> dict[str, Any]:
+    """And what those know that `balance` makes."""
+    return {"ranks_per_node": np.int64(0 if nearby is None else nearby.ranks_per_node)}
+
+
 def assign_tokens(
-    ids: jax.Array, split: jax.Array, load: jax.Array, offset: jax.Array, log2phy: jax.Array, placement: Placement
+    ids: jax.Array,
+    placement: Placement,
+    split: jax.Array,
+    load: jax.Array,
+    offset: jax.Array,
+    log2phy: jax.Array,
+    nearby: Nearby | None = None,
 ) -> list[jax.Array]:
     """The assignment in pure JAX: physical ids, and the rank load that the quotas give."""
-    num_physical = placement.num_physical
+    quotas = _quotas(split, load, log2phy, placement.num_physical)
+    steps = [_Step(jnp.maximum(offset, 0).astype(jnp.uint32), jnp.maximum(load, 0).astype(jnp.uint32), quotas)]
+    if nearby is not None:
+        steps = _near_steps(quotas, log2phy, placement, nearby)
     return [
-        _choose_slots(ids, split, load, offset, log2phy, num_physical),
+        _choose_slots(ids, steps, log2phy, placement.num_physical),
         quota_rank_load(split, load, placement, log2phy),
     ]
 
@@ -209,14 +238,54 @@ def quota_rank_load(
     return sums.at[jnp.where(rank >= 0, rank, placement.num_ranks)].add(quotas, mode="drop")
 
 
-def _choose_slots(
-    expert_ids: jax.Array,
-    split: jax.Array,
-    load: jax.Array,
-    offset: jax.Array,
-    log2phy: jax.Array,
-    num_physical: int,
-) -> jax.Array:
+class _Step(NamedTuple):
+    """Replicas that the tokens of an expert go through.
+
+    Attributes:
+      skip: uint32 [num_experts], how much higher tokens are numbered than in the step before.
+      tokens: uint32 [num_experts], how many are numbered.
+      quotas: uint32 [num_experts, max_replicas], how many of them each replica takes.
+    """
+
+    skip: jax.Array
+    tokens: jax.Array
+    quotas: jax.Array
+
+
+def _near_steps(quotas: jax.Array, log2phy: jax.Array, placement: Placement, nearby: Nearby) -> list[_Step]:
+    """Steps for tokens that stay near where they are: on their rank, on their node, anywhere.
+
+    In each, the tokens that are left in a group of ranks go to what is left of the quotas of its replicas, one replica
+    after the other.
+    """
+    ranks = placement.num_ranks
+    rank_of = jnp.where(_present(log2phy, placement.num_physical), log2phy // placement.slots_per_rank, ranks)
+    left, smaller = nearby.loads.astype(jnp.uint32), 1  # tokens of each group of so many ranks, and of each expert
+    steps = []
+    for size in dict.fromkeys((1, nearby.ranks_per_node, ranks)):
+        # Tokens of the groups before, in the larger group, come first.
+        rank = jnp.arange(0, ranks, smaller, dtype=jnp.int32)
+        first = (rank // size == nearby.rank // size) & (rank // smaller < nearby.rank // smaller)
+        skip = jnp.sum(jnp.where(first[:, None], left, 0), axis=0, dtype=jnp.uint32)
+        left = jnp.sum(left.reshape(ranks // size, size // smaller, -1), axis=1, dtype=jnp.uint32)
+        group_of, groups = rank_of // size, jnp.arange(ranks // size, dtype=jnp.int32)[:, None]
+        own = groups == nearby.rank // size
+
+        def fill(left: jax.Array, of_replica: Any, groups: jax.Array = groups) -> tuple[jax.Array, jax.Array]:
+            quota, group = of_replica
+            here = group[None, :] == groups
+            taken = jnp.minimum(quota, jnp.sum(jnp.where(here, left, 0), axis=0, dtype=jnp.uint32))
+            return left - jnp.where(here, taken[None, :], 0), taken
+
+        tokens = jnp.sum(jnp.where(own, left, 0), axis=0, dtype=jnp.uint32)
+        left = _ffi.vary(left, _ffi.varying(left, quotas, group_of))
+        left, taken = lax.scan(fill, left, (quotas.T, group_of.T))
+        quotas, smaller = quotas - taken.T, size
+        steps.append(_Step(skip, tokens, jnp.where(group_of == nearby.rank // size, taken.T, 0)))
+    return steps
+
+
+def _choose_slots(expert_ids: jax.Array, steps: list[_Step], log2phy: jax.Array, num_physical: int) -> jax.Array:
     num_experts, max_replicas = log2phy.shape
     valid = (expert_ids >= 0) & (expert_ids < num_experts)
     ids = jnp.where(valid, expert_ids, 0)
@@ -226,26 +295,32 @@ def _choose_slots(
     counts = jnp.zeros_like(ids, jnp.uint32, shape=(num_experts + 1,)).at[by_expert].add(1)
     first = jnp.cumsum(counts, dtype=jnp.uint32) - counts
     place = jnp.zeros_like(first, shape=ids.shape).at[order].set(jnp.arange(ids.shape[0], dtype=jnp.uint32))
-    number = place - first[by_expert] + jnp.maximum(offset, 0)[ids].astype(jnp.uint32)
+    number = place - first[by_expert]
 
-    quotas = _quotas(split, load, log2phy, num_physical)
     replicas = jnp.sum(_present(log2phy, num_physical), axis=1, dtype=jnp.int32)
-    left = jnp.maximum(load, 0)[ids].astype(jnp.uint32)
-    unknown = left == 0  # a token the load does not know of goes home
-    number = number % jnp.where(unknown, jnp.uint32(1), left)
+    unknown = steps[0].tokens[ids] == 0  # a token the load does not know of goes home
 
-    def try_replica(state: Any, of_replica: Any) -> tuple[Any, None]:
+    def try_replica(state: Any, of_replica: Any, is_last: bool) -> tuple[Any, None]:
         number, left, slot = state
         replica, quotas, slots = of_replica
         quota = quotas[ids]
         taken, remainder = _mul_div(number, quota, jnp.maximum(left, 1))
-        here = (remainder + quota >= left) | (replicas[ids] == replica + 1) | unknown
+        here = (remainder + quota >= left) | unknown
+        if is_last:
+            here |= replicas[ids] == replica + 1
         slot = jnp.where((slot < 0) & here & (replicas[ids] > replica), slots[ids], slot)
         return (number - taken, left - quota, slot), None
 
-    axes = _ffi.varying(number, left, quotas, log2phy)
-    state = tuple(_ffi.vary(v, axes) for v in (number, left, jnp.full_like(ids, -1)))
-    (_, _, slot), _ = lax.scan(try_replica, state, (jnp.arange(max_replicas, dtype=jnp.int32), quotas.T, log2phy.T))
+    slot = jnp.full_like(ids, -1)
+    for step in steps:
+        left = step.tokens[ids]
+        number = number + step.skip[ids]
+        if step is steps[0]:
+            number = number % jnp.where(unknown, jnp.uint32(1), left)
+        axes = _ffi.varying(number, left, slot, step.quotas, log2phy)
+        state = tuple(_ffi.vary(v, axes) for v in (number, left, slot))
+        of_replicas = jnp.arange(max_replicas, dtype=jnp.int32), step.quotas.T, log2phy.T
+        (number, _, slot), _ = lax.scan(partial(try_replica, is_last=step is steps[-1]), state, of_replicas)
     return jnp.where(valid, slot, -1)
 
 

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_lplb import _ffi, _peer, _plan
-from jax_lplb._assign import assign_tokens, assign_with_starts
+from jax_lplb._assign import Nearby, assign_tokens, assign_with_starts, near_attributes
 from jax_lplb._assign import ffi_attributes as assign_attributes
 from jax_lplb._assign import ffi_results as assign_results
-from jax_lplb._checks import check_choice
+from jax_lplb._checks import check_choice, check_count
 from jax_lplb._count import check_expert_ids, check_num_sms, count, flat_ids
 from jax_lplb._load import in_tokens, in_units, to_integers
 from jax_lplb._mesh import AxisName, spec_of, with_auto_axes
@@ -68,6 +68,8 @@ def balance(
     axis_name: AxisName | None = None,
     load: jax.Array | None = None,
     sync: Sync = None,
+    locality: bool = False,
+    ranks_per_node: int | None = None,
     solver: Solver = "auto",
     tol: float = 1e-4,
     threshold: float | None = None,
@@ -95,6 +97,11 @@ def balance(
         collectives. None: "peer" where that can be, "all_gather" elsewhere. "psum": the sum only, cheaper on very
         large axes; each rank spreads its own tokens as the whole should, to within a few tokens for each rank and
         replica.
+      locality: whether a token goes to a replica on its own rank, then on its own node, as far as the quotas allow, so
+        that fewer travel. Quotas and rank loads are the same either way. Needs `axis_name` and each rank's counts: not
+        with `load=` or `sync="psum"`.
+      ranks_per_node: with `locality`, so many ranks next to each other are a node; must divide `num_ranks`. None: no
+        rank is nearer than another.
       solver: "auto", "ipm" or "edge_balance"; see `solve`.
       tol: relative gap to the optimum at which the solver stops.
       threshold: all load of a group stays at home where that leaves the busiest rank at most `threshold` times the
@@ -115,6 +122,8 @@ def balance(
     options = check_balance_options(
         placement,
         sync=sync,
+        locality=locality,
+        ranks_per_node=ranks_per_node,
         solver=solver,
         tol=tol,
         threshold=threshold,
@@ -124,6 +133,17 @@ def balance(
     if load is not None:
         check_load(load, placement)
         load = lax.stop_gradient(jnp.asarray(load))
+    if locality and axis_name is None:
+        raise ValueError(
+            "locality = True needs the tokens of each rank, but axis_name is None, and so nothing says which rank has "
+            "which; name the mesh axis of the ranks, or pass locality=False"
+        )
+    if locality and load is not None:
+        raise ValueError(
+            "locality = True needs the tokens of each rank, but load is given, which spares the collective that brings "
+            "them; leave out load, or pass locality=False"
+        )
+    near = (ranks_per_node or 1) if locality else 0
     num_shards = 1 if axis_name is None else axis_size(axis_name, placement.num_ranks)
     if expert_ids.size * num_shards > _MOST_TOKENS:
         raise ValueError(
@@ -138,7 +158,7 @@ def balance(
     steps = _balance_filled_up if padded else _balance
 
     def run(expert_ids: jax.Array, load: jax.Array | None, placement: Placement) -> Balanced:
-        out = steps(expert_ids, load, placement, axis_name, num_shards, sync, options, num_sms, implementation)
+        out = steps(expert_ids, load, placement, axis_name, num_shards, sync, near, options, num_sms, implementation)
         return out if chosen else out._replace(placement=nothing)
 
     out = with_auto_axes(run, out_specs, expert_ids, load, placement)
@@ -162,6 +182,7 @@ def _balance(
     axis_name: AxisName | None,
     num_shards: int,
     sync: Sync,
+    near: int,
     options: Options,
     num_sms: int | None,
     implementation: _ffi.Implementation,
@@ -170,6 +191,7 @@ def _balance(
 
     with jax.named_scope("lplb_count"):
         local_load, starts = count(expert_ids, placement.num_experts, num_sms, implementation)
+    nearby = None
 
     with jax.named_scope("lplb_sync"):
         if load is not None:
@@ -183,9 +205,11 @@ def _balance(
             by_peers = sync != "all_gather" and _has_reach(sync, axis_name, implementation)
             loads = (_peer.gather if by_peers else _of_all_shards)(local_load, axis_name)
             total = jnp.sum(loads, axis=0, dtype=jnp.int32)
-            before = jnp.arange(num_shards, dtype=jnp.int32) < lax.axis_index(axis_name)
+            rank = lax.axis_index(axis_name)
+            before = jnp.arange(num_shards, dtype=jnp.int32) < rank
             offset = jnp.sum(jnp.where(before[:, None], loads, 0), axis=0, dtype=jnp.int32)
             predicted = total
+            nearby = Nearby(loads, rank, near) if near else None
         else:
             total = lax.psum(local_load, axis_name)
             # As if the shards had equal parts: total * index // num_shards, without overflow.
@@ -196,7 +220,7 @@ def _balance(
     with jax.named_scope("lplb_solve_assign"):
         steps = _solve_assign if placement.planning is None else _plan_assign
         (physical_ids, rank_load, solved_rank_load, gap, status), placement = steps(
-            expert_ids, starts, predicted, total, offset, placement, options, num_sms, implementation
+            expert_ids, starts, predicted, total, offset, nearby, placement, options, num_sms, implementation
         )
         if load is not None:
             rank_load = jnp.rint(solved_rank_load).astype(jnp.int32)
@@ -211,6 +235,8 @@ def check_balance_options(
     placement: Placement,
     *,
     sync: Sync = None,
+    locality: bool = False,
+    ranks_per_node: int | None = None,
     solver: Solver = "auto",
     tol: float = 1e-4,
     threshold: float | None = None,
@@ -221,7 +247,37 @@ def check_balance_options(
     check_placement(placement, implementation)
     check_num_sms(num_sms)
     check_choice("sync", sync, SYNCS)
+    _check_locality(placement, locality, ranks_per_node, sync, implementation)
     return check_options(placement, solver, tol, threshold)
+
+
+def _check_locality(
+    placement: Placement,
+    locality: bool,
+    ranks_per_node: int | None,
+    sync: Sync,
+    implementation: _ffi.Implementation,
+) -> None:
+    if not isinstance(locality, bool):
+        raise TypeError(f"locality must be True or False, got {locality!r}")
+    if ranks_per_node is not None:
+        check_count("ranks_per_node", ranks_per_node)
+        if placement.num_ranks % ranks_per_node:
+            raise ValueError(
+                f"ranks_per_node must divide the {placement.num_ranks} ranks of placement, got {ranks_per_node}"
+            )
+        if not locality:
+            raise ValueError(f"ranks_per_node = {ranks_per_node} is for locality=True; pass that, or leave it out")
+    if locality and sync == "psum":
+        raise ValueError(
+            "locality = True needs the tokens of each rank, and sync = 'psum' brings their sum only; pass "
+            "sync='all_gather', or locality=False"
+        )
+    if locality and implementation != "xla" and placement.num_physical > _ffi.MAX_NEAR_SLOTS:
+        raise ValueError(
+            f"locality = True: placement has {placement.num_physical} physical experts, and the custom calls hold at "
+            f"most {_ffi.MAX_NEAR_SLOTS} in shared memory; pass implementation='xla', or locality=False"
+        )
 
 
 def _solve_assign(
@@ -230,6 +286,7 @@ def _solve_assign(
     predicted: jax.Array,
     load: jax.Array,
     offset: jax.Array,
+    nearby: Nearby | None,
     placement: Placement,
     options: Options,
     num_sms: int | None,
@@ -247,29 +304,30 @@ def _solve_assign(
         return [*assigned, in_tokens(rank_load, unit), gap, status], placement
     num_ids = expert_ids.shape[0]
 
-    def ffi(*operands: jax.Array) -> list[jax.Array]:
-        _, _, predicted, load, _, log2phy = operands
+    def ffi(*operands: Any) -> list[jax.Array]:
+        _, _, predicted, load, _, log2phy, nearby = operands
+        arrays = jax.tree.leaves(operands)
         physical_ids, rank_load, _, solved_rank_load, gap, _, status = _ffi.call(
             "lplb_solve_assign",
             [
-                *assign_results(num_ids, placement, operands, (predicted, load, log2phy)),
+                *assign_results(num_ids, placement, arrays, (predicted, load, log2phy)),
                 *solve_results(placement, (predicted, log2phy)),
             ],
-            *operands,
+            *arrays,
             **solve_attributes(placement, options),
             **assign_attributes(num_ids, placement, num_sms),
+            **near_attributes(nearby),
         )
         return [physical_ids, rank_load, solved_rank_load, gap, status]
 
-    def xla(
-        ids: jax.Array, starts: jax.Array, predicted: jax.Array, load: jax.Array, offset: jax.Array, log2phy: jax.Array
-    ) -> list[jax.Array]:
+    def xla(ids: jax.Array, starts: jax.Array, predicted: jax.Array, *operands: Any) -> list[jax.Array]:
         del starts
+        _, _, log2phy, _ = operands
         fraction, solved_rank_load, gap, _, status = solve_groups(predicted, log2phy, placement, options)
-        physical_ids, rank_load = assign_tokens(ids, fraction, load, offset, log2phy, placement)
+        physical_ids, rank_load = assign_tokens(ids, placement, fraction, *operands)
         return [physical_ids, rank_load, solved_rank_load, gap, status]
 
-    operands = (expert_ids, starts, predicted, load, offset, jnp.asarray(placement.log2phy))
+    operands = (expert_ids, starts, predicted, load, offset, jnp.asarray(placement.log2phy), nearby)
     physical_ids, rank_load, solved_rank_load, gap, status = _ffi.choose(
         "solve_assign", implementation, ffi, xla, *operands
     )
@@ -282,6 +340,7 @@ def _plan_assign(
     predicted: jax.Array,
     load: jax.Array,
     offset: jax.Array,
+    nearby: Nearby | None,
     placement: Placement,
     options: Options,
     num_sms: int | None,
@@ -293,30 +352,38 @@ def _plan_assign(
     least = in_units(placement.planning.min_tokens, unit)
     num_ids = expert_ids.shape[0]
 
-    def ffi(*operands: jax.Array) -> list[jax.Array]:
-        _, _, load, _, predicted, least = operands
+    def ffi(*operands: Any) -> list[jax.Array]:
+        _, _, load, _, predicted, least, nearby = operands
+        arrays = jax.tree.leaves(operands)
         physical_ids, assigned, phy2log, log2phy, _, rank_load, gap, _, status = _ffi.call(
             "lplb_plan_assign",
             [
-                *assign_results(num_ids, placement, operands, (predicted, least, load)),
+                *assign_results(num_ids, placement, arrays, (predicted, least, load)),
                 *_plan.ffi_results(placement, (predicted, least)),
             ],
-            *operands,
+            *arrays,
             **_plan.ffi_attributes(placement, options.tol, options.threshold),
             **assign_attributes(num_ids, placement, num_sms),
+            **near_attributes(nearby),
         )
         return [physical_ids, assigned, rank_load, gap, status, phy2log, log2phy]
 
     def xla(
-        ids: jax.Array, starts: jax.Array, load: jax.Array, offset: jax.Array, predicted: jax.Array, least: jax.Array
+        ids: jax.Array,
+        starts: jax.Array,
+        load: jax.Array,
+        offset: jax.Array,
+        predicted: jax.Array,
+        least: jax.Array,
+        nearby: Nearby | None,
     ) -> list[jax.Array]:
         del starts
         planned = _plan.plan_groups(predicted, least, placement, options.tol, options.threshold)
-        physical_ids, assigned = assign_tokens(ids, planned.fraction, load, offset, planned.log2phy, placement)
+        physical_ids, assigned = assign_tokens(ids, placement, planned.fraction, load, offset, planned.log2phy, nearby)
         rank_load, gap, status = planned.rank_load, planned.gap, planned.status
         return [physical_ids, assigned, rank_load, gap, status, planned.phy2log, planned.log2phy]
 
-    operands = (expert_ids, starts, load, offset, predicted, least)
+    operands = (expert_ids, starts, load, offset, predicted, least, nearby)
     physical_ids, assigned, rank_load, gap, status, phy2log, log2phy = _ffi.choose(
         "plan_assign", implementation, ffi, xla, *operands
     )

@@ -22,6 +22,7 @@ Implementation = Literal["ffi", "xla"] | None
 MAX_EXPERTS: int = _handlers.max_experts
 MAX_GROUP_RANKS: int = _handlers.max_group_ranks
 MAX_GROUP_SLOTS: int = _handlers.max_group_slots
+MAX_NEAR_SLOTS: int = _handlers.max_near_slots
 MAX_EDGE_RANKS: int = _handlers.max_edge_ranks
 MAX_COLOURS: int = _handlers.max_colours
 

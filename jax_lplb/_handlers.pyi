@@ -8,6 +8,7 @@ max_choices: int
 max_beside: int
 max_group_ranks: int
 max_group_slots: int
+max_near_slots: int
 max_edge_ranks: int
 max_colours: int
 max_candidates: int

@@ -174,8 +174,8 @@ class MoE(nnx.Module):
             on NVIDIA GPUs, where it is installed. Or a function that is called as `jax.lax.ragged_dot_general`, with
             four arguments, for three products: rows by the weights of their groups, by those transposed, and sums of
             outer products. It is not differentiated, and what it returns beyond the groups' rows is not looked at.
-          balance_options: further arguments of `jax_lplb.balance`: sync, solver, tol, threshold, num_sms,
-            implementation.
+          balance_options: further arguments of `jax_lplb.balance`: sync, locality, ranks_per_node, solver, tol,
+            threshold, num_sms, implementation.
           dtype: in which experts compute.
           param_dtype: of the parameters.
           rngs: randomness for the parameters, `rngs.params()`.

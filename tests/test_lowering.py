@@ -56,6 +56,34 @@ def test_copies_chosen_by_the_batch_take_no_more_calls(platform):
     assert "callback" not in text
 
 
+@pytest.mark.parametrize("copies", ["along a topology", "chosen by the batch"])
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+def test_locality_takes_no_more_calls_and_collectives(platform, copies):
+    place = PLACEMENT
+    if copies == "chosen by the batch":
+        place = lplb.Placement.per_batch(num_experts=64, num_ranks=8, redundants_per_rank=2)
+    texts = []
+    for locality in (False, True):
+        run = jax.shard_map(
+            partial(
+                lplb.balance,
+                placement=place,
+                axis_name="ep",
+                sync="all_gather",
+                locality=locality,
+                implementation="ffi",
+            ),
+            mesh=jax.make_mesh((8,), ("ep",), axis_types=(AxisType.Auto,), devices=jax.devices("cpu")),
+            in_specs=P("ep"),
+            out_specs=lplb.Balanced(P("ep"), *[P()] * 6),
+        )
+        texts.append(lowered(run, IDS, platform=platform))
+    far, near = texts
+    assert custom_calls(near) == custom_calls(far)
+    assert count_calls(near) == count_calls(far) == 2
+    assert near.count("stablehlo.all_gather") == far.count("stablehlo.all_gather") == 1
+
+
 @pytest.mark.parametrize("sync", COLLECTIVES)
 @pytest.mark.parametrize("platform", ["cpu", "cuda"])
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint], ids=["plain", "remat"])

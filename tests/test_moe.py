@@ -288,10 +288,14 @@ def test_tokamax_equals_ragged_dot_on_gpus(rng, d_expert, buffer_factor):
         assert_close(actual, expected, 1e-2)
 
 
-@pytest.mark.parametrize(("dispatch", "buffer_factor"), [("peer", 8.0), ("all_to_all", 0.4)])
-def test_copies_chosen_for_each_batch(rng, dispatch, buffer_factor):
+@pytest.mark.parametrize(
+    ("dispatch", "buffer_factor", "balance_options"),
+    [("peer", 8.0, {}), ("all_to_all", 0.4, {"locality": True, "ranks_per_node": 4})],
+)
+def test_copies_chosen_for_each_batch(rng, dispatch, buffer_factor, balance_options):
     """Other experts' in each batch, and none in some slots: results and gradients stay those of the dense layer."""
-    layer = make(None, mesh_of((RANKS, "ep")), dispatch=dispatch, buffer_factor=buffer_factor)
+    options = {"dispatch": dispatch, "buffer_factor": buffer_factor, "balance_options": balance_options}
+    layer = make(None, mesh_of((RANKS, "ep")), **options)
     place, chosen = layer.placement.get_value(), []
     for _ in range(2):
         x, weight = inputs(rng)
