@@ -66,26 +66,30 @@ def everywhere(num_ranks: int) -> lplb.Placement:
     return lplb.Placement.from_phy2log(slots.ravel(), num_ranks)
 
 
-def optimum(load: np.ndarray, place: lplb.Placement) -> np.ndarray:
-    """Smallest possible largest rank load of each group, float64 [num_groups], by SciPy's HiGHS."""
+def optimum(load: np.ndarray, place: lplb.Placement, speed: np.ndarray | None = None) -> np.ndarray:
+    """Smallest possible largest rank load of each group, or load / speed, float64 [num_groups], by SciPy's HiGHS."""
     slots, size = place.slots_per_rank, place.group_size
+    speed = np.ones(place.num_ranks) if speed is None else scaled_speed(speed, place)
     phy2log, log2phy = np.asarray(place.phy2log), np.asarray(place.log2phy)
     load = np.maximum(np.asarray(load, np.float64), 0)
     result = []
     for group in range(place.num_groups):
         own = np.unique(phy2log[group * size * slots : (group + 1) * size * slots])
         own = own[own >= 0]  # a slot may hold nothing
+        of_rank = speed[group * size : (group + 1) * size]
+        usable = (log2phy[own] >= 0) & (speed[log2phy[own] // slots] > 0)
+        own, usable = own[usable.any(axis=1)], usable[usable.any(axis=1)]
         total = load[own].sum()
         if total == 0:
             result.append(0.0)
             continue
         # One variable for each replica, in units in which the mean rank load is 1, and the largest rank load last.
         scale = size / total
-        expert, replica = np.nonzero(log2phy[own] >= 0)
+        expert, replica = np.nonzero(usable)
         rank = log2phy[own][expert, replica] // slots - group * size
         count = len(expert)
         on_rank = scipy.sparse.csr_array((np.ones(count), (rank, np.arange(count))), shape=(size, count + 1))
-        largest = scipy.sparse.csr_array((np.full(size, -1.0), (np.arange(size), np.full(size, count))))
+        largest = scipy.sparse.csr_array((-of_rank, (np.arange(size), np.full(size, count))))
         of_expert = scipy.sparse.csr_array((np.ones(count), (expert, np.arange(count))), shape=(len(own), count + 1))
         solution = scipy.optimize.linprog(
             np.r_[np.zeros(count), 1.0],
@@ -99,6 +103,13 @@ def optimum(load: np.ndarray, place: lplb.Placement) -> np.ndarray:
         assert solution.status == 0, solution.message
         result.append(solution.fun / scale)
     return np.array(result)
+
+
+def scaled_speed(speed: np.ndarray, place: lplb.Placement) -> np.ndarray:
+    """Speeds of mean 1 within each group; what is less than 1/256 of the group's fastest is 0."""
+    speed = np.asarray(speed, np.float64).reshape(place.num_groups, -1)
+    speed = np.where(speed < speed.max(axis=1, keepdims=True) / 256, 0, speed)
+    return (speed / speed.mean(axis=1, keepdims=True)).ravel()
 
 
 def rank_loads(split: np.ndarray, place: lplb.Placement) -> np.ndarray:
