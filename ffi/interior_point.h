@@ -77,12 +77,12 @@ struct Shared {
   float* lambda;         // [ranks] up to a common factor
   float* right_side;     // [ranks]
   float* step;           // [ranks + 1] dlambda, then dT
-  float* speed;          // [ranks], where they have speeds
   int32_t* fixed_load;   // [ranks] tokens of experts that have one copy
   int32_t* home_load;    // [ranks] tokens of all experts at home
   int32_t* num_placed;   // [ranks]
   uint32_t* total;       // [1] tokens of the group
   int32_t* num_fitting;  // [1] variables that fit
+  float* speed;          // [ranks], where they have speeds
   int stride;
 };
 
@@ -112,12 +112,12 @@ inline
   shared.lambda = reinterpret_cast<float*>(take(ranks * sizeof(float)));
   shared.right_side = reinterpret_cast<float*>(take(ranks * sizeof(float)));
   shared.step = reinterpret_cast<float*>(take((ranks + 1) * sizeof(float)));
-  shared.speed = reinterpret_cast<float*>(take(shape.by_speed ? ranks * sizeof(float) : 0));
   shared.fixed_load = reinterpret_cast<int32_t*>(take(ranks * sizeof(int32_t)));
   shared.home_load = reinterpret_cast<int32_t*>(take(ranks * sizeof(int32_t)));
   shared.num_placed = reinterpret_cast<int32_t*>(take(ranks * sizeof(int32_t)));
   shared.total = reinterpret_cast<uint32_t*>(take(sizeof(uint32_t)));
   shared.num_fitting = reinterpret_cast<int32_t*>(take(sizeof(int32_t)));
+  shared.speed = reinterpret_cast<float*>(take(shape.by_speed ? ranks * sizeof(float) : 0));
   shared.stride = static_cast<int>(stride);
   if (out != nullptr) *out = shared;
   return used;

@@ -97,7 +97,7 @@ class Running(NamedTuple):
 
     def in_columns(self, fraction: jax.Array) -> jax.Array:
         """Fractions by `log2phy` as those by the placement's."""
-        fraction = jnp.where(self.kept[:, None], jnp.eye(1, self.column.shape[1]), fraction)
+        fraction = jnp.where(self.kept[:, None], jnp.eye(1, self.column.shape[1], dtype=jnp.float32), fraction)
         return jnp.take_along_axis(fraction, jnp.argsort(self.column, axis=1), axis=1)
 
 
