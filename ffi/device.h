@@ -64,8 +64,6 @@ LPLB_INLINE float float_from_bits(uint32_t bits) {
 }
 
 // The exponent of the power of two that is next below a positive number, not less than 2^-126; 128 of infinity.
-LPLB_INLINE int exponent_of(float value) {
-  return (static_cast<int32_t>(bits_of(value)) >> 23) - 127;
-}
+LPLB_INLINE int exponent_of(float value) { return (static_cast<int32_t>(bits_of(value)) >> 23) - 127; }
 
 }  // namespace lplb

@@ -17,8 +17,8 @@
 // so that one of them always carries at least (sum of loads - sum of those shares) / (number of ranks). The set is that
 // of the ranks within a little of the largest load.
 //
-// Where ranks have speeds, loads are compared and equalised as load / speed. What a step moves is then the difference of
-// two products, each rounded to an integer by itself; a step that goes beyond equality may raise the larger of two
+// Where ranks have speeds, loads are compared and equalised as load / speed. What a step moves is then the difference
+// of two products, each rounded to an integer by itself; a step that goes beyond equality may raise the larger of two
 // loads / speeds for a while, if the other rank is the slower one.
 //
 // One text for both platforms. A Block runs the passes over experts, with many threads that share memory (CUDA) or with
@@ -123,10 +123,13 @@ struct BySpeed {
                     [](uint32_t word, uint32_t factor) { return bits_of(tokens_of(word) * float_from_bits(factor)); });
   }
   LPLB_DEVICE float tokens(uint32_t level) const { return float_from_bits(level); }
-  LPLB_DEVICE uint32_t less(uint32_t level, float share) const { return bits_of(float_from_bits(level) * (1.0f - share)); }
+  LPLB_DEVICE uint32_t less(uint32_t level, float share) const {
+    return bits_of(float_from_bits(level) * (1.0f - share));
+  }
   LPLB_DEVICE Word load_at(uint32_t level) const {
     return warp.zip(speed, speed, [level](uint32_t own, uint32_t) {
-      return static_cast<uint32_t>(static_cast<int32_t>(fminf(float_from_bits(level) * float_from_bits(own), 0x1.fffffep30f)));
+      return static_cast<uint32_t>(
+          static_cast<int32_t>(fminf(float_from_bits(level) * float_from_bits(own), 0x1.fffffep30f)));
     });
   }
   LPLB_DEVICE Word short_of(const Word& full, const Word& load) const {

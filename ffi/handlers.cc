@@ -246,9 +246,9 @@ Plan read_plan(Shapes& shapes, const Ids& load, const Ids& least, ffi::Result<Id
 
 template <class Launch>
 ffi::Error plan(Launch launch, Ids load, Ids least, ffi::RemainingArgs speed, ffi::Result<Ids> phy2log,
-                ffi::Result<Ids> log2phy, ffi::Result<Reals> fraction, ffi::Result<Reals> rank_load, ffi::Result<Reals> gap,
-                ffi::Result<Ids> iterations, ffi::Result<Ids> status, float tol, float threshold,
-                int64_t max_iterations, float slack, int64_t max_sends, ffi::Span<const float> slacks,
+                ffi::Result<Ids> log2phy, ffi::Result<Reals> fraction, ffi::Result<Reals> rank_load,
+                ffi::Result<Reals> gap, ffi::Result<Ids> iterations, ffi::Result<Ids> status, float tol,
+                float threshold, int64_t max_iterations, float slack, int64_t max_sends, ffi::Span<const float> slacks,
                 ffi::Span<const int32_t> rules) {
   Shapes shapes("plan");
   Plan plan = read_plan(shapes, load, least, phy2log, log2phy, fraction, rank_load, gap, iterations, status, tol,
@@ -299,10 +299,10 @@ ffi::Error assign(Launch launch, Ids expert_ids, Ids starts, Reals split, Ids lo
 // The split of `predicted`, and by it the assignment of tokens that `load` counts.
 template <class Launch>
 ffi::Error solve_assign(Launch launch, Ids expert_ids, Ids starts, Ids predicted, Ids load, Ids offset, Ids log2phy,
-                        ffi::RemainingArgs speed, ffi::Result<Ids> physical_ids, ffi::Result<Ids> rank_load, ffi::Result<Reals> fraction,
-                        ffi::Result<Reals> solved_rank_load, ffi::Result<Reals> gap, ffi::Result<Ids> iterations,
-                        ffi::Result<Ids> status, int64_t num_physical, float tol, float threshold,
-                        int64_t max_iterations, ffi::Span<const int32_t> partners, int64_t chunk_size,
+                        ffi::RemainingArgs speed, ffi::Result<Ids> physical_ids, ffi::Result<Ids> rank_load,
+                        ffi::Result<Reals> fraction, ffi::Result<Reals> solved_rank_load, ffi::Result<Reals> gap,
+                        ffi::Result<Ids> iterations, ffi::Result<Ids> status, int64_t num_physical, float tol,
+                        float threshold, int64_t max_iterations, ffi::Span<const int32_t> partners, int64_t chunk_size,
                         int64_t num_sms) {
   Shapes shapes("solve_assign");
   Solve solve = read_solve(shapes, predicted, log2phy, fraction, solved_rank_load, gap, iterations, status,

@@ -125,8 +125,8 @@ inline
 
 // Block: kSetupThreads, of which the first kThreads go on to solve, kLanes of them to a rank; kVariables and kRanks,
 // the most of them that a thread owns; kPairs, every replicated expert has two replicas; kBySpeed, ranks have speeds;
-// kBalancingRounds; and thread(), sync(), sync_lanes(), load4(), reciprocal(), reduce(), factorise(), apply() and, for pairs, sibling(); for
-// the setup sync_setup(), add(), add_all(), scan() and place().
+// kBalancingRounds; and thread(), sync(), sync_lanes(), load4(), reciprocal(), reduce(), factorise(), apply() and, for
+// pairs, sibling(); for the setup sync_setup(), add(), add_all(), scan() and place().
 template <class Block>
 class InteriorPoint {
  public:
@@ -494,8 +494,8 @@ class InteriorPoint {
   //
   // Whatever rounding did to the duals, with lambda >= 0 of (weighted) sum 1 and y_e = min over e's ranks of lambda,
   // sum y w + sum lambda b is a lower bound on the largest rank load: an average of rank loads, each over its speed, in
-  // which each expert counts where it counts least. At the optimum some lambda is uniform over a set of ranks and 0 elsewhere, and that
-  // set shows before lambda has converged: the bound is taken of both.
+  // which each expert counts where it counts least. At the optimum some lambda is uniform over a set of ranks and 0
+  // elsewhere, and that set shows before lambda has converged: the bound is taken of both.
   //
   // The first time the duals are lambda alone; y goes below its bounds by the mean of lambda.
   template <bool kFirst>

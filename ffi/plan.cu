@@ -321,12 +321,14 @@ __global__ void __launch_bounds__((kMaxCandidates + kHelpers) * kWarp, 1)
   uint32_t* const of_expert = reinterpret_cast<uint32_t*>(memory);
   uint32_t* const left = of_expert + experts;
   char* const of_warp = reinterpret_cast<char*>(left + experts) + threadIdx.x / kWarp * PlanMemory::bytes(shape);
-  const PlanLoads loads = {nullptr, nullptr, of_expert, left, shared.home, shared.largest, shared.busiest, 0, 1};
-  PlanGroup<CudaBlock, kBySpeed> group(CudaBlock{shared.sums, planners * kWarp}, shape, in, out, blockIdx.y, blockIdx.z, loads);
+  const PlanLoads loads = {of_expert, left, shared.home, shared.largest, shared.busiest, 0, 1};
+  PlanGroup<CudaBlock, kBySpeed> group(CudaBlock{shared.sums, planners * kWarp}, shape, in, out, blockIdx.y, blockIdx.z,
+                                       loads);
   group.read();
   await_blocks();
   using Warp = CudaWarp<kWords, kManyExperts>;
-  Planner<Warp, kBySpeed> planner(Warp(shape.solve.group_size, &shared), shape, group.loads(), PlanMemory(of_warp, shape));
+  Planner<Warp, kBySpeed> planner(Warp(shape.solve.group_size, &shared), shape, group.loads(),
+                                  PlanMemory(of_warp, shape));
   if (!plans) {
     group.clear();
   } else if (!group.stays_at_home()) {

@@ -69,8 +69,8 @@ struct PlanShape {
 };
 
 struct PlanOperands {
-  const int32_t* load;   // [batch, num_experts] tokens
-  const int32_t* least;  // [batch] tokens that the plan gives to a copy at the least
+  const int32_t* load;           // [batch, num_experts] tokens
+  const int32_t* least;          // [batch] tokens that the plan gives to a copy at the least
   const float* speed = nullptr;  // as of SolveOperands; may be 0, with a large inverse all the same
 };
 
@@ -159,7 +159,6 @@ struct alignas(16) Giver {
 
 // What a group's candidates start from, in scaled tokens.
 struct PlanLoads {
-  const float *speed, *inverse;  // of the group's ranks, where they have speeds
   uint32_t* expert;  // [experts] of the group
   uint32_t* left;    // [experts] as much, for the writing
   uint32_t* home;    // [ranks] with all experts at home
@@ -167,6 +166,9 @@ struct PlanLoads {
   Giver* busiest;    // [ranks], the busiest first, the first of those that are as busy
   uint32_t total;
   uint32_t least;  // that the plan gives to a copy; at least 1
+  // [ranks], where they have speeds.
+  const float* speed = nullptr;
+  const float* inverse = nullptr;
 
   // Load / speed.
   template <bool kBySpeed>
@@ -373,7 +375,8 @@ class Planner {
     }
     warp_.sync();
     if constexpr (kBySpeed) {
-      warp_.each_rank([&](int k, int g, bool own) { load.of[k] = own ? loads_.template level<kBySpeed>(load.of[k], g) : 0; });
+      warp_.each_rank(
+          [&](int k, int g, bool own) { load.of[k] = own ? loads_.template level<kBySpeed>(load.of[k], g) : 0; });
     }
     return warp_.most(load);
   }

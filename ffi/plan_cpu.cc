@@ -109,12 +109,12 @@ void plan_groups(const PlanShape& shape, const PlanOperands& in, const PlanResul
   for (int batch = 0; batch < shape.solve.num_batches; ++batch) {
     for (int group = 0; group < shape.solve.num_groups; ++group) {
       const PlanLoads loads = {
-          nullptr, nullptr, of_experts.get(), of_experts.get() + shape.num_experts(), of_ranks.get(), largest.get(), busiest.get(), 0, 1};
+          of_experts.get(), of_experts.get() + shape.num_experts(), of_ranks.get(), largest.get(), busiest.get(), 0, 1};
       PlanGroup<SerialBlock, kBySpeed> of_group(SerialBlock(), shape, in, out, batch, group, loads);
       of_group.read();
       of_group.clear();
       Planner<SerialWarp, kBySpeed> planner(SerialWarp(shape.solve.group_size), shape, of_group.loads(),
-                                  PlanMemory(memory.get(), shape));
+                                            PlanMemory(memory.get(), shape));
       if (!of_group.stays_at_home()) {
         for (int c = 0; c < shape.num_candidates; ++c) planner.attempt(c);
       }

@@ -34,7 +34,7 @@ struct SolveShape {
   float tol;              // relative gap to stop at
   int max_iterations;
   float threshold;  // load stays at home where the largest rank load is at most this times the mean; 0: never
-  bool by_speed;  // whether ranks have speeds, see SolveOperands
+  bool by_speed;    // whether ranks have speeds, see SolveOperands
   // Whether the results hold a split and its certificate already, a plan's (see plan.h): solved are then only groups
   // with status kMaxIterations, from that split on, which stays where no better one is found.
   bool planned;

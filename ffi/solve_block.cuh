@@ -193,7 +193,7 @@ struct CudaBlock : BlockBase<kNumThreads, kVariablesEach, kMostRanks, kAllPairs,
   static constexpr int kTiles = kMostRanks / kTile;
   static_assert(kMostRanks % kTile == 0 && kTiles <= Base::kWarps, "a warp owns a row of tiles");
 
-  double inverse[kTiles][2];   // of the bordered matrix; this warp's row of tiles
+  double inverse[kTiles][2];     // of the bordered matrix; this warp's row of tiles
   double sum_of_border_inverse;  // 1 / (s^T K^-1 s)
 
   __device__ void place(const int (&rank)[kVariablesEach], int num_variables, int num_ranks,
@@ -202,8 +202,8 @@ struct CudaBlock : BlockBase<kNumThreads, kVariablesEach, kMostRanks, kAllPairs,
     this->number(rank, num_variables, num_ranks, place, counts, scratch->column);
   }
 
-  // The inverse of [[K, s], [s^T, 0]], s the speeds, or ones. K has the packed lower triangle `matrix` off its diagonal, and rows that sum
-  // to `excess`.
+  // The inverse of [[K, s], [s^T, 0]], s the speeds, or ones. K has the packed lower triangle `matrix` off its
+  // diagonal, and rows that sum to `excess`.
   //
   // K is padded with the identity, cut into 8x8 tiles, a row of them to a warp, and inverted by symmetric sweeps
   // (Gauss-Jordan on diagonal tiles; safe without pivoting, because K is positive definite). With P the inverse of tile

@@ -41,9 +41,9 @@ struct SerialBlock {
     for (int v = 0; v < num_variables; ++v) place[v] = counts[rank[v]]++;
   }
 
-  // The negated inverse of [[K, s], [s^T, 0]], s the speeds, or ones, by symmetric sweeps (Gauss-Jordan on the diagonal): safe without
-  // pivoting, because K is positive definite. K has the packed lower triangle `matrix` off its diagonal, and rows that
-  // sum to `excess`.
+  // The negated inverse of [[K, s], [s^T, 0]], s the speeds, or ones, by symmetric sweeps (Gauss-Jordan on the
+  // diagonal): safe without pivoting, because K is positive definite. K has the packed lower triangle `matrix` off its
+  // diagonal, and rows that sum to `excess`.
   void factorise(const float* matrix, const float* excess, int n, const float* speed) const {
     const auto border = [&](int i) { return kSpeeds ? static_cast<double>(speed[i]) : 1.0; };
     const int order = n + 1;

@@ -430,7 +430,8 @@ class Placement:
             `num_ranks`.
           max_replicas: most replicas that an expert may have, its home included; at least 2. By default as many as a
             group has ranks.
-          target: no more copies are made once the busiest rank of a group has at most this times the mean. At least 1.
+          target: no more copies are made once the busiest rank of a group has at most this times the mean (with
+            `rank_speed` in load / speed). At least 1.
           min_tokens: a copy is made only where it can take at least that many tokens, in whose time its weights are
             brought. (It may get fewer in the end, as ranks are then evened out further.)
           max_sends: most copies of one rank's experts, whose weights all leave through its link. None: no limit.
