@@ -44,15 +44,26 @@ LPLB_INLINE float power_of_two(int exponent) {
 #endif
 }
 
-// The exponent of the power of two that is next below a positive number, not less than 2^-126; 128 of infinity.
-LPLB_INLINE int exponent_of(float value) {
+LPLB_INLINE uint32_t bits_of(float value) {
 #ifdef __CUDA_ARCH__
-  return (__float_as_int(value) >> 23) - 127;
+  return __float_as_uint(value);
 #else
-  int32_t bits;
+  uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
-  return (bits >> 23) - 127;
+  return bits;
 #endif
 }
+LPLB_INLINE float float_from_bits(uint32_t bits) {
+#ifdef __CUDA_ARCH__
+  return __uint_as_float(bits);
+#else
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+#endif
+}
+
+// The exponent of the power of two that is next below a positive number, not less than 2^-126; 128 of infinity.
+LPLB_INLINE int exponent_of(float value) { return (static_cast<int32_t>(bits_of(value)) >> 23) - 127; }
 
 }  // namespace lplb

@@ -52,9 +52,10 @@ struct Partners {
 };
 
 // The calling warp; edges of kNumColours colours lie in its registers.
-template <int kNumColours>
+template <int kNumColours, bool kSpeeds>
 struct CudaWarp {
   using Word = uint32_t;
+  static constexpr bool kBySpeed = kSpeeds;
   static constexpr int kColours = kNumColours;
 
   int lane;
@@ -84,6 +85,10 @@ struct CudaWarp {
   __device__ void each_edge(int colour, uint32_t& word, F visit) const {
     visit(lane, other[colour], word);
   }
+  template <class F>
+  __device__ uint32_t zip(uint32_t a, uint32_t b, F of) const {
+    return of(a, b);
+  }
   __device__ uint32_t partner(int colour, uint32_t word) const { return __shfl_sync(kFullWarp, word, other[colour]); }
   __device__ uint32_t sign(int colour) const { return sign_of[colour]; }
   __device__ uint32_t shift_right(uint32_t word, int shift) const { return static_cast<int32_t>(word) >> shift; }
@@ -107,7 +112,7 @@ struct CudaWarp {
 constexpr int kThreads = 256;
 constexpr int kExpertsEach = 2;  // held in registers from the first pass over experts to the last, if they are all
 
-template <int kColours>
+template <int kColours, bool kBySpeed>
 __global__ void __launch_bounds__(kThreads, 1)
     edge_balance_kernel(const SolveShape shape, const __grid_constant__ Partners<kColours> partners,
                         const SolveOperands in, const SolveResults out) {
@@ -129,7 +134,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int last = threadIdx.x + (shape.num_experts - 1) / kPass * kPass;
 
   read();
-  const CudaWarp<kColours> warp(partners);
+  const CudaWarp<kColours, kBySpeed> warp(partners);
   solver.clear(block, [&](int) { return warp.neighbours(); });  // the first warp's, of its lanes
   __syncthreads();
   bool replicated = false;
@@ -166,7 +171,8 @@ cudaError_t edge_balance_cuda(cudaStream_t stream, const SolveShape& shape, cons
     constexpr int kColours = decltype(colours)::value;
     Partners<kColours> partners;
     std::memcpy(partners.of, colouring.partner, sizeof(partners.of));
-    edge_balance_kernel<kColours><<<grid, kThreads, bytes, stream>>>(shape, partners, in, out);
+    const auto kernel = shape.by_speed ? edge_balance_kernel<kColours, true> : edge_balance_kernel<kColours, false>;
+    kernel<<<grid, kThreads, bytes, stream>>>(shape, partners, in, out);
     return cudaGetLastError();
   };
   if (colouring.num_colours <= 2) return launch(std::integral_constant<int, 2>());

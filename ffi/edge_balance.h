@@ -17,6 +17,10 @@
 // so that one of them always carries at least (sum of loads - sum of those shares) / (number of ranks). The set is that
 // of the ranks within a little of the largest load.
 //
+// Where ranks have speeds, loads are compared and equalised as load / speed. What a step moves is then the difference
+// of two products, each rounded to an integer by itself; a step that goes beyond equality may raise the larger of two
+// loads / speeds for a while, if the other rank is the slower one.
+//
 // One text for both platforms. A Block runs the passes over experts, with many threads that share memory (CUDA) or with
 // one (CPU). A Warp runs the sweeps: one lane for each rank, whose values are a Word: a register of the lane (CUDA), or
 // an array over all lanes (CPU). Words are unsigned, so that contents whose loads sum to more than fits wrap.
@@ -24,6 +28,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "device.h"
 #include "solve.h"
@@ -67,13 +72,88 @@ LPLB_DEVICE float set_width(float tol, int sweep) {
   return fminf(fmaxf(sweep % 4 == 0 ? 2.0f * tol : tol, 0x1p-20f), 0x1p-4f);
 }
 
+LPLB_DEVICE float tokens_of(uint32_t word) { return static_cast<float>(static_cast<int32_t>(word)); }
+
+// How the loads of ranks compare where these are equally fast. A level is a load, or of a fast rank less than its load.
+template <class Warp>
+struct EqualSpeeds {
+  using Word = typename Warp::Word;
+  static constexpr bool kNeverRises = true;  // the largest level, in a sweep
+  const Warp& warp;
+
+  LPLB_DEVICE EqualSpeeds(const Warp& warp, const SolveShape&, const float*) : warp(warp) {}
+  LPLB_DEVICE const Word& level(const Word& load) const { return load; }
+  LPLB_DEVICE float tokens(uint32_t level) const { return tokens_of(level); }
+  LPLB_DEVICE uint32_t less(uint32_t level, float share) const {
+    return level - static_cast<uint32_t>(static_cast<int32_t>(tokens_of(level) * share));
+  }
+  // What a rank carries at a level.
+  LPLB_DEVICE uint32_t load_at(uint32_t level) const { return level; }
+  // How much more that is than the loads.
+  LPLB_DEVICE Word short_of(uint32_t full, const Word& load) const { return full - load; }
+  // Of all ranks of a set at a level.
+  LPLB_DEVICE float whole(uint32_t set, uint32_t level, uint32_t) const {
+    return tokens_of(level) * static_cast<float>(warp.count(set));
+  }
+  // The difference of these between the ends of an edge is twice what equalises them.
+  LPLB_DEVICE const Word& weighed(int, const Word& load) const { return load; }
+};
+
+// And where they have speeds. A level is the bits of a float, which order as the float does.
+template <class Warp>
+struct BySpeed {
+  using Word = typename Warp::Word;
+  static constexpr bool kNeverRises = false;
+  const Warp& warp;
+  Word speed, inverse, weight[Warp::kColours];  // bits
+
+  LPLB_DEVICE BySpeed(const Warp& warp, const SolveShape& shape, const float* speeds) : warp(warp) {
+    const float* const inverses = inverses_of_group(shape, speeds);
+    warp.each_rank(speed, [&](int g, uint32_t& word) { word = bits_of(g < shape.group_size ? speeds[g] : 1.0f); });
+    warp.each_rank(inverse, [&](int g, uint32_t& word) { word = bits_of(g < shape.group_size ? inverses[g] : 1.0f); });
+    LPLB_UNROLL
+    for (int c = 0; c < warp.num_colours(); ++c) {
+      weight[c] = warp.zip(speed, warp.partner(c, speed), [&](uint32_t own, uint32_t other) {
+        return bits_of(warp.divide(2.0f * float_from_bits(other), float_from_bits(own) + float_from_bits(other)));
+      });
+    }
+  }
+  LPLB_DEVICE Word level(const Word& load) const {
+    return warp.zip(load, inverse,
+                    [](uint32_t word, uint32_t factor) { return bits_of(tokens_of(word) * float_from_bits(factor)); });
+  }
+  LPLB_DEVICE float tokens(uint32_t level) const { return float_from_bits(level); }
+  LPLB_DEVICE uint32_t less(uint32_t level, float share) const {
+    return bits_of(float_from_bits(level) * (1.0f - share));
+  }
+  LPLB_DEVICE Word load_at(uint32_t level) const {
+    return warp.zip(speed, speed, [level](uint32_t own, uint32_t) {
+      return static_cast<uint32_t>(
+          static_cast<int32_t>(fminf(float_from_bits(level) * float_from_bits(own), 0x1.fffffep30f)));
+    });
+  }
+  LPLB_DEVICE Word short_of(const Word& full, const Word& load) const {
+    return warp.zip(full, load, [](uint32_t more, uint32_t less) {
+      return static_cast<int32_t>(more) > static_cast<int32_t>(less) ? more - less : 0;  // less only by rounding
+    });
+  }
+  LPLB_DEVICE float whole(uint32_t set, uint32_t, const Word& full) const {
+    return static_cast<float>(warp.sum(set, full));
+  }
+  LPLB_DEVICE Word weighed(int colour, const Word& load) const {
+    return warp.zip(load, weight[colour], [](uint32_t word, uint32_t factor) {
+      return static_cast<uint32_t>(static_cast<int32_t>(tokens_of(word) * float_from_bits(factor)));
+    });
+  }
+};
+
 // One group: clear() and, after a barrier, collect() for each expert; after another one solve() by one warp; after a
 // third one write() for each expert.
 //
 // Block: kThreads; thread(); zero(), add(), largest() on shared memory; add_by_rank(); read_pair(), write_pair(),
 // divide().
-// Warp: Word; kColours, at least num_colours(); each_rank(), each_edge(); partner(), sign(), shift_right(), clamp();
-// largest(), sum(), at_least(), count(), leaving(), divide().
+// Warp: Word; kColours, at least num_colours(); kBySpeed; each_rank(), each_edge(), zip(); partner(), sign(),
+// shift_right(), clamp(); largest(), sum(), at_least(), count(), leaving(), divide().
 class EdgeBalance {
  public:
   LPLB_DEVICE EdgeBalance(const SolveShape& shape, const SolveOperands& in, const SolveResults& out, int batch,
@@ -88,6 +168,7 @@ class EdgeBalance {
     gap_ = out.gap + which;
     iterations_ = out.iterations + which;
     status_ = out.status + which;
+    speed_ = speeds_of_group(shape, in.speed, batch, group);
     num_slots_ = shape.group_size * shape.slots_per_rank;
     first_slot_ = group * num_slots_;
     copy_load_ = by_slot;
@@ -146,6 +227,7 @@ class EdgeBalance {
   LPLB_DEVICE Outcome<typename Warp::Word> solve(const Warp& warp, bool replicated) const {
     using Word = typename Warp::Word;
     constexpr int kColours = Warp::kColours;
+    const std::conditional_t<Warp::kBySpeed, BySpeed<Warp>, EqualSpeeds<Warp>> speeds(warp, shape_, speed_);
     const int colours = warp.num_colours();
     Word load, at_home[kColours], share[kColours];
     warp.each_rank(load, [&](int g, uint32_t& word) { word = shared_.fixed[g]; });
@@ -161,7 +243,7 @@ class EdgeBalance {
       outcome.load = load << outcome.shift;
       LPLB_UNROLL
       for (int c = 0; c < colours; ++c) at_home[c] = at_home[c] << outcome.shift;
-      if (!even_enough_at_home(warp, total, outcome)) balance(warp, at_home, share, outcome);
+      if (!even_enough_at_home(speeds, total, outcome)) balance(speeds, at_home, share, outcome);
     }
     if (outcome.status == kSkipped || total == 0) {
       LPLB_UNROLL
@@ -186,7 +268,7 @@ class EdgeBalance {
   LPLB_DEVICE void report(const Warp& warp, Outcome<Word>& outcome) const {
     const float gap = warp.divide(outcome.missing, outcome.whole);
     warp.each_rank(outcome.load, [&](int g, uint32_t& word) {
-      if (g < shape_.group_size) rank_load_[g] = to_float(word) * power_of_two(-outcome.shift);
+      if (g < shape_.group_size) rank_load_[g] = tokens_of(word) * power_of_two(-outcome.shift);
       if (g == 0) {
         *gap_ = outcome.status == kConverged ? fminf(gap, shape_.tol) : gap;
         *iterations_ = outcome.sweeps;
@@ -211,15 +293,13 @@ class EdgeBalance {
       block.write_pair(row, 1.0f, 0.0f);
     } else {
       const uint32_t load = expert.load << shared_.shift, moved = to_move(expert, home, copy);
-      const float fraction = block.divide(to_float(moved), to_float(load));
+      const float fraction = block.divide(tokens_of(moved), tokens_of(load));
       block.write_pair(row, 1.0f - fraction, fraction);
     }
   }
 
  private:
   static constexpr uint32_t kAllRanks = 0xffffffffu;
-
-  LPLB_DEVICE static float to_float(uint32_t word) { return static_cast<float>(static_cast<int32_t>(word)); }
 
   // The rank within the group, or -1 where the slot is not of the group. Contents may be traced, hence anything.
   LPLB_DEVICE int rank_of(int32_t slot) const {
@@ -252,12 +332,13 @@ class EdgeBalance {
     return moved <= 0 ? 0 : moved < static_cast<int32_t>(load) ? left : load;
   }
 
-  // Whether nothing needs to move: the largest rank load at home is within `threshold` of the mean.
-  template <class Warp, class Word>
-  LPLB_DEVICE bool even_enough_at_home(const Warp& warp, uint32_t total, Outcome<Word>& outcome) const {
+  // Whether nothing needs to move: the largest level at home is within `threshold` of the mean.
+  template <class Speeds, class Word>
+  LPLB_DEVICE bool even_enough_at_home(const Speeds& speeds, uint32_t total, Outcome<Word>& outcome) const {
     if (shape_.threshold <= 0.0f) return false;
-    const float whole = to_float(warp.largest(outcome.load)) * static_cast<float>(shape_.group_size);
-    const float mean = to_float(total << outcome.shift);
+    const uint32_t most = speeds.warp.largest(speeds.level(outcome.load));
+    const float whole = speeds.tokens(most) * static_cast<float>(shape_.group_size);
+    const float mean = tokens_of(total << outcome.shift);
     if (whole > shape_.threshold * mean) return false;
     outcome.status = kSkipped;
     outcome.missing = fmaxf(whole - mean, 0.0f);
@@ -266,9 +347,10 @@ class EdgeBalance {
   }
 
   // Sweeps from the even split until the certified gap is at most tol.
-  template <class Warp, class Word, int kColours>
-  LPLB_DEVICE void balance(const Warp& warp, const Word (&at_home)[kColours], Word (&share)[kColours],
+  template <class Speeds, class Word, int kColours>
+  LPLB_DEVICE void balance(const Speeds& speeds, const Word (&at_home)[kColours], Word (&share)[kColours],
                            Outcome<Word>& outcome) const {
+    const auto& warp = speeds.warp;
     const int colours = warp.num_colours();
     Word& load = outcome.load;
     const Word home_load = load;
@@ -284,20 +366,21 @@ class EdgeBalance {
       }
     };
     split_evenly();
-    const uint32_t even_most = warp.largest(load);
+    const uint32_t even_most = warp.largest(speeds.level(load));
     outcome.missing = 1.0f;
     for (int sweeps = 0;; sweeps += 2) {
       outcome.sweeps = sweeps;
-      const uint32_t most = warp.largest(load);
-      const uint32_t set = warp.at_least(
-          load, most - static_cast<uint32_t>(static_cast<int32_t>(to_float(most) * set_width(shape_.tol, sweeps))));
-      Word short_of = most - load;
+      const Word& level = speeds.level(load);
+      const uint32_t most = warp.largest(level);
+      const uint32_t set = warp.at_least(level, speeds.less(most, set_width(shape_.tol, sweeps)));
+      const auto full = speeds.load_at(most);
+      Word short_of = speeds.short_of(full, load);
       LPLB_UNROLL
       for (int c = 0; c < colours; ++c) short_of = short_of + warp.leaving(c, set, share[c]);
       const float missing = static_cast<float>(warp.sum(set, short_of));
-      const float whole = to_float(most) * static_cast<float>(warp.count(set));
-      // The largest load never rises, so that an earlier gap still holds.
-      if (missing * outcome.whole < outcome.missing * whole) {
+      const float whole = speeds.whole(set, most, full);
+      // Where the largest level never rises, an earlier gap still holds.
+      if (!Speeds::kNeverRises || missing * outcome.whole < outcome.missing * whole) {
         outcome.missing = missing;
         outcome.whole = whole;
       }
@@ -308,18 +391,20 @@ class EdgeBalance {
         if (!better) split_evenly();
         return;
       }
-      sweep(warp, capacity, relaxation_shift(sweeps), share, load);
-      sweep(warp, capacity, relaxation_shift(sweeps + 1), share, load);
+      sweep(speeds, capacity, relaxation_shift(sweeps), share, load);
+      sweep(speeds, capacity, relaxation_shift(sweeps + 1), share, load);
     }
   }
 
-  template <class Warp, class Word, int kColours>
-  LPLB_DEVICE void sweep(const Warp& warp, const Word (&capacity)[kColours], int shift, Word (&share)[kColours],
+  template <class Speeds, class Word, int kColours>
+  LPLB_DEVICE void sweep(const Speeds& speeds, const Word (&capacity)[kColours], int shift, Word (&share)[kColours],
                          Word& load) const {
+    const auto& warp = speeds.warp;
     LPLB_UNROLL
     for (int c = 0; c < warp.num_colours(); ++c) {
       // Of the edge's lower rank, so that both ends round alike.
-      const Word difference = warp.sign(c) * (load - warp.partner(c, load));
+      const Word& here = speeds.weighed(c, load);
+      const Word difference = warp.sign(c) * (here - warp.partner(c, here));
       const Word step = difference - warp.shift_right(difference, shift);
       const Word next = warp.clamp(share[c] - warp.sign(c) * step, capacity[c]);
       load = load + next - share[c];
@@ -338,6 +423,7 @@ class EdgeBalance {
   float* gap_;
   int32_t* iterations_;
   int32_t* status_;
+  const float* speed_;  // of the group
   int num_slots_, first_slot_;
 };
 

@@ -57,8 +57,10 @@ Lanes operator>>(const Lanes& a, int shift) {
   return each_lane([&](int i) { return a.lane[i] >> shift; });
 }
 
+template <bool kSpeeds>
 struct SerialWarp {
   using Word = Lanes;
+  static constexpr bool kBySpeed = kSpeeds;
   static constexpr int kColours = kMaxColours;
 
   const EdgeColouring& colouring;
@@ -71,6 +73,10 @@ struct SerialWarp {
   template <class F>
   void each_edge(int colour, Lanes& words, F visit) const {
     for (int g = 0; g < kMaxEdgeRanks; ++g) visit(g, colouring.partner[colour][g], words.lane[g]);
+  }
+  template <class F>
+  Lanes zip(const Lanes& a, const Lanes& b, F of) const {
+    return each_lane([&](int i) { return of(a.lane[i], b.lane[i]); });
   }
   Lanes partner(int colour, const Lanes& words) const {
     return each_lane([&](int i) { return words.lane[colouring.partner[colour][i]]; });
@@ -129,9 +135,15 @@ void edge_balance_cpu(const SolveShape& shape, const EdgeColouring& colouring, c
       solver.clear(block, [&](int g) { return colouring.neighbours[g]; });
       bool replicated = false;
       for (int e = 0; e < shape.num_experts; ++e) replicated |= solver.collect(block, solver.read(block, e));
-      const SerialWarp warp{colouring};
-      auto outcome = solver.solve(warp, replicated);
-      solver.report(warp, outcome);
+      const auto solve = [&](const auto& warp) {
+        auto outcome = solver.solve(warp, replicated);
+        solver.report(warp, outcome);
+      };
+      if (shape.by_speed) {
+        solve(SerialWarp<true>{colouring});
+      } else {
+        solve(SerialWarp<false>{colouring});
+      }
       for (int e = 0; e < shape.num_experts; ++e) solver.write(block, e, solver.read(block, e));
     }
   }

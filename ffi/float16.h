@@ -2,23 +2,11 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
+#include "device.h"
 #include "peer.h"
 
 namespace lplb {
-
-inline float float_from_bits(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-inline uint32_t bits_of(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  return bits;
-}
 
 struct Bfloat16 {
   uint16_t bits;

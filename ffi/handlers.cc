@@ -129,6 +129,20 @@ ffi::Error count(Launch launch, Ids expert_ids, ffi::Result<Ids> load, ffi::Resu
   return launch(shape, expert_ids.typed_data(), load->typed_data(), starts->typed_data());
 }
 
+// The speeds of ranks and their inverses, the first of the operands that may be absent, where `speeds` is 1; `shape` is
+// told.
+const float* read_speed(Shapes& shapes, const ffi::RemainingArgs& rest, size_t speeds, SolveShape& shape) {
+  shape.by_speed = speeds > 0;
+  if (speeds == 0) return nullptr;
+  const auto values = rest.get<Reals>(0);
+  shapes.require(speeds == 1 && values.has_value(), [] { return "speed: one operand of float32"; });
+  if (!values.has_value()) return nullptr;
+  const int64_t* table = shapes.last("speed", *values, 2);
+  shapes.expect("speed", "rows", 2, table[0]);
+  shapes.expect("speed", "num_ranks", shape.num_groups * shape.group_size, table[1]);
+  return values->typed_data();
+}
+
 // A solve's shape, operands and results, read off its buffers.
 struct Solve {
   SolveShape shape;
@@ -182,12 +196,14 @@ Solve read_solve(Shapes& shapes, const Ids& load, const Ids& log2phy, ffi::Resul
 }
 
 template <class Launch>
-ffi::Error solve(Launch launch, Ids load, Ids log2phy, ffi::Result<Reals> fraction, ffi::Result<Reals> rank_load,
-                 ffi::Result<Reals> gap, ffi::Result<Ids> iterations, ffi::Result<Ids> status, int64_t num_physical,
-                 float tol, float threshold, int64_t max_iterations, ffi::Span<const int32_t> partners) {
+ffi::Error solve(Launch launch, Ids load, Ids log2phy, ffi::RemainingArgs speed, ffi::Result<Reals> fraction,
+                 ffi::Result<Reals> rank_load, ffi::Result<Reals> gap, ffi::Result<Ids> iterations,
+                 ffi::Result<Ids> status, int64_t num_physical, float tol, float threshold, int64_t max_iterations,
+                 ffi::Span<const int32_t> partners) {
   Shapes shapes("solve");
-  const Solve solve = read_solve(shapes, load, log2phy, fraction, rank_load, gap, iterations, status, num_physical, tol,
-                                 threshold, max_iterations, partners);
+  Solve solve = read_solve(shapes, load, log2phy, fraction, rank_load, gap, iterations, status, num_physical, tol,
+                           threshold, max_iterations, partners);
+  solve.in.speed = read_speed(shapes, speed, speed.size(), solve.shape);
   if (!shapes.ok()) return shapes.error();
   return launch(solve.shape, solve.edges(), solve.in, solve.out);
 }
@@ -230,14 +246,15 @@ Plan read_plan(Shapes& shapes, const Ids& load, const Ids& least, ffi::Result<Id
 }
 
 template <class Launch>
-ffi::Error plan(Launch launch, Ids load, Ids least, ffi::Result<Ids> phy2log, ffi::Result<Ids> log2phy,
-                ffi::Result<Reals> fraction, ffi::Result<Reals> rank_load, ffi::Result<Reals> gap,
-                ffi::Result<Ids> iterations, ffi::Result<Ids> status, float tol, float threshold,
-                int64_t max_iterations, float slack, int64_t max_sends, ffi::Span<const float> slacks,
+ffi::Error plan(Launch launch, Ids load, Ids least, ffi::RemainingArgs speed, ffi::Result<Ids> phy2log,
+                ffi::Result<Ids> log2phy, ffi::Result<Reals> fraction, ffi::Result<Reals> rank_load,
+                ffi::Result<Reals> gap, ffi::Result<Ids> iterations, ffi::Result<Ids> status, float tol,
+                float threshold, int64_t max_iterations, float slack, int64_t max_sends, ffi::Span<const float> slacks,
                 ffi::Span<const int32_t> rules) {
   Shapes shapes("plan");
-  const Plan plan = read_plan(shapes, load, least, phy2log, log2phy, fraction, rank_load, gap, iterations, status, tol,
-                              threshold, max_iterations, slack, max_sends, slacks, rules);
+  Plan plan = read_plan(shapes, load, least, phy2log, log2phy, fraction, rank_load, gap, iterations, status, tol,
+                        threshold, max_iterations, slack, max_sends, slacks, rules);
+  plan.in.speed = read_speed(shapes, speed, speed.size(), plan.shape.solve);
   if (!shapes.ok()) return shapes.error();
   return launch(plan.shape, plan.in, plan.out);
 }
@@ -279,11 +296,12 @@ Assignment read_assign(Shapes& shapes, const Ids& expert_ids, const Ids& starts,
 }
 
 // Adds what lets tokens stay near where they are, if it is there: loads of all ranks, and the tokens' rank.
-void read_nearby(Shapes& shapes, const ffi::RemainingArgs& nearby, int64_t ranks_per_node, Assignment* assignment) {
-  if (nearby.size() == 0) return;
+void read_nearby(Shapes& shapes, const ffi::RemainingArgs& rest, size_t first, int64_t ranks_per_node,
+                 Assignment* assignment) {
+  if (rest.size() == first) return;
   AssignShape& shape = assignment->shape;
-  const ffi::ErrorOr<Ids> loads = nearby.get<Ids>(0), rank = nearby.get<Ids>(1);
-  shapes.require(nearby.size() == 2 && loads.has_value() && rank.has_value(),
+  const ffi::ErrorOr<Ids> loads = rest.get<Ids>(first), rank = rest.get<Ids>(first + 1);
+  shapes.require(rest.size() == first + 2 && loads.has_value() && rank.has_value(),
                  [] { return "expected loads of all ranks and a rank, of int32, after the other operands"; });
   shapes.require(ranks_per_node >= 1 && ranks_per_node <= shape.num_ranks && shape.num_ranks % ranks_per_node == 0,
                  [&] {
@@ -318,17 +336,19 @@ ffi::Error assign(Launch launch, Ids expert_ids, Ids starts, Reals split, Ids lo
 // The split of `predicted`, and by it the assignment of tokens that `load` counts.
 template <class Launch>
 ffi::Error solve_assign(Launch launch, Ids expert_ids, Ids starts, Ids predicted, Ids load, Ids offset, Ids log2phy,
-                        ffi::RemainingArgs nearby, ffi::Result<Ids> physical_ids, ffi::Result<Ids> rank_load,
+                        ffi::RemainingArgs rest, ffi::Result<Ids> physical_ids, ffi::Result<Ids> rank_load,
                         ffi::Result<Reals> fraction, ffi::Result<Reals> solved_rank_load, ffi::Result<Reals> gap,
                         ffi::Result<Ids> iterations, ffi::Result<Ids> status, int64_t num_physical, float tol,
                         float threshold, int64_t max_iterations, ffi::Span<const int32_t> partners, int64_t chunk_size,
                         int64_t num_sms, int64_t ranks_per_node) {
   Shapes shapes("solve_assign");
-  const Solve solve = read_solve(shapes, predicted, log2phy, fraction, solved_rank_load, gap, iterations, status,
-                                 num_physical, tol, threshold, max_iterations, partners);
+  Solve solve = read_solve(shapes, predicted, log2phy, fraction, solved_rank_load, gap, iterations, status,
+                           num_physical, tol, threshold, max_iterations, partners);
+  const size_t speeds = rest.size() % 2;
+  solve.in.speed = read_speed(shapes, rest, speeds, solve.shape);
   Assignment assignment = read_assign(shapes, expert_ids, starts, *fraction, load, offset, log2phy, physical_ids,
                                       rank_load, num_physical, chunk_size, num_sms);
-  read_nearby(shapes, nearby, ranks_per_node, &assignment);
+  read_nearby(shapes, rest, speeds, ranks_per_node, &assignment);
   if (!shapes.ok()) return shapes.error();
   return launch(solve.shape, solve.edges(), solve.in, solve.out, assignment.shape, assignment.in, assignment.out);
 }
@@ -347,7 +367,7 @@ ffi::Error plan_assign(Launch launch, Ids expert_ids, Ids starts, Ids load, Ids 
                               tol, threshold, max_iterations, slack, max_sends, slacks, rules);
   Assignment assignment = read_assign(shapes, expert_ids, starts, *fraction, load, offset, *log2phy, physical_ids,
                                       assigned_rank_load, shapes.last("phy2log", *phy2log, 1)[0], chunk_size, num_sms);
-  read_nearby(shapes, nearby, ranks_per_node, &assignment);
+  read_nearby(shapes, nearby, 0, ranks_per_node, &assignment);
   if (!shapes.ok()) return shapes.error();
   return launch(plan.shape, plan.in, plan.out, assignment.shape, assignment.in, assignment.out);
 }
@@ -770,25 +790,25 @@ auto bind_solve_results(Binding&& binding) {
 }
 template <class Binding>
 auto bind_solve(Binding binding) {
-  return bind_solve_results(std::move(binding).template Arg<Ids>().template Arg<Ids>());
+  return bind_solve_results(std::move(binding).template Arg<Ids>().template Arg<Ids>().RemainingArgs());
 }
-// Six operands of integers and what may follow them, and the results of an assignment.
 template <class Binding>
-auto bind_assigned(Binding&& binding) {
+auto bind_six_ids(Binding&& binding) {
   return std::move(binding)
       .template Arg<Ids>()
       .template Arg<Ids>()
       .template Arg<Ids>()
       .template Arg<Ids>()
       .template Arg<Ids>()
-      .template Arg<Ids>()
-      .RemainingArgs()
-      .template Ret<Ids>()
-      .template Ret<Ids>();
+      .template Arg<Ids>();
+}
+template <class Binding>
+auto bind_assigned(Binding&& binding) {
+  return std::move(binding).template Ret<Ids>().template Ret<Ids>();
 }
 template <class Binding>
 auto bind_solve_assign(Binding binding) {
-  return bind_nearby(bind_solve_results(bind_assigned(std::move(binding))));
+  return bind_nearby(bind_solve_results(bind_assigned(bind_six_ids(std::move(binding)).RemainingArgs())));
 }
 template <class Binding>
 auto bind_plan_results(Binding&& binding) {
@@ -800,11 +820,11 @@ auto bind_plan_results(Binding&& binding) {
 }
 template <class Binding>
 auto bind_plan(Binding binding) {
-  return bind_plan_results(std::move(binding).template Arg<Ids>().template Arg<Ids>());
+  return bind_plan_results(std::move(binding).template Arg<Ids>().template Arg<Ids>().RemainingArgs());
 }
 template <class Binding>
 auto bind_plan_assign(Binding binding) {
-  return bind_nearby(bind_plan_results(bind_assigned(std::move(binding))));
+  return bind_nearby(bind_plan_results(bind_assigned(bind_six_ids(std::move(binding)).RemainingArgs())));
 }
 template <class Binding>
 auto bind_assign(Binding binding) {

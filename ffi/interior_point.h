@@ -17,6 +17,9 @@
 // or with a regularised diagonal, one instance in some hundreds stalls short of 1e-4 with steps that go nowhere. The
 // inverse of [[K, 1], [1^T, 0]] turns each of the two directions of an iteration into one matrix-vector product.
 //
+// Where ranks have speeds s_g, T is the largest load / speed, and rank g may carry s_g T: s_g then stands beside lambda
+// where the duals sum to 1, and in the place of the border's ones.
+//
 // It starts from a split that a few rounds of a simple rule have balanced, and from the prices that fit it, which
 // halves the iterations.
 //
@@ -79,6 +82,7 @@ struct Shared {
   int32_t* num_placed;   // [ranks]
   uint32_t* total;       // [1] tokens of the group
   int32_t* num_fitting;  // [1] variables that fit
+  float* speed;          // [ranks], where they have speeds
   int stride;
 };
 
@@ -113,15 +117,16 @@ inline
   shared.num_placed = reinterpret_cast<int32_t*>(take(ranks * sizeof(int32_t)));
   shared.total = reinterpret_cast<uint32_t*>(take(sizeof(uint32_t)));
   shared.num_fitting = reinterpret_cast<int32_t*>(take(sizeof(int32_t)));
+  shared.speed = reinterpret_cast<float*>(take(shape.by_speed ? ranks * sizeof(float) : 0));
   shared.stride = static_cast<int>(stride);
   if (out != nullptr) *out = shared;
   return used;
 }
 
 // Block: kSetupThreads, of which the first kThreads go on to solve, kLanes of them to a rank; kVariables and kRanks,
-// the most of them that a thread owns; kPairs, every replicated expert has two replicas; kBalancingRounds; and
-// thread(), sync(), sync_lanes(), load4(), reciprocal(), reduce(), factorise(), apply() and, for pairs, sibling(); for
-// the setup sync_setup(), add(), add_all(), scan() and place().
+// the most of them that a thread owns; kPairs, every replicated expert has two replicas; kBySpeed, ranks have speeds;
+// kBalancingRounds; and thread(), sync(), sync_lanes(), load4(), reciprocal(), reduce(), factorise(), apply() and, for
+// pairs, sibling(); for the setup sync_setup(), add(), add_all(), scan() and place().
 template <class Block>
 class InteriorPoint {
  public:
@@ -137,6 +142,7 @@ class InteriorPoint {
     gap_ = out.gap + which;
     iterations_ = out.iterations + which;
     status_ = out.status + which;
+    if constexpr (Block::kBySpeed) speed_ = speeds_of_group(shape, in.speed, batch, group);
     num_ranks_ = shape.group_size;
     num_slots_ = shape.group_size * shape.slots_per_rank;
     first_slot_ = group * num_slots_;
@@ -275,6 +281,7 @@ class InteriorPoint {
     }
     for (int g = thread_; g < num_ranks_; g += Block::kSetupThreads) {
       shared_.fixed_load[g] = shared_.home_load[g] = shared_.num_placed[g] = 0;
+      if constexpr (Block::kBySpeed) shared_.speed[g] = speed_[g];
     }
     if (thread_ == 0) *shared_.total = 0, *shared_.num_fitting = shape_.max_variables;
     block_.sync_setup();
@@ -349,9 +356,25 @@ class InteriorPoint {
            shape_.threshold * static_cast<float>(*shared_.total);
   }
   LPLB_DEVICE float most_of(const int32_t* load) const {
-    int32_t most = 0;
-    for (int g = 0; g < num_ranks_; ++g) most = most > load[g] ? most : load[g];
-    return static_cast<float>(most);
+    if constexpr (Block::kBySpeed) {
+      float most = 0.0f;
+      for (int g = 0; g < num_ranks_; ++g) most = fmaxf(most, level(static_cast<float>(load[g]), g));
+      return most;
+    } else {
+      int32_t most = 0;
+      for (int g = 0; g < num_ranks_; ++g) most = most > load[g] ? most : load[g];
+      return static_cast<float>(most);
+    }
+  }
+  // Load / speed.
+  LPLB_DEVICE float level(float load, int g) const {
+    if constexpr (Block::kBySpeed) return load / shared_.speed[g];
+    return load;
+  }
+  // Of a value that all ranks would have, if they were equally fast, that of a rank.
+  LPLB_DEVICE float by_speed(float value, int g) const {
+    if constexpr (Block::kBySpeed) return value * shared_.speed[g];
+    return value;
   }
   // All of the load at home, or nothing anywhere.
   LPLB_DEVICE void fill_row(int e, int at_home) const {
@@ -427,7 +450,7 @@ class InteriorPoint {
       block_.sync();
       each_rank([&](int i, int g, bool own) {
         rank_[i] = fixed_[i] + rank_sum(shared_.by_place, g, num_placed_[i]);
-        const float pull = block_.reciprocal(fmaxf(rank_[i], 1e-3f));
+        const float pull = block_.reciprocal(fmaxf(level(rank_[i], g), 1e-3f));
         if (own) shared_.lambda[g] = pull * pull;
         if (round == 0) best_rank_[i] = rank_[i];
       });
@@ -440,17 +463,17 @@ class InteriorPoint {
       });
       normalise();
     }
-    each_rank([&](int i, int, bool own) { most[0] = own ? fmaxf(most[0], best_rank_[i]) : most[0]; });
+    each_rank([&](int i, int g, bool own) { most[0] = own ? fmaxf(most[0], level(best_rank_[i], g)) : most[0]; });
     block_.template reduce<true>(nothing, most);
     best_most_ = most[0];
     best_bound_ = shape_.planned ? best_most_ * (1.0f - *gap_) : 0.0f;
     best_is_first_ = true;
 
     most[0] = 0.0f;
-    each_rank([&](int i, int, bool own) { most[0] = own ? fmaxf(most[0], rank_[i]) : most[0]; });
+    each_rank([&](int i, int g, bool own) { most[0] = own ? fmaxf(most[0], level(rank_[i], g)) : most[0]; });
     block_.template reduce<true>(nothing, most);
     top_ = most[0] * 1.02f + 0.005f;
-    each_rank([&](int i, int, bool) { lambda_[i] = block_.reciprocal(top_ - rank_[i]); });
+    each_rank([&](int i, int g, bool) { lambda_[i] = block_.reciprocal(by_speed(top_, g) - rank_[i]); });
     settle<true>();
   }
 
@@ -469,10 +492,10 @@ class InteriorPoint {
   // From x, y, lambda and a top that may be too low: rank loads, slacks, duals with sum(lambda) = 1 and z, the
   // complementarity, and the certificate. Keeps the best x and the best bound so far.
   //
-  // Whatever rounding did to the duals, with lambda >= 0 of sum 1 and y_e = min over e's ranks of lambda,
-  // sum y w + sum lambda b is a lower bound on the largest rank load: an average of rank loads in which each expert
-  // counts where it counts least. At the optimum some lambda is uniform over a set of ranks and 0 elsewhere, and that
-  // set shows before lambda has converged: the bound is taken of both.
+  // Whatever rounding did to the duals, with lambda >= 0 of (weighted) sum 1 and y_e = min over e's ranks of lambda,
+  // sum y w + sum lambda b is a lower bound on the largest rank load: an average of rank loads, each over its speed, in
+  // which each expert counts where it counts least. At the optimum some lambda is uniform over a set of ranks and 0
+  // elsewhere, and that set shows before lambda has converged: the bound is taken of both.
   //
   // The first time the duals are lambda alone; y goes below its bounds by the mean of lambda.
   template <bool kFirst>
@@ -499,11 +522,11 @@ class InteriorPoint {
     each_rank([&](int i, int g, bool own) {
       rank_[i] = fixed_[i] + rank_sum(shared_.by_place, g, num_placed_[i]);
       if (own) {
-        most[0] = fmaxf(most[0], rank_[i]);
-        sums[0] += lambda_[i];
+        most[0] = fmaxf(most[0], level(rank_[i], g));
+        sums[0] += by_speed(lambda_[i], g);
         sums[1] += lambda_[i] * fixed_[i];
         if (!kFirst) sums[2] += lambda_[i] * fixed_[i];
-        sums[3] += lambda_[i] >= in_set ? 1.0f : 0.0f;
+        sums[3] += lambda_[i] >= in_set ? by_speed(1.0f, g) : 0.0f;
         sums[4] += lambda_[i] >= in_set ? fixed_[i] : 0.0f;
       }
     });
@@ -520,9 +543,9 @@ class InteriorPoint {
       z_[i] = fmaxf((own_lambda[i] - y_[i]) * normaliser, kTiny);
       y_[i] *= normaliser;
     });
-    each_rank([&](int i, int, bool) {
+    each_rank([&](int i, int g, bool) {
       lambda_[i] *= normaliser;
-      slack_[i] = fmaxf(top_ - rank_[i], kTinySlack);
+      slack_[i] = fmaxf(by_speed(top_, g) - rank_[i], kTinySlack);
     });
     const bool better = most[0] < best_most_;
     best_most_ = better ? most[0] : best_most_;
@@ -561,7 +584,7 @@ class InteriorPoint {
       }
     });
     block_.sync();
-    block_.factorise(shared_.matrix, shared_.excess, num_ranks_);
+    block_.factorise(shared_.matrix, shared_.excess, num_ranks_, shared_.speed);
   }
   // Adds up K below its diagonal, row by row.
   LPLB_DEVICE void add_weights() const {
@@ -631,7 +654,7 @@ class InteriorPoint {
     step_top_ = shared_.step[num_ranks_];
     each_rank([&](int i, int g, bool) {
       step_lambda_[i] = shared_.step[g];
-      step_slack_[i] = step_top_ - rank_sum(shared_.by_place, g, num_placed_[i]);
+      step_slack_[i] = by_speed(step_top_, g) - rank_sum(shared_.by_place, g, num_placed_[i]);
     });
   }
 
@@ -721,6 +744,7 @@ class InteriorPoint {
   Shared shared_;
   int thread_, num_ranks_, num_slots_, first_slot_, num_variables_ = 0;
   const int32_t *load_, *log2phy_;
+  const float* speed_ = nullptr;  // of the group
   float *fraction_, *rank_load_, *gap_;
   int32_t *iterations_, *status_;
 

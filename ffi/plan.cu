@@ -302,7 +302,7 @@ __device__ int best_of(const PlanScore* scores, int count) {
 }
 
 // The blocks of a cluster plan for one group: each warp tries its candidates, and the block that has the best writes.
-template <int kWords, bool kManyExperts>
+template <int kWords, bool kManyExperts, bool kBySpeed>
 __global__ void __launch_bounds__((kMaxCandidates + kHelpers) * kWarp, 1)
     plan_kernel(const __grid_constant__ PlanShape shape, const PlanOperands in, const PlanResults out, int planners) {
   extern __shared__ __align__(16) char memory[];
@@ -322,11 +322,13 @@ __global__ void __launch_bounds__((kMaxCandidates + kHelpers) * kWarp, 1)
   uint32_t* const left = of_expert + experts;
   char* const of_warp = reinterpret_cast<char*>(left + experts) + threadIdx.x / kWarp * PlanMemory::bytes(shape);
   const PlanLoads loads = {of_expert, left, shared.home, shared.largest, shared.busiest, 0, 1};
-  PlanGroup<CudaBlock> group(CudaBlock{shared.sums, planners * kWarp}, shape, in, out, blockIdx.y, blockIdx.z, loads);
+  PlanGroup<CudaBlock, kBySpeed> group(CudaBlock{shared.sums, planners * kWarp}, shape, in, out, blockIdx.y, blockIdx.z,
+                                       loads);
   group.read();
   await_blocks();
   using Warp = CudaWarp<kWords, kManyExperts>;
-  Planner<Warp> planner(Warp(shape.solve.group_size, &shared), shape, group.loads(), PlanMemory(of_warp, shape));
+  Planner<Warp, kBySpeed> planner(Warp(shape.solve.group_size, &shared), shape, group.loads(),
+                                  PlanMemory(of_warp, shape));
   if (!plans) {
     group.clear();
   } else if (!group.stays_at_home()) {
@@ -343,9 +345,13 @@ __global__ void __launch_bounds__((kMaxCandidates + kHelpers) * kWarp, 1)
 }
 
 using Kernel = void (*)(PlanShape, PlanOperands, PlanResults, int);
-constexpr Kernel kKernels[][2] = {{plan_kernel<1, false>, plan_kernel<1, true>},
-                                  {plan_kernel<2, false>, plan_kernel<2, true>},
-                                  {plan_kernel<4, false>, plan_kernel<4, true>}};
+// By speed, words, and whether ranks have many experts.
+constexpr Kernel kKernels[][3][2] = {{{plan_kernel<1, false, false>, plan_kernel<1, true, false>},
+                                      {plan_kernel<2, false, false>, plan_kernel<2, true, false>},
+                                      {plan_kernel<4, false, false>, plan_kernel<4, true, false>}},
+                                     {{plan_kernel<1, false, true>, plan_kernel<1, true, true>},
+                                      {plan_kernel<2, false, true>, plan_kernel<2, true, true>},
+                                      {plan_kernel<4, false, true>, plan_kernel<4, true, true>}}};
 
 size_t shared_bytes(const PlanShape& shape, int planners) {
   return 2 * sizeof(uint32_t) * PlanMemory::experts(shape) + planners * PlanMemory::bytes(shape);
@@ -354,11 +360,13 @@ size_t shared_bytes(const PlanShape& shape, int planners) {
 }  // namespace
 
 cudaError_t prepare_plan_cuda() {
-  for (const auto& of_words : kKernels) {
-    for (const Kernel kernel : of_words) {
-      const cudaError_t error =
-          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kSharedBytes));
-      if (error != cudaSuccess) return error;
+  for (const auto& of_speed : kKernels) {
+    for (const auto& of_words : of_speed) {
+      for (const Kernel kernel : of_words) {
+        const cudaError_t error =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kSharedBytes));
+        if (error != cudaSuccess) return error;
+      }
     }
   }
   return cudaSuccess;
@@ -384,7 +392,8 @@ cudaError_t plan_cuda(cudaStream_t stream, const PlanShape& shape, const PlanOpe
   config.stream = stream;
   config.attrs = attributes;
   config.numAttrs = clusters ? 2 : 0;
-  const Kernel kernel = kKernels[ranks <= kWarp ? 0 : ranks <= 2 * kWarp ? 1 : 2][shape.experts_per_rank > kWarp];
+  const auto& kernels = kKernels[shape.solve.by_speed];
+  const Kernel kernel = kernels[ranks <= kWarp ? 0 : ranks <= 2 * kWarp ? 1 : 2][shape.experts_per_rank > kWarp];
   return cudaLaunchKernelEx(&config, kernel, shape, in, out, planners);
 }
 

@@ -22,7 +22,11 @@
 // tells, and the interior-point method solves (see `planned` in solve.h). A copy that settles no rank has taken all
 // that its expert had left, and keeps it.
 //
-// Integers, scaled by a power of two: CPU, CUDA and the pure JAX in jax_lplb/_plan.py give the same bits.
+// Where ranks have speeds, limits and the largest rank load are of load / speed. Trees are then not levelled: the plan
+// is for its copies, and their split and its certificate are left to the solve.
+//
+// Integers, scaled by a power of two: CPU, CUDA and the pure JAX in jax_lplb/_plan.py give the same bits. A product of
+// floats stands alone, for no compiler to contract.
 //
 // One text for both platforms. A Warp runs a candidate; a value of each rank is a Word: a few registers of the lanes
 // (CUDA), or an array (CPU).
@@ -65,8 +69,9 @@ struct PlanShape {
 };
 
 struct PlanOperands {
-  const int32_t* load;   // [batch, num_experts] tokens
-  const int32_t* least;  // [batch] tokens that the plan gives to a copy at the least
+  const int32_t* load;           // [batch, num_experts] tokens
+  const int32_t* least;          // [batch] tokens that the plan gives to a copy at the least
+  const float* speed = nullptr;  // as of SolveOperands; may be 0, with a large inverse all the same
 };
 
 struct PlanResults {
@@ -161,6 +166,23 @@ struct PlanLoads {
   Giver* busiest;    // [ranks], the busiest first, the first of those that are as busy
   uint32_t total;
   uint32_t least;  // that the plan gives to a copy; at least 1
+  // [ranks], where they have speeds.
+  const float* speed = nullptr;
+  const float* inverse = nullptr;
+
+  // Load / speed.
+  template <bool kBySpeed>
+  LPLB_DEVICE uint32_t level(uint32_t load, int g) const {
+    return kBySpeed ? static_cast<uint32_t>(fminf(static_cast<float>(load) * inverse[g], 0x1p31f)) : load;
+  }
+  // What a rank may carry at a limit; less than `load` where that is above the limit.
+  template <bool kBySpeed>
+  LPLB_DEVICE uint32_t limit_of(uint32_t limit, uint32_t load, int g) const {
+    if constexpr (!kBySpeed) return limit;
+    const float allowed = fminf(static_cast<float>(limit) * speed[g], 0x1.fffffep30f);
+    const uint32_t tokens = static_cast<uint32_t>(allowed);
+    return tokens >= load && level<kBySpeed>(load, g) > limit ? load - 1 : tokens;
+  }
 };
 
 // Keys tell which rank is preferred: the largest has the highest order, then the largest value but for its last bits,
@@ -209,7 +231,7 @@ LPLB_INLINE float plan_gap(uint32_t largest, uint32_t bound) {
   return largest > bound ? static_cast<float>(largest - bound) / static_cast<float>(largest) : 0.0f;
 }
 
-template <class Warp>
+template <class Warp, bool kBySpeed>
 class Planner {
  public:
   using Word = typename Warp::Word;
@@ -232,9 +254,12 @@ class Planner {
     if (warp_.any(num_copies_ > warp_.fewest())) return;
     PlanScore score;
     score.candidate = number;
-    const uint32_t levelled = level(mean, &score.bound);
-    score.largest = levelled <= given ? levelled : given;
-    if (levelled <= given) take_levels();
+    score.largest = given;
+    if constexpr (!kBySpeed) {
+      const uint32_t levelled = level(mean, &score.bound);
+      score.largest = levelled <= given ? levelled : given;
+      if (levelled <= given) take_levels();
+    }
     score.rated = score.largest > even_enough ? score.largest : even_enough;
     const bool open = plan_gap(score.largest, score.bound) > kCertified;
     score.copies = 2 * static_cast<uint32_t>(num_copies_) + (open ? 1 : 0);
@@ -250,7 +275,7 @@ class Planner {
 
   // ---- The plan ----------------------------------------------------------------------------------------------------
 
-  // Makes a list of copies, and returns the largest rank load then.
+  // Makes a list of copies, and returns the largest rank load then, or load / speed.
   LPLB_DEVICE uint32_t give(uint32_t limit, const Candidate& candidate) {
     const uint32_t redundants = warp_.keep(shape_.redundants());
     const int per_rank = warp_.keep(shape_.experts_per_rank);
@@ -273,10 +298,13 @@ class Planner {
     };
     warp_.each_rank([&](int k, int g, bool own) {
       load.of[k] = own ? loads_.home[g] : 0;
-      set_room(k, true, Room(own && load.of[k] < limit ? limit - load.of[k] : 0, g, least));
+      const uint32_t own_limit = own ? loads_.template limit_of<kBySpeed>(limit, load.of[k], g) : limit;
+      set_room(k, true, Room(own && load.of[k] < own_limit ? own_limit - load.of[k] : 0, g, least));
       used.of[k] = 0;
     });
-    const int num_givers = warp_.count([&](int k, int) { return load.of[k] > limit; });
+    const int num_givers = warp_.count([&](int k, int g) {
+      return (kBySpeed && load.of[k] == 0 ? 0 : loads_.template level<kBySpeed>(load.of[k], g)) > limit;
+    });
     const Giver* place = loads_.busiest + (candidate.busiest_last && num_givers > 0 ? num_givers - 1 : 0);
     warp_.sync();
     num_copies_ = 0;
@@ -287,7 +315,8 @@ class Planner {
     for (int number = 0; number < num_givers && !stuck; ++number) {
       const int giver = following.rank;
       Largest from = following.from;
-      int32_t excess = static_cast<int32_t>(following.home - limit);
+      const uint32_t own_limit = loads_.template limit_of<kBySpeed>(limit, following.home, giver);
+      int32_t excess = static_cast<int32_t>(following.home - own_limit);
       int sends = 0;
       // What the next giver needs is read ahead, and so is when to stop, which may come late.
       const bool late = warp_.any(num_copies_ > fewest);
@@ -339,12 +368,16 @@ class Planner {
       // fill the rank up is all that the expert has, or all that it has to give.)
       const Room of_giver(excess < 0 ? static_cast<uint32_t>(-excess) : 0, giver, least);
       warp_.each_rank([&](int k, int g, bool) {
-        load.of[k] = g == giver ? limit + static_cast<uint32_t>(excess) : load.of[k];
+        load.of[k] = g == giver ? own_limit + static_cast<uint32_t>(excess) : load.of[k];
         set_room(k, g == giver, of_giver);
       });
       stuck = stuck || late;
     }
     warp_.sync();
+    if constexpr (kBySpeed) {
+      warp_.each_rank(
+          [&](int k, int g, bool own) { load.of[k] = own ? loads_.template level<kBySpeed>(load.of[k], g) : 0; });
+    }
     return warp_.most(load);
   }
 
@@ -460,7 +493,7 @@ class Planner {
 };
 
 // One group, by the threads of a Block: reads its loads, and writes down the best candidate.
-template <class Block>
+template <class Block, bool kBySpeed>
 class PlanGroup {
  public:
   LPLB_DEVICE PlanGroup(const Block& block, const PlanShape& shape, const PlanOperands& in, const PlanResults& out,
@@ -472,7 +505,12 @@ class PlanGroup {
         loads_(loads),
         batch_(batch),
         group_(group),
-        experts_(shape.num_experts()) {}
+        experts_(shape.num_experts()) {
+    if constexpr (kBySpeed) {
+      loads_.speed = speeds_of_group(shape.solve, in.speed, batch, group);
+      loads_.inverse = inverses_of_group(shape.solve, loads_.speed);
+    }
+  }
 
   // Fills the loads.
   LPLB_DEVICE void read() {
@@ -493,7 +531,11 @@ class PlanGroup {
         loads_.home, loads_.largest);
     block_.sync();
     block_.count_ranks(
-        ranks, [&](int g, int other) { return loads_.home[other] + (other < g ? 1 : 0) > loads_.home[g]; },
+        ranks,
+        [&](int g, int other) {
+          return loads_.template level<kBySpeed>(loads_.home[other], other) + (other < g ? 1 : 0) >
+                 loads_.template level<kBySpeed>(loads_.home[g], g);
+        },
         [&](int g, int busier) { loads_.busiest[busier] = {loads_.home[g], g, loads_.largest[g]}; });
     block_.sync();
   }
@@ -591,7 +633,9 @@ class PlanGroup {
       fraction = of.out_.split.fraction + cell;
     }
   };
-  LPLB_DEVICE uint32_t most() const { return loads_.busiest[0].home; }
+  LPLB_DEVICE uint32_t most() const {
+    return loads_.template level<kBySpeed>(loads_.busiest[0].home, loads_.busiest[0].rank);
+  }
   // Of an expert's tokens; 0 where it has none.
   LPLB_DEVICE float share(uint32_t tokens, int e) const {
     const uint32_t whole = loads_.expert[e];

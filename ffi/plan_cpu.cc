@@ -99,9 +99,8 @@ struct SerialWarp : SerialBlock {
   Largest largest(const Largest& own) const { return own; }
 };
 
-}  // namespace
-
-void plan_cpu(const PlanShape& shape, const PlanOperands& in, const PlanResults& out) {
+template <bool kBySpeed>
+void plan_groups(const PlanShape& shape, const PlanOperands& in, const PlanResults& out) {
   const std::unique_ptr<char[]> memory(new char[PlanMemory::bytes(shape)]);
   const std::unique_ptr<uint32_t[]> of_experts(new uint32_t[2 * shape.num_experts()]);
   const std::unique_ptr<uint32_t[]> of_ranks(new uint32_t[shape.solve.group_size]);
@@ -111,17 +110,23 @@ void plan_cpu(const PlanShape& shape, const PlanOperands& in, const PlanResults&
     for (int group = 0; group < shape.solve.num_groups; ++group) {
       const PlanLoads loads = {
           of_experts.get(), of_experts.get() + shape.num_experts(), of_ranks.get(), largest.get(), busiest.get(), 0, 1};
-      PlanGroup<SerialBlock> of_group(SerialBlock(), shape, in, out, batch, group, loads);
+      PlanGroup<SerialBlock, kBySpeed> of_group(SerialBlock(), shape, in, out, batch, group, loads);
       of_group.read();
       of_group.clear();
-      Planner<SerialWarp> planner(SerialWarp(shape.solve.group_size), shape, of_group.loads(),
-                                  PlanMemory(memory.get(), shape));
+      Planner<SerialWarp, kBySpeed> planner(SerialWarp(shape.solve.group_size), shape, of_group.loads(),
+                                            PlanMemory(memory.get(), shape));
       if (!of_group.stays_at_home()) {
         for (int c = 0; c < shape.num_candidates; ++c) planner.attempt(c);
       }
       of_group.write(planner.best(), planner.copies_of_best());
     }
   }
+}
+
+}  // namespace
+
+void plan_cpu(const PlanShape& shape, const PlanOperands& in, const PlanResults& out) {
+  return shape.solve.by_speed ? plan_groups<true>(shape, in, out) : plan_groups<false>(shape, in, out);
 }
 
 }  // namespace lplb

@@ -28,34 +28,46 @@ __global__ void __launch_bounds__(Block::kSetupThreads, 1)
 }
 
 // Calls `visit` with the block type that fits the shape: pairs up to two redundant experts a rank on average have a
-// thread each; all else goes by the number of variables.
-template <class Visit>
+// thread each, unless ranks have speeds; all else goes by the number of variables.
+template <bool kBySpeed, class Visit>
 cudaError_t with_block(int group_size, int max_variables, int max_replicas, Visit visit) {
   const auto choose = [&](auto pairs, auto any) {
     using Pairs = decltype(pairs);
     using Any = decltype(any);
-    if (max_replicas == 2 && max_variables <= Pairs::kThreads) return visit(pairs);
+    if constexpr (!kBySpeed) {
+      if (max_replicas == 2 && max_variables <= Pairs::kThreads) return visit(pairs);
+    }
     if (max_variables <= Any::kThreads * Any::kVariables) return visit(any);
-    return visit(CudaBlock<512, 4, 64, false>());
+    return visit(CudaBlock<512, 4, 64, false, kBySpeed>());
   };
-  if (group_size <= 8) return choose(CudaBlock<32, 1, 8, true>(), CudaBlock<128, 4, 8, false>());
-  if (group_size <= 16) return choose(CudaBlock<64, 1, 16, true>(), CudaBlock<128, 4, 16, false>());
-  if (group_size <= 32) return choose(CudaBlock<128, 1, 32, true>(), CudaBlock<128, 4, 32, false>());
-  if (group_size <= 64) return choose(CudaBlock<256, 1, 64, true>(), CudaBlock<256, 4, 64, false>());
-  if (group_size <= 72 && max_variables <= 576) {
-    return choose(CudaBlock<288, 1, 72, true>(), CudaBlock<288, 2, 72, false>());
+  if (group_size <= 8) {
+    return choose(CudaBlock<32, 1, 8, true, kBySpeed>(), CudaBlock<128, 4, 8, false, kBySpeed>());
   }
-  return choose(CudaBlock<512, 1, 128, true>(), CudaBlock<512, 4, 128, false>());
+  if (group_size <= 16) {
+    return choose(CudaBlock<64, 1, 16, true, kBySpeed>(), CudaBlock<128, 4, 16, false, kBySpeed>());
+  }
+  if (group_size <= 32) {
+    return choose(CudaBlock<128, 1, 32, true, kBySpeed>(), CudaBlock<128, 4, 32, false, kBySpeed>());
+  }
+  if (group_size <= 64) {
+    return choose(CudaBlock<256, 1, 64, true, kBySpeed>(), CudaBlock<256, 4, 64, false, kBySpeed>());
+  }
+  if (group_size <= 72 && max_variables <= 576) {
+    return choose(CudaBlock<288, 1, 72, true, kBySpeed>(), CudaBlock<288, 2, 72, false, kBySpeed>());
+  }
+  return choose(CudaBlock<512, 1, 128, true, kBySpeed>(), CudaBlock<512, 4, 128, false, kBySpeed>());
 }
 
 // `ahead`: of the end of the launch before this one.
 cudaError_t launch_solve(cudaStream_t stream, const SolveShape& shape, const SolveOperands& in, const SolveResults& out,
                          bool ahead) {
-  return with_block(shape.group_size, shape.max_variables, shape.max_replicas, [&](auto block) {
+  const auto run = [&](auto block) {
     using Block = decltype(block);
     return launch(stream, dim3(shape.num_groups, shape.num_batches), Block::kSetupThreads,
                   carve_shared(nullptr, shape, nullptr), ahead, solve_kernel<Block>, shape, in, out);
-  });
+  };
+  return shape.by_speed ? with_block<true>(shape.group_size, shape.max_variables, shape.max_replicas, run)
+                        : with_block<false>(shape.group_size, shape.max_variables, shape.max_replicas, run);
 }
 
 }  // namespace
@@ -63,11 +75,13 @@ cudaError_t launch_solve(cudaStream_t stream, const SolveShape& shape, const Sol
 cudaError_t prepare_solve_cuda() {
   for (const int group_size : {8, 16, 32, 64, 72, 128}) {
     for (const auto& [variables, replicas] : {std::pair(1, 2), std::pair(1, 3), std::pair(kMaxGroupSlots, 3)}) {
-      const cudaError_t error = with_block(group_size, variables, replicas, [&](auto block) {
+      const auto prepare = [](auto block) {
         constexpr int kDynamic = 99 * 1024 - static_cast<int>(sizeof(typename decltype(block)::Scratch));
         return cudaFuncSetAttribute(solve_kernel<decltype(block)>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     kDynamic);
-      });
+      };
+      cudaError_t error = with_block<false>(group_size, variables, replicas, prepare);
+      if (error == cudaSuccess) error = with_block<true>(group_size, variables, replicas, prepare);
       if (error != cudaSuccess) return error;
     }
   }

@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "device.h"
+
 #ifdef LPLB_CUDA
 #include <cuda_runtime_api.h>
 #endif
@@ -32,6 +34,7 @@ struct SolveShape {
   float tol;              // relative gap to stop at
   int max_iterations;
   float threshold;  // load stays at home where the largest rank load is at most this times the mean; 0: never
+  bool by_speed;    // whether ranks have speeds, see SolveOperands
   // Whether the results hold a split and its certificate already, a plan's (see plan.h): solved are then only groups
   // with status kMaxIterations, from that split on, which stays where no better one is found.
   bool planned;
@@ -53,7 +56,19 @@ struct EdgeColouring {
 struct SolveOperands {
   const int32_t* load;     // [batch, num_experts] tokens
   const int32_t* log2phy;  // [batch, num_experts, max_replicas], padded with -1
+  // [batch, 2, num_groups * group_size] speeds of ranks, positive, and their inverses; nullptr where all are 1. What
+  // becomes as small as it can is the largest load / speed. See jax_lplb/_speed.py.
+  const float* speed = nullptr;
 };
+
+// Those of a group.
+LPLB_DEVICE const float* speeds_of_group(const SolveShape& shape, const float* speed, int batch, int group) {
+  const int64_t row = static_cast<int64_t>(batch) * 2 * shape.num_groups + group;
+  return speed == nullptr ? nullptr : speed + row * shape.group_size;
+}
+LPLB_DEVICE const float* inverses_of_group(const SolveShape& shape, const float* speeds) {
+  return speeds + static_cast<int64_t>(shape.num_groups) * shape.group_size;
+}
 
 struct SolveResults {
   float* fraction;      // [batch, num_experts, max_replicas] of the expert's load; 0 in padding

@@ -12,7 +12,7 @@ constexpr unsigned kFullWarp = 0xffffffffu;
 // A thread block whose first kNumThreads threads own up to kVariablesEach variables each, for groups of up to
 // kMostRanks ranks; all of its threads help to set up. A struct that derives from it adds factorise(), apply() and
 // place(), which share a MatrixScratch.
-template <int kNumThreads, int kVariablesEach, int kMostRanks, bool kAllPairs, class MatrixScratch>
+template <int kNumThreads, int kVariablesEach, int kMostRanks, bool kAllPairs, bool kSpeeds, class MatrixScratch>
 struct BlockBase {
   static constexpr int kThreads = kNumThreads;
   static constexpr int kSetupThreads = kNumThreads < 256 ? 256 : kNumThreads;
@@ -20,7 +20,7 @@ struct BlockBase {
   static constexpr int kRanks = 1;
   static constexpr int kLanes = 4;
   static constexpr int kBalancingRounds = kMostRanks <= 16 ? 4 : 8;  // the more, the more an iteration costs
-  static constexpr bool kPairs = kAllPairs;
+  static constexpr bool kPairs = kAllPairs, kBySpeed = kSpeeds;
   static_assert(kThreads >= kMostRanks, "a thread owns one rank at most");
   static_assert(!kPairs || kVariables == 1, "pairs are neighbouring threads");
   static_assert(kWarp % kLanes == 0, "the threads of a rank are of one warp");
@@ -180,21 +180,21 @@ template <int kMostRanks>
 struct TileScratch {
   double2 column[2][kMostRanks / kTile][kWarp];  // a column of tiles, turn by turn
   double2 pivot[2][kWarp];                       // minus the inverse of a diagonal tile
-  double ones[kMostRanks];                       // K^-1 1
+  double border[kMostRanks];                     // K^-1 s
 };
 
 // Inverts K by a routine of our own.
-template <int kNumThreads, int kVariablesEach, int kMostRanks, bool kAllPairs>
-struct CudaBlock : BlockBase<kNumThreads, kVariablesEach, kMostRanks, kAllPairs, TileScratch<kMostRanks>> {
-  using Base = BlockBase<kNumThreads, kVariablesEach, kMostRanks, kAllPairs, TileScratch<kMostRanks>>;
+template <int kNumThreads, int kVariablesEach, int kMostRanks, bool kAllPairs, bool kSpeeds>
+struct CudaBlock : BlockBase<kNumThreads, kVariablesEach, kMostRanks, kAllPairs, kSpeeds, TileScratch<kMostRanks>> {
+  using Base = BlockBase<kNumThreads, kVariablesEach, kMostRanks, kAllPairs, kSpeeds, TileScratch<kMostRanks>>;
   using Base::reciprocal;
   using Base::scratch;
   using Base::sync;
   static constexpr int kTiles = kMostRanks / kTile;
   static_assert(kMostRanks % kTile == 0 && kTiles <= Base::kWarps, "a warp owns a row of tiles");
 
-  double inverse[kTiles][2];   // of the bordered matrix; this warp's row of tiles
-  double sum_of_ones_inverse;  // 1 / (1^T K^-1 1)
+  double inverse[kTiles][2];     // of the bordered matrix; this warp's row of tiles
+  double sum_of_border_inverse;  // 1 / (s^T K^-1 s)
 
   __device__ void place(const int (&rank)[kVariablesEach], int num_variables, int num_ranks,
                         int (&place)[kVariablesEach], int32_t* counts) const {
@@ -202,8 +202,8 @@ struct CudaBlock : BlockBase<kNumThreads, kVariablesEach, kMostRanks, kAllPairs,
     this->number(rank, num_variables, num_ranks, place, counts, scratch->column);
   }
 
-  // The inverse of [[K, 1], [1^T, 0]]. K has the packed lower triangle `matrix` off its diagonal, and rows that sum
-  // to `excess`.
+  // The inverse of [[K, s], [s^T, 0]], s the speeds, or ones. K has the packed lower triangle `matrix` off its
+  // diagonal, and rows that sum to `excess`.
   //
   // K is padded with the identity, cut into 8x8 tiles, a row of them to a warp, and inverted by symmetric sweeps
   // (Gauss-Jordan on diagonal tiles; safe without pivoting, because K is positive definite). With P the inverse of tile
@@ -214,7 +214,7 @@ struct CudaBlock : BlockBase<kNumThreads, kVariablesEach, kMostRanks, kAllPairs,
   // A tile lies in a warp as tensor cores leave a sum: lane l holds entries 2 (l % 4) and 2 (l % 4) + 1 of row l / 4.
   // Such a tile serves as their left factor as it is, and transposed as their right factor, when the four terms of one
   // product are those of even columns, and of the next one those of odd columns.
-  __device__ void factorise(const float* matrix, const float* excess, int n) {
+  __device__ void factorise(const float* matrix, const float* excess, int n, const float* speed) {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     const bool owns = warp < kTiles;
     const int i = warp * kTile + lane / 4, first = 2 * (lane % 4);
@@ -283,7 +283,11 @@ struct CudaBlock : BlockBase<kNumThreads, kVariablesEach, kMostRanks, kAllPairs,
       inverse[kTiles - 1][0] = -factor[0];
       inverse[kTiles - 1][1] = -factor[1];
     }
-    // The border: with u = K^-1 1, the inverse is [[K^-1 - u u^T / 1^T u, u / 1^T u], [.., ..]].
+    // The border: with u = K^-1 s, the inverse is [[K^-1 - u u^T / s^T u, u / s^T u], [.., ..]].
+    const auto by_speed = [&](double value, int j) {
+      if constexpr (kSpeeds) return j < n ? value * speed[j] : 0.0;
+      return value;
+    };
     double own = 0.0;
     if (owns) {
 #pragma unroll
@@ -291,27 +295,29 @@ struct CudaBlock : BlockBase<kNumThreads, kVariablesEach, kMostRanks, kAllPairs,
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           inverse[tile][c] = -inverse[tile][c];
-          if (tile * kTile + first + c < n) own += inverse[tile][c];
+          const int j = tile * kTile + first + c;
+          if (j < n) own += by_speed(inverse[tile][c], j);
         }
       }
       own = quad_sum(i < n ? own : 0.0);
-      if (lane % 4 == 0) scratch->ones[i] = own;
+      if (lane % 4 == 0) scratch->border[i] = own;
     }
     sync();
     if (owns) {
       double sum = 0.0;
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
-        const double2 ones = *reinterpret_cast<const double2*>(&scratch->ones[tile * kTile + first]);
-        sum += ones.x + ones.y;
+        const int j = tile * kTile + first;
+        const double2 border = *reinterpret_cast<const double2*>(&scratch->border[j]);
+        sum += by_speed(border.x, j) + by_speed(border.y, j + 1);
       }
-      sum_of_ones_inverse = reciprocal(quad_sum(sum));
-      own *= sum_of_ones_inverse;
+      sum_of_border_inverse = reciprocal(quad_sum(sum));
+      own *= sum_of_border_inverse;
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
-        const double2 ones = *reinterpret_cast<const double2*>(&scratch->ones[tile * kTile + first]);
-        inverse[tile][0] -= own * ones.x;
-        inverse[tile][1] -= own * ones.y;
+        const double2 border = *reinterpret_cast<const double2*>(&scratch->border[tile * kTile + first]);
+        inverse[tile][0] -= own * border.x;
+        inverse[tile][1] -= own * border.y;
       }
     }
   }
@@ -329,13 +335,13 @@ struct CudaBlock : BlockBase<kNumThreads, kVariablesEach, kMostRanks, kAllPairs,
         const int j = tile * kTile + first + c;
         const double value = j < n ? right_side[j] : 0.0f;
         sum[c] += inverse[tile][c] * value;
-        if (warp == kTiles - 1) top[c] += scratch->ones[j] * value;
+        if (warp == kTiles - 1) top[c] += scratch->border[j] * value;
       }
     }
     const double step = quad_sum(sum[0] + sum[1]);
     if (lane % 4 == 0 && i < n) result[i] = static_cast<float>(step);
     if (warp == kTiles - 1) {
-      const double step_top = quad_sum(top[0] + top[1]) * sum_of_ones_inverse;
+      const double step_top = quad_sum(top[0] + top[1]) * sum_of_border_inverse;
       if (lane == 0) result[n] = static_cast<float>(step_top);
     }
   }

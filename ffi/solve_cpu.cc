@@ -7,11 +7,12 @@ namespace lplb {
 namespace {
 
 // One thread owns everything; barriers and sums over threads fall away.
+template <bool kSpeeds>
 struct SerialBlock {
   static constexpr int kThreads = 1, kSetupThreads = 1, kLanes = 1, kBalancingRounds = 8;
   static constexpr int kVariables = kMaxGroupSlots;
   static constexpr int kRanks = kMaxGroupRanks;
-  static constexpr bool kPairs = false;
+  static constexpr bool kPairs = false, kBySpeed = kSpeeds;
 
   double* inverse;  // [ranks + 1, ranks + 1], negated
 
@@ -40,19 +41,20 @@ struct SerialBlock {
     for (int v = 0; v < num_variables; ++v) place[v] = counts[rank[v]]++;
   }
 
-  // The negated inverse of [[K, 1], [1^T, 0]], by symmetric sweeps (Gauss-Jordan on the diagonal): safe without
-  // pivoting, because K is positive definite. K has the packed lower triangle `matrix` off its diagonal, and rows that
-  // sum to `excess`.
-  void factorise(const float* matrix, const float* excess, int n) const {
+  // The negated inverse of [[K, s], [s^T, 0]], s the speeds, or ones, by symmetric sweeps (Gauss-Jordan on the
+  // diagonal): safe without pivoting, because K is positive definite. K has the packed lower triangle `matrix` off its
+  // diagonal, and rows that sum to `excess`.
+  void factorise(const float* matrix, const float* excess, int n, const float* speed) const {
+    const auto border = [&](int i) { return kSpeeds ? static_cast<double>(speed[i]) : 1.0; };
     const int order = n + 1;
     for (int i = 0; i < order; ++i) {
       double* row = inverse + i * order;
       double sum = 0.0;
       for (int j = 0; j < n; ++j) {
-        row[j] = i == n ? 1.0 : i == j ? 0.0 : matrix[packed(std::max(i, j), std::min(i, j))];
+        row[j] = i == n ? border(j) : i == j ? 0.0 : matrix[packed(std::max(i, j), std::min(i, j))];
         sum += row[j];
       }
-      row[n] = i == n ? 0.0 : 1.0;
+      row[n] = i == n ? 0.0 : border(i);
       if (i < n) row[i] = excess[i] - sum;
     }
     double column[kMaxGroupRanks + 1];
@@ -78,9 +80,8 @@ struct SerialBlock {
   }
 };
 
-}  // namespace
-
-void solve_cpu(const SolveShape& shape, const SolveOperands& in, const SolveResults& out) {
+template <bool kBySpeed>
+void solve_groups(const SolveShape& shape, const SolveOperands& in, const SolveResults& out) {
   const std::unique_ptr<char[]> memory(new char[carve_shared(nullptr, shape, nullptr)]);
   Shared shared;
   carve_shared(memory.get(), shape, &shared);
@@ -89,11 +90,18 @@ void solve_cpu(const SolveShape& shape, const SolveOperands& in, const SolveResu
   for (int batch = 0; batch < shape.num_batches; ++batch) {
     for (int group = 0; group < shape.num_groups; ++group) {
       // On the heap: its arrays of variables are large for a worker thread's stack.
-      const auto solver = std::make_unique<InteriorPoint<SerialBlock>>(SerialBlock{inverse.get()}, shape, in, out,
-                                                                       batch, group, shared);
+      using Block = SerialBlock<kBySpeed>;
+      const auto solver =
+          std::make_unique<InteriorPoint<Block>>(Block{inverse.get()}, shape, in, out, batch, group, shared);
       solver->run();
     }
   }
+}
+
+}  // namespace
+
+void solve_cpu(const SolveShape& shape, const SolveOperands& in, const SolveResults& out) {
+  return shape.by_speed ? solve_groups<true>(shape, in, out) : solve_groups<false>(shape, in, out);
 }
 
 }  // namespace lplb

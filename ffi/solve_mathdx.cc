@@ -74,6 +74,7 @@ std::vector<int> mathdx_sizes() {
 }
 
 bool has_mathdx(const SolveShape& shape) {
+  if (shape.by_speed) return false;
   int device = 0;
   const int which = find_size(shape.group_size);
   return which >= 0 && find_kernel(shape, kSizes[which]) >= 0 && cudaGetDevice(&device) == cudaSuccess &&

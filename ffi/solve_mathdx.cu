@@ -36,8 +36,8 @@ struct MathDxScratch {
 
 // Solves with cuSolverDx's Cholesky factorisation, in groups of up to kSize ranks.
 template <int kSize, int kNumThreads, int kVariablesEach, bool kAllPairs>
-struct MathDxBlock : BlockBase<kNumThreads, kVariablesEach, kSize, kAllPairs, MathDxScratch> {
-  using Base = BlockBase<kNumThreads, kVariablesEach, kSize, kAllPairs, MathDxScratch>;
+struct MathDxBlock : BlockBase<kNumThreads, kVariablesEach, kSize, kAllPairs, false, MathDxScratch> {
+  using Base = BlockBase<kNumThreads, kVariablesEach, kSize, kAllPairs, false, MathDxScratch>;
   using Base::scratch;
   using Base::sync;
   using Functions = Cholesky<kSize, kNumThreads>;
@@ -54,7 +54,7 @@ struct MathDxBlock : BlockBase<kNumThreads, kVariablesEach, kSize, kAllPairs, Ma
   }
 
   // Factorises K, filled up with ones on the diagonal. A few threads share a row.
-  __device__ void factorise(const float* matrix, const float* excess, int n) {
+  __device__ void factorise(const float* matrix, const float* excess, int n, const float*) {
     constexpr int kEach = kNumThreads / kSize, kShare = kEach >= 8 ? 8 : kEach >= 4 ? 4 : kEach >= 2 ? 2 : 1;
     const int i = threadIdx.x / kShare, lane = threadIdx.x % kShare;
     double sum = 0.0;

@@ -5,9 +5,10 @@ from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from jax_lplb import _ffi, _peer, _plan
+from jax_lplb import _ffi, _peer, _plan, _speed
 from jax_lplb._assign import Nearby, assign_tokens, assign_with_starts, near_attributes
 from jax_lplb._assign import ffi_attributes as assign_attributes
 from jax_lplb._assign import ffi_results as assign_results
@@ -44,10 +45,11 @@ class Balanced(NamedTuple):
       load: int32 [num_experts], tokens per logical expert over the whole axis.
       rank_load: int32 [num_ranks], tokens per rank after balancing: a prediction with `sync="psum"` on several
         shards and with `load=`, exact otherwise.
-      gap: float32 [num_groups], certified relative gap of each group's split to the optimum.
+      gap: float32 [num_groups], certified relative gap of each group's split to the optimum; see `Solution`.
       status: int32 [num_groups], values of `Status`.
       lower_bound: float32 [num_groups], certified: tokens that the busiest rank of each group has at the least, however
-        the load is split over these replicas. Of the solve, before rounding to whole tokens; a prediction with `load=`.
+        the load is split over these replicas; with `rank_speed` of the largest load / speed, where the mean speed is 1.
+        Of the solve, before rounding to whole tokens; a prediction with `load=`.
       placement: that which the ids refer to, for `replicate`: with the copies chosen for this batch where `placement`
         is one of `Placement.per_batch`, else as it was given.
     """
@@ -67,6 +69,7 @@ def balance(
     *,
     axis_name: AxisName | None = None,
     load: jax.Array | None = None,
+    rank_speed: jax.Array | np.ndarray | None = None,
     sync: Sync = None,
     locality: bool = False,
     ranks_per_node: int | None = None,
@@ -92,6 +95,8 @@ def balance(
       load: int32 or float32 [num_experts], loads to go by in place of this batch's: of a previous batch, or a moving
         average. Spares the collective; carries no gradient. Experts it shows as 0 are split evenly. `load` and
         `rank_load` of the result are then predictions.
+      rank_speed: float32 [num_ranks], how fast ranks are, of the same value on all of them; see `solve`. None: all are
+        equally fast.
       sync: how ranks learn of each other's tokens. "all_gather": each rank's counts; quotas are exact. "peer": the
         same, to the bit, but GPUs of one process write their counts into each other's memory, without XLA's
         collectives. None: "peer" where that can be, "all_gather" elsewhere. "psum": the sum only, cheaper on very
@@ -144,6 +149,7 @@ def balance(
             "them; leave out load, or pass locality=False"
         )
     near = (ranks_per_node or 1) if locality else 0
+    _speed.check_rank_speed(rank_speed, placement)
     num_shards = 1 if axis_name is None else axis_size(axis_name, placement.num_ranks)
     if expert_ids.size * num_shards > _MOST_TOKENS:
         raise ValueError(
@@ -157,11 +163,16 @@ def balance(
     padded = chosen and has_padding(placement.num_experts, placement.num_ranks)
     steps = _balance_filled_up if padded else _balance
 
-    def run(expert_ids: jax.Array, load: jax.Array | None, placement: Placement) -> Balanced:
-        out = steps(expert_ids, load, placement, axis_name, num_shards, sync, near, options, num_sms, implementation)
+    def run(
+        expert_ids: jax.Array, load: jax.Array | None, placement: Placement, rank_speed: jax.Array | None
+    ) -> Balanced:
+        speed = _speed.scale(rank_speed, placement)
+        out = steps(
+            expert_ids, load, placement, speed, axis_name, num_shards, sync, near, options, num_sms, implementation
+        )
         return out if chosen else out._replace(placement=nothing)
 
-    out = with_auto_axes(run, out_specs, expert_ids, load, placement)
+    out = with_auto_axes(run, out_specs, expert_ids, load, placement, rank_speed)
     return out if chosen else out._replace(placement=placement)  # as it was given, on the host maybe
 
 
@@ -179,6 +190,7 @@ def _balance(
     expert_ids: jax.Array,
     load: jax.Array | None,
     placement: Placement,
+    speed: jax.Array | None,
     axis_name: AxisName | None,
     num_shards: int,
     sync: Sync,
@@ -220,14 +232,14 @@ def _balance(
     with jax.named_scope("lplb_solve_assign"):
         steps = _solve_assign if placement.planning is None else _plan_assign
         (physical_ids, rank_load, solved_rank_load, gap, status), placement = steps(
-            expert_ids, starts, predicted, total, offset, nearby, placement, options, num_sms, implementation
+            expert_ids, starts, predicted, total, offset, nearby, placement, speed, options, num_sms, implementation
         )
         if load is not None:
             rank_load = jnp.rint(solved_rank_load).astype(jnp.int32)
             predicted = jnp.where(load > 0, load, 0)
             if load.dtype == jnp.float32:
                 predicted = jnp.rint(predicted).astype(jnp.int32)
-        lower_bound = certified_bound(solved_rank_load, gap, placement)
+        lower_bound = certified_bound(solved_rank_load, gap, placement, speed)
     return Balanced(physical_ids[:size].reshape(shape), predicted, rank_load, gap, status, lower_bound, placement)
 
 
@@ -288,6 +300,7 @@ def _solve_assign(
     offset: jax.Array,
     nearby: Nearby | None,
     placement: Placement,
+    speed: jax.Array | None,
     options: Options,
     num_sms: int | None,
     implementation: _ffi.Implementation,
@@ -299,19 +312,21 @@ def _solve_assign(
     """
     predicted, unit = to_integers(predicted)
     if placement.max_replicas == 1:  # lookups, no custom call
-        fraction, rank_load, gap, _, status = solve_fractions(predicted, placement, options, implementation)
+        fraction, rank_load, gap, _, status = solve_fractions(predicted, placement, options, implementation, speed)
         assigned = assign_with_starts(expert_ids, starts, fraction, placement, load, offset, num_sms, implementation)
         return [*assigned, in_tokens(rank_load, unit), gap, status], placement
     num_ids = expert_ids.shape[0]
+    log2phy = jnp.asarray(placement.log2phy)
+    running = None if speed is None else _speed.running(predicted, log2phy, speed, placement)
 
     def ffi(*operands: Any) -> list[jax.Array]:
-        _, _, predicted, load, _, log2phy, nearby = operands
-        arrays = jax.tree.leaves(operands)
+        _, _, predicted, load, _, log2phy, speed, nearby = operands
+        arrays, by_speed = jax.tree.leaves(operands), jax.tree.leaves(speed)
         physical_ids, rank_load, _, solved_rank_load, gap, _, status = _ffi.call(
             "lplb_solve_assign",
             [
-                *assign_results(num_ids, placement, arrays, (predicted, load, log2phy)),
-                *solve_results(placement, (predicted, log2phy)),
+                *assign_results(num_ids, placement, arrays, (predicted, load, log2phy, *by_speed)),
+                *solve_results(placement, (predicted, log2phy, *by_speed)),
             ],
             *arrays,
             **solve_attributes(placement, options),
@@ -320,17 +335,28 @@ def _solve_assign(
         )
         return [physical_ids, rank_load, solved_rank_load, gap, status]
 
-    def xla(ids: jax.Array, starts: jax.Array, predicted: jax.Array, *operands: Any) -> list[jax.Array]:
+    def xla(
+        ids: jax.Array,
+        starts: jax.Array,
+        predicted: jax.Array,
+        load: jax.Array,
+        offset: jax.Array,
+        log2phy: jax.Array,
+        speed: jax.Array | None,
+        nearby: Nearby | None,
+    ) -> list[jax.Array]:
         del starts
-        _, _, log2phy, _ = operands
-        fraction, solved_rank_load, gap, _, status = solve_groups(predicted, log2phy, placement, options)
-        physical_ids, rank_load = assign_tokens(ids, placement, fraction, *operands)
+        fraction, solved_rank_load, gap, _, status = solve_groups(predicted, log2phy, placement, options, speed)
+        physical_ids, rank_load = assign_tokens(ids, placement, fraction, load, offset, log2phy, nearby)
         return [physical_ids, rank_load, solved_rank_load, gap, status]
 
-    operands = (expert_ids, starts, predicted, load, offset, jnp.asarray(placement.log2phy), nearby)
+    solved = (predicted, log2phy, None) if running is None else (running.load, running.log2phy, running.speed)
+    operands = (expert_ids, starts, solved[0], load, offset, *solved[1:], nearby)
     physical_ids, rank_load, solved_rank_load, gap, status = _ffi.choose(
         "solve_assign", implementation, ffi, xla, *operands
     )
+    if running is not None:
+        solved_rank_load += running.kept_load
     return [physical_ids, rank_load, in_tokens(solved_rank_load, unit), gap, status], placement
 
 
@@ -342,6 +368,7 @@ def _plan_assign(
     offset: jax.Array,
     nearby: Nearby | None,
     placement: Placement,
+    speed: jax.Array | None,
     options: Options,
     num_sms: int | None,
     implementation: _ffi.Implementation,
@@ -350,6 +377,14 @@ def _plan_assign(
     assert placement.planning is not None
     predicted, unit = to_integers(predicted)
     least = in_units(placement.planning.min_tokens, unit)
+    if speed is not None:
+        limits = (options.tol, options.threshold)
+        planned = _plan.plan(predicted, least, placement, *limits, implementation, solve=False, speed=speed)
+        chosen = dataclasses.replace(placement, phy2log=planned.phy2log, log2phy=planned.log2phy)
+        (physical_ids, assigned, rank_load, gap, status), _ = _solve_assign(
+            expert_ids, starts, predicted, load, offset, nearby, chosen, speed, options, num_sms, implementation
+        )
+        return [physical_ids, assigned, in_tokens(rank_load, unit), gap, status], chosen
     num_ids = expert_ids.shape[0]
 
     def ffi(*operands: Any) -> list[jax.Array]:

@@ -8,7 +8,7 @@ algorithm, give the same bits; the comments on why each step is as it is are in 
 """
 
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +84,7 @@ def solve_groups(
     partner: np.ndarray,
     tol: float,
     threshold: float,
+    speed: jax.Array | None = None,
 ) -> list[jax.Array]:
     """All groups; `slots` a rank. Results as of the custom call, see `_solve.solve_fractions`."""
     (colours, size), num_slots = partner.shape, num_ranks * slots
@@ -108,9 +109,10 @@ def solve_groups(
     fixed = add_up(stays, (num_groups, size), group, on_home)
     at_home = add_up(moves, (num_groups, colours, size), group, colour, on_home)
     replicated = jnp.zeros_like(fixed, shape=num_groups).at[group].max(moves.astype(jnp.int32)) > 0
+    by_group = None if speed is None else jnp.moveaxis(speed.reshape(2, num_groups, size), 0, 1)
     moved, shift, rank_load, gap, sweeps, status = jax.vmap(
         partial(_solve_group, partner=partner, tol=tol, threshold=threshold)
-    )(fixed, at_home, replicated)
+    )(fixed, at_home, replicated, by_group)
 
     # An edge's experts send what it moves in the order of their copies' slots.
     slot = jnp.where(moves, copy_slot, num_slots)
@@ -147,20 +149,45 @@ class _Search(NamedTuple):
 
 
 def _solve_group(
-    fixed: jax.Array, at_home: jax.Array, replicated: jax.Array, *, partner: np.ndarray, tol: float, threshold: float
+    fixed: jax.Array,
+    at_home: jax.Array,
+    replicated: jax.Array,
+    speed: jax.Array | None,
+    *,
+    partner: np.ndarray,
+    tol: float,
+    threshold: float,
 ) -> tuple[jax.Array, ...]:
-    """One group: int32 tokens fixed [ranks] and, by edge, at home [colours, ranks]; whether any of them may move."""
+    """One group: int32 tokens fixed [ranks] and, by edge, at home [colours, ranks]; whether any of them may move.
+
+    `speed`: float32 [2, ranks], of ranks, and the inverse.
+    """
     size = partner.shape[1]
     lower = np.arange(size) < partner
     sign = np.where(lower, 1, -1).astype(np.int32)
     widths = [np.float32(np.clip(factor * np.float32(tol), 2.0**-20, 2.0**-4)) for factor in (2, 1)]
+
+    weight = None if speed is None else 2 * speed[0][partner] / (speed[:1] + speed[0][partner])
+
+    def level(load: jax.Array) -> jax.Array:
+        """Load / speed; float32 where there are speeds."""
+        return load if speed is None else load.astype(jnp.float32) * speed[1]
+
+    def less(level: jax.Array, share: jax.Array) -> jax.Array:
+        if speed is None:
+            return level - (level.astype(jnp.float32) * share).astype(jnp.int32)
+        return level * (1 - share)
+
+    def load_at(level: jax.Array) -> jax.Array:
+        """What a rank carries at a level."""
+        return level if speed is None else jnp.minimum(level * speed[0], 2.0**31 - 128).astype(jnp.int32)
 
     home_load = fixed + jnp.sum(at_home, axis=0, dtype=jnp.int32)
     total = jnp.sum(home_load, dtype=jnp.int32)
     solvable = replicated & (total != 0)
     shift = jnp.where(solvable, jnp.maximum(lax.clz(total) - 2, 0), 0)
     home_load, at_home, total = home_load << shift, at_home << shift, total << shift
-    most_at_home = jnp.max(home_load).astype(jnp.float32) * size
+    most_at_home = jnp.max(level(home_load)).astype(jnp.float32) * size
     below = solvable & (threshold > 0) & (most_at_home <= threshold * total.astype(jnp.float32))
     solvable &= ~below
 
@@ -170,15 +197,20 @@ def _solve_group(
 
     def certify(search: _Search) -> _Search:
         load, share = search.load, search.share
-        most = jnp.max(load)
+        most = jnp.max(level(load))
         width = jnp.where(search.sweeps % 4 == 0, widths[0], widths[1])
-        inside = load >= most - (most.astype(jnp.float32) * width).astype(jnp.int32)
+        inside = level(load) >= less(most, width)
+        full = load_at(most)
         leaving = jnp.sum(jnp.where(inside[partner], 0, share), axis=0, dtype=jnp.int32)
-        short = jnp.sum(jnp.where(inside, most - load + leaving, 0), dtype=jnp.int32)
+        over = full - load if speed is None else jnp.maximum(full - load, 0)  # negative only by rounding
+        short = jnp.sum(jnp.where(inside, over + leaving, 0), dtype=jnp.int32)
         missing = short.astype(jnp.uint32).astype(jnp.float32)
-        whole = most.astype(jnp.float32) * jnp.sum(inside, dtype=jnp.int32).astype(jnp.float32)
+        if speed is None:
+            whole = most.astype(jnp.float32) * jnp.sum(inside, dtype=jnp.int32).astype(jnp.float32)
+        else:
+            whole = jnp.sum(jnp.where(inside, full, 0), dtype=jnp.int32).astype(jnp.uint32).astype(jnp.float32)
         converged = missing <= tol * whole
-        better = converged | (missing * search.whole < search.missing * whole)
+        better = converged | (speed is not None) | (missing * search.whole < search.missing * whole)
         return search._replace(
             converged=converged,
             missing=jnp.where(better, missing, search.missing),
@@ -188,14 +220,15 @@ def _solve_group(
     def sweep(load: jax.Array, share: jax.Array, sweeps: jax.Array) -> tuple[jax.Array, jax.Array]:
         shift = _relaxation_shift(sweeps)
 
-        def of_colour(load: jax.Array, edges: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-            others, signs, capacity, share = edges
-            difference = (load - load[others]) * signs
+        def of_colour(load: jax.Array, edges: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
+            others, signs, weight, capacity, share = edges
+            here = load if weight is None else (load.astype(jnp.float32) * weight).astype(jnp.int32)
+            difference = (here - here[others]) * signs
             step = (difference - (difference >> shift)) * signs
             following = jnp.maximum(jnp.minimum(share - step, capacity), 0)
             return load + following - share, following
 
-        return lax.scan(of_colour, load, (jnp.asarray(partner), jnp.asarray(sign), capacity, share))
+        return lax.scan(of_colour, load, (jnp.asarray(partner), jnp.asarray(sign), weight, capacity, share))
 
     def two_sweeps(search: _Search) -> _Search:
         load, share = sweep(search.load, search.share, search.sweeps)
@@ -211,7 +244,7 @@ def _solve_group(
     over_mean = jnp.maximum(most_at_home - total.astype(jnp.float32), 0)
     gap_at_home = over_mean / jnp.maximum(most_at_home, 1)
     gap = jnp.where(solvable, gap, jnp.where(below, gap_at_home, 0))
-    improved = search.converged | (jnp.max(search.load) < jnp.max(even_load))
+    improved = search.converged | (jnp.max(level(search.load)) < jnp.max(level(even_load)))
     load = jnp.where(solvable, jnp.where(improved, search.load, even_load), home_load)
     share = jnp.where(solvable, jnp.where(improved, search.share, even_share), at_home)
     status = jnp.where(

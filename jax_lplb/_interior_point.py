@@ -23,7 +23,14 @@ _STEP_SHARE = 0.999  # of the way to the boundary
 
 
 def solve_groups(
-    load: jax.Array, log2phy: jax.Array, slots: int, num_ranks: int, num_groups: int, tol: float, threshold: float
+    load: jax.Array,
+    log2phy: jax.Array,
+    slots: int,
+    num_ranks: int,
+    num_groups: int,
+    tol: float,
+    threshold: float,
+    speed: jax.Array | None = None,
 ) -> list[jax.Array]:
     """All groups; `slots` a rank. Results as of the custom call, see `_solve.solve_fractions`."""
     num_experts, max_replicas = log2phy.shape
@@ -39,9 +46,10 @@ def solve_groups(
     same_rank = (rank[:, :, :, None] == rank[:, :, None, :]) & np.tri(max_replicas, k=-1, dtype=bool)[None, None]
     present &= ~jnp.any(same_rank, axis=3)
     loads = jnp.maximum(load[order], 0).reshape(num_groups, -1)
+    by_group = None if speed is None else speed[0].reshape(num_groups, size)
     fraction, rank_load, gap, iterations, status = jax.vmap(
-        lambda tokens, rank, present: _solve_group(tokens, rank, present, size, tol, threshold)
-    )(loads, jnp.where(present, rank, 0), present)
+        lambda tokens, rank, present, speed: _solve_group(tokens, rank, present, speed, size, tol, threshold)
+    )(loads, jnp.where(present, rank, 0), present, by_group)
     by_expert = jnp.zeros_like(fraction, shape=log2phy.shape).at[order].set(fraction.reshape(log2phy.shape))
     return [by_expert, rank_load.reshape(num_ranks), gap, iterations, status]
 
@@ -59,7 +67,7 @@ class _Iterate(NamedTuple):
 
 
 class _Best(NamedTuple):
-    """The best split so far, with its largest rank load, and the best lower bound on any split's."""
+    """The best split so far, with its largest rank load, or load / speed, and the best lower bound on any split's."""
 
     x: jax.Array
     rank_load: jax.Array
@@ -76,9 +84,23 @@ class _Search(NamedTuple):
 
 
 def _solve_group(
-    tokens: jax.Array, rank: jax.Array, present: jax.Array, num_ranks: int, tol: float, threshold: float
+    tokens: jax.Array,
+    rank: jax.Array,
+    present: jax.Array,
+    speed: jax.Array | None,
+    num_ranks: int,
+    tol: float,
+    threshold: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
     """One group: int32 tokens [experts], rank and present [experts, replicas], ranks counted within the group."""
+
+    def level(rank_load: jax.Array) -> jax.Array:
+        return rank_load if speed is None else rank_load.astype(jnp.float32) / speed
+
+    def by_speed(value: jax.Array) -> jax.Array:
+        """Of a value that all ranks would have, if they were equally fast, those of the ranks."""
+        return value if speed is None else value * speed.astype(value.dtype)
+
     num_replicas = jnp.sum(present, axis=1, dtype=jnp.int32)
     replicated = num_replicas > 1
     active = present & replicated[:, None]
@@ -114,12 +136,12 @@ def _solve_group(
     ) -> tuple[_Best, _Iterate]:
         """Slacks, duals with sum(lam) = 1 and z, complementarity, and the best split and bound so far."""
         in_set = 0.5 * jnp.max(lam)
-        y_of_lam, sum_lam = lowest(lam), jnp.sum(lam)
+        y_of_lam, sum_lam = lowest(lam), jnp.sum(by_speed(lam))
         bound = (jnp.sum(y_of_lam * w) + jnp.sum(lam * fixed)) / sum_lam
         inside = lam >= in_set
         load_of_set = jnp.sum(jnp.where(replicated & (y_of_lam >= in_set), w, 0)) + jnp.sum(jnp.where(inside, fixed, 0))
-        bound = jnp.maximum(bound, load_of_set / jnp.sum(inside).astype(jnp.float32))
-        most = jnp.max(rank_load)
+        bound = jnp.maximum(bound, load_of_set / jnp.sum(by_speed(inside.astype(jnp.float32))))
+        most = jnp.max(level(rank_load))
         top = jnp.maximum(top, most * (1 + 1e-6))
         dual = jnp.sum(jnp.where(replicated, y * w, 0)) + jnp.sum(lam * fixed)
         z = jnp.maximum((lam[rank] - y[:, None]) / sum_lam, _TINY)
@@ -128,7 +150,7 @@ def _solve_group(
             y=y / sum_lam,
             z=jnp.where(active, z, 1),
             lam=lam / sum_lam,
-            slack=jnp.maximum(top - rank_load, _TINY_SLACK),
+            slack=jnp.maximum(by_speed(top) - rank_load, _TINY_SLACK),
             top=top,
             complementarity=jnp.maximum(top - dual / sum_lam, _TINY),
         )
@@ -148,15 +170,15 @@ def _solve_group(
 
         def balance(_: int, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             x, rank_load = state
-            pull = 1 / jnp.maximum(rank_load, 1e-3)
+            pull = 1 / jnp.maximum(level(rank_load), 1e-3)
             x = normalise(jnp.where(active, jnp.maximum(x * (pull * pull)[rank], _TINY), 0))
             return x, fixed + on_rank(x)
 
         x, rank_load = lax.fori_loop(0, _BALANCING_ROUNDS, balance, (even, even_load))
-        top = jnp.max(rank_load) * 1.02 + 0.005
-        lam = 1 / (top - rank_load)
-        y = lowest(lam) - jnp.mean(lam)
-        most = jnp.max(even_load)
+        top = jnp.max(level(rank_load)) * 1.02 + 0.005
+        lam = 1 / (by_speed(top) - rank_load)
+        y = lowest(lam) - jnp.mean(by_speed(lam))
+        most = jnp.max(level(even_load))
         best = _Best(even, even_load, most, jnp.zeros_like(most), most >= 0)
         best, iterate = settle(best, x, y, lam, top, rank_load)
         return _Search(iterate, best, jnp.zeros_like(most, jnp.int32), most >= 0)
@@ -172,7 +194,8 @@ def _solve_group(
             diagonal = jnp.sum(weights, axis=1) + (slack / lam).astype(jnp.float64)
             system = jnp.diag(diagonal) - weights
             factor = _cholesky(system), True
-            ones = jax.scipy.linalg.cho_solve(factor, jnp.ones_like(diagonal))
+            border = by_speed(jnp.ones_like(diagonal))
+            solved = jax.scipy.linalg.cho_solve(factor, border)
 
         def direction(q: jax.Array, q_slack: jax.Array) -> tuple[jax.Array, ...]:
             """With q = (target of x z) / z - x, and likewise for the slacks."""
@@ -180,13 +203,13 @@ def _solve_group(
             right_side = q_slack + on_rank(q - d * (sum_q / h)[:, None])
             with jax.enable_x64(True):
                 a = jax.scipy.linalg.cho_solve(factor, right_side.astype(jnp.float64))
-                step_top = jnp.sum(a) / jnp.sum(ones)
-                step_lam = (a - step_top * ones).astype(jnp.float32)
+                step_top = jnp.sum(by_speed(a)) / jnp.sum(by_speed(solved))
+                step_lam = (a - step_top * solved).astype(jnp.float32)
                 step_top = step_top.astype(jnp.float32)
             step_y = (of_expert(d * step_lam[rank]) - sum_q) / h
             step_z = jnp.where(active, step_lam[rank] - step_y[:, None], 0)
             step_x = q - d * step_z
-            return step_x, step_y, step_z, step_lam, step_top - on_rank(step_x), step_top
+            return step_x, step_y, step_z, step_lam, by_speed(step_top) - on_rank(step_x), step_top
 
         def longest(*pairs: tuple[jax.Array, jax.Array]) -> jax.Array:
             return jnp.minimum(
@@ -225,7 +248,7 @@ def _solve_group(
         return jax.tree.map(lambda a, b: jnp.where(sound, a, b), stepped, search._replace(sound=sound))
 
     some_move = (total > 0) & (num_variables > 0)
-    most_at_home = jnp.max(home_load).astype(jnp.float32)
+    most_at_home = jnp.max(level(home_load)).astype(jnp.float32)
     even_enough = some_move & (threshold > 0) & (most_at_home * num_ranks <= threshold * total)
     solvable = some_move & ~even_enough
     search = lax.while_loop(

@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 from numpy.typing import ArrayLike
 
-from jax_lplb import _ffi, _placement_file, _plan, eplb
+from jax_lplb import _ffi, _placement_file, _plan, _speed, eplb
 from jax_lplb._checks import check_choice, check_count, check_positive
 from jax_lplb._mesh import with_auto_axes
 from jax_lplb._rows import logical_order, rows_of_experts
@@ -430,7 +430,8 @@ class Placement:
             `num_ranks`.
           max_replicas: most replicas that an expert may have, its home included; at least 2. By default as many as a
             group has ranks.
-          target: no more copies are made once the busiest rank of a group has at most this times the mean. At least 1.
+          target: no more copies are made once the busiest rank of a group has at most this times the mean (with
+            `rank_speed` in load / speed). At least 1.
           min_tokens: a copy is made only where it can take at least that many tokens, in whose time its weights are
             brought. (It may get fewer in the end, as ranks are then evened out further.)
           max_sends: most copies of one rank's experts, whose weights all leave through its link. None: no limit.
@@ -501,12 +502,19 @@ class Placement:
         """
         return _placement_file.load(cls, path)
 
-    def choose(self, load: jax.Array, *, implementation: _ffi.Implementation = None) -> "Placement":
+    def choose(
+        self,
+        load: jax.Array,
+        *,
+        rank_speed: jax.Array | np.ndarray | None = None,
+        implementation: _ffi.Implementation = None,
+    ) -> "Placement":
         """Plans copies for a load, on the device, as `balance` does for that of a batch.
 
         Args:
           load: int32 or float32 [..., num_experts], tokens of each logical expert over all ranks. Leading axes, one
             entry for each layer, go with those of the leaves.
+          rank_speed: float32 [num_ranks], as of `solve`: of all layers.
           implementation: "ffi" (custom call), "xla" (pure JAX), or None: the custom call on platforms that have one.
             All give the same bits.
 
@@ -514,9 +522,9 @@ class Placement:
           A placement of the same shapes, whose leaves are traced where `load` is.
 
         Raises:
-          TypeError: `load` has another dtype.
-          ValueError: it has the wrong shape, or the placement is not one of `per_batch`, or beyond the custom call's
-            limits.
+          TypeError: `load` or `rank_speed` has another dtype.
+          ValueError: one of them has the wrong shape, `rank_speed` a wrong value, or the placement is not one of
+            `per_batch`, or beyond the custom call's limits.
         """
         if self.planning is None:
             raise ValueError(
@@ -529,15 +537,19 @@ class Placement:
             )
         if load.ndim == 0 or load.shape[-1] != self.num_experts:
             raise ValueError(f"load must have shape [..., num_experts] = [..., {self.num_experts}], got {load.shape}")
+        _speed.check_rank_speed(rank_speed, self)
         check_limits(self, implementation)
         leading = np.broadcast_shapes(load.shape[:-1], self.phy2log.shape[:-1])
 
-        def run(load: jax.Array) -> tuple[jax.Array, jax.Array]:
-            one = jnp.vectorize(lambda load: _plan.choose(load, self, implementation), signature="(e)->(p),(e,r)")
+        def run(load: jax.Array, rank_speed: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+            speed = _speed.scale(rank_speed, self)
+            one = jnp.vectorize(
+                lambda load: _plan.choose(load, self, implementation, speed), signature="(e)->(p),(e,r)"
+            )
             return one(jnp.broadcast_to(load, (*leading, self.num_experts)))
 
         with jax.named_scope("lplb_choose"):
-            phy2log, log2phy = with_auto_axes(run, jax.P(), lax.stop_gradient(jnp.asarray(load)))
+            phy2log, log2phy = with_auto_axes(run, jax.P(), lax.stop_gradient(jnp.asarray(load)), rank_speed)
         return dataclasses.replace(self, phy2log=phy2log, log2phy=log2phy)
 
     def select(self, load: jax.Array, *, repeats: bool | None = None) -> "Placement":

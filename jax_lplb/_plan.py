@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_lplb import _ffi, _interior_point
+from jax_lplb import _ffi, _interior_point, _speed
 from jax_lplb._load import in_units, power_of_two, to_integers
 from jax_lplb._rows import has_padding, logical_order, rows_of_experts
 from jax_lplb._status import Status
@@ -111,12 +111,14 @@ def ffi_attributes(placement: "Placement", tol: float, threshold: float, *, solv
     }
 
 
-def choose(load: jax.Array, placement: "Placement", implementation: _ffi.Implementation) -> tuple[jax.Array, jax.Array]:
-    """Contents of a placement planned for a load, int32 or float32 [num_experts]."""
+def choose(
+    load: jax.Array, placement: "Placement", implementation: _ffi.Implementation, speed: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Contents of a placement planned for a load, int32 or float32 [num_experts], and `_speed.scale`'s speeds."""
     assert placement.planning is not None
     load, unit = to_integers(load)
     least = in_units(placement.planning.min_tokens, unit)
-    planned = plan(load, least, placement, _CERTIFIED, 0, implementation, solve=False)
+    planned = plan(load, least, placement, _CERTIFIED, 0, implementation, solve=False, speed=speed)
     return planned.phy2log, planned.log2phy
 
 
@@ -129,31 +131,45 @@ def plan(
     implementation: _ffi.Implementation,
     *,
     solve: bool = True,
+    speed: jax.Array | None = None,
 ) -> Planned:
-    """The plan for an int32 load, in which a copy takes at least `least`, int32 [], of the load's units."""
+    """The plan for an int32 load, in which a copy takes at least `least`, int32 [], of the load's units.
+
+    Where ranks have `_speed.scale`'s speeds, it is of the contents only: the split is to be solved for.
+    """
+    assert speed is None or not solve
     if has_padding(placement.num_experts, placement.num_ranks):
         rows, filled = rows_of_experts(placement.num_experts, placement.num_ranks), fill_up(placement)
-        planned = plan(to_rows(load, placement), least, filled, tol, threshold, implementation, solve=solve)
+        load = to_rows(load, placement)
+        planned = plan(load, least, filled, tol, threshold, implementation, solve=solve, speed=speed)
         return planned._replace(
             phy2log=of_experts(planned.phy2log, placement),
             log2phy=planned.log2phy[rows],
             fraction=planned.fraction[rows],
         )
 
-    def ffi(load: jax.Array, least: jax.Array) -> list[jax.Array]:
-        results = ffi_results(placement, (load, least))
-        return _ffi.call("lplb_plan", results, load, least, **ffi_attributes(placement, tol, threshold, solve=solve))
+    def ffi(*operands: jax.Array) -> list[jax.Array]:
+        results = ffi_results(placement, operands)
+        return _ffi.call("lplb_plan", results, *operands, **ffi_attributes(placement, tol, threshold, solve=solve))
 
-    def xla(load: jax.Array, least: jax.Array) -> list[jax.Array]:
-        return list(plan_groups(load, least, placement, tol, threshold, solve=solve))
+    def xla(load: jax.Array, least: jax.Array, speed: jax.Array | None = None) -> list[jax.Array]:
+        return list(plan_groups(load, least, placement, tol, threshold, solve=solve, speed=speed))
 
-    return Planned(*_ffi.choose("plan", implementation, ffi, xla, load, least))
+    operands = (load, least) if speed is None else (load, least, _speed.with_inverse(speed))
+    return Planned(*_ffi.choose("plan", implementation, ffi, xla, *operands))
 
 
 def plan_groups(
-    load: jax.Array, least: jax.Array, placement: "Placement", tol: float, threshold: float, *, solve: bool = True
+    load: jax.Array,
+    least: jax.Array,
+    placement: "Placement",
+    tol: float,
+    threshold: float,
+    *,
+    solve: bool = True,
+    speed: jax.Array | None = None,
 ) -> Planned:
-    """The plan in pure JAX, and the solve of groups whose split it does not certify."""
+    """The plan in pure JAX, and the solve of groups whose split it does not certify; speeds with their inverses."""
     planning = placement.planning
     assert planning is not None
     groups, ranks, slots = placement.num_groups, placement.group_size, placement.slots_per_rank
@@ -161,9 +177,10 @@ def plan_groups(
     limits = _Limits(planning.slack, planning.most_sends, placement.max_replicas, slots - homes)
     by_group = jnp.maximum(load, 0).reshape(groups, ranks, homes)
     slacks, rules = candidates(planning.slack)
+    speeds = None if speed is None else jnp.moveaxis(speed.reshape(2, groups, ranks), 0, 1)
     by_slot, taken, left, rank_load, missing, largest, shift = jax.vmap(
-        lambda loads: _plan_group(loads, least, limits, slacks, rules, threshold)
-    )(by_group)
+        lambda loads, speed: _plan_group(loads, speed, least, limits, slacks, rules, threshold)
+    )(by_group, speeds)
 
     # Tables: homes in the first slots of each rank, then what its free slots hold.
     home = jnp.arange(placement.num_experts, dtype=jnp.int32).reshape(groups, ranks, homes)
@@ -190,7 +207,7 @@ def plan_groups(
     in_tokens = (rank_load.astype(jnp.float32) * unit[:, None]).reshape(-1)
     some = jnp.any(by_slot >= 0, axis=(1, 2))
     home_load = (jnp.sum(by_group, axis=2, dtype=jnp.int32) << shift[:, None]).astype(jnp.uint32)
-    at_home = _stays_at_home(home_load, threshold)
+    at_home = _stays_at_home(home_load, home_load, threshold)
     most = jnp.max(home_load, axis=1).astype(jnp.float32) * ranks
     more = most - jnp.sum(home_load, axis=1, dtype=jnp.uint32).astype(jnp.float32)
     gap_at_home = jnp.where(at_home & (more > 0), more / jnp.maximum(most, 1), 0)
@@ -271,6 +288,7 @@ class _State(NamedTuple):
 
 def _plan_group(
     loads: jax.Array,
+    speed: jax.Array | None,
     least: jax.Array,
     limits: _Limits,
     slacks: np.ndarray,
@@ -291,9 +309,11 @@ def _plan_group(
     even_enough = _limit(mean, jnp.float32(limits.slack)) | (2 * _rank_bits(ranks) + 1)  # as far as keys tell
 
     def attempt(slack: jax.Array, rule: jax.Array) -> tuple[_Copies, jax.Array, jax.Array, jax.Array, jax.Array]:
-        state = _give(scaled, floor, _limit(mean, slack), rule, limits)
-        tokens, levelled, bound = _level(scaled, state, mean)
-        given = jnp.max(state.load)
+        state = _give(scaled, speed, floor, _limit(mean, slack), rule, limits)
+        given = jnp.max(_in_time(state.load, speed))
+        tokens, levelled, bound = state.copies.tokens, given, jnp.zeros_like(given)
+        if speed is None:
+            tokens, levelled, bound = _level(scaled, state, mean)
         tokens = jnp.where(levelled <= given, tokens, state.copies.tokens)
         largest = jnp.minimum(levelled, given)
         missing = jnp.where(largest > bound, largest - bound, 0)
@@ -317,7 +337,8 @@ def _plan_group(
         left &= criterion == jnp.min(jnp.where(left, criterion, jnp.uint32(2**32 - 1)))
     best = jnp.argmax(left)
     copies, largest, missing = jax.tree.map(lambda leaf: leaf[best], (copies, largest, missing))
-    tokens = jnp.where(_stays_at_home(home_load, threshold), jnp.zeros_like(copies.tokens), copies.tokens)
+    at_home = _stays_at_home(home_load, _in_time(home_load, speed), threshold)
+    tokens = jnp.where(at_home, jnp.zeros_like(copies.tokens), copies.tokens)
 
     # Slots in the order of the list, less copies without tokens.
     used = tokens != 0
@@ -334,16 +355,28 @@ def _plan_group(
     return by_slot, taken, left_at_home, rank_load, missing, largest, shift
 
 
-def _give(scaled: jax.Array, least: jax.Array, limit: jax.Array, rule: jax.Array, limits: _Limits) -> _State:
+def _give(
+    scaled: jax.Array,
+    speed: jax.Array | None,
+    least: jax.Array,
+    limit_of_all: jax.Array,
+    rule: jax.Array,
+    limits: _Limits,
+) -> _State:
     ranks, homes = scaled.shape
     rank = jnp.arange(ranks, dtype=jnp.int32)
     capacity = ranks * limits.redundants
     none = jnp.zeros_like(scaled[:, 0], jnp.int32)
     nothing = jnp.zeros_like(none, shape=(capacity,))
     home_load = jnp.sum(scaled, axis=1, dtype=jnp.uint32)
+    level = _in_time(home_load, speed)
+    limit = jnp.broadcast_to(limit_of_all, (ranks,))
+    if speed is not None:
+        limit = jnp.minimum(limit.astype(jnp.float32) * speed[0], 2.0**31 - 128).astype(jnp.uint32)
+        limit = jnp.where((limit >= home_load) & (level > limit_of_all), home_load - 1, limit)
     axes = _ffi.varying(scaled, least, limit, rule)
-    num_givers = jnp.sum(home_load > limit, dtype=jnp.int32)
-    busiest = jnp.argsort(~home_load, stable=True).astype(jnp.int32)  # first
+    num_givers = jnp.sum(level > limit_of_all, dtype=jnp.int32)
+    busiest = jnp.argsort(~level, stable=True).astype(jnp.int32)  # first
     start = _State(
         load=home_load,
         waiting=num_givers,
@@ -376,7 +409,7 @@ def _give(scaled: jax.Array, least: jax.Array, limit: jax.Array, rule: jax.Array
         giver = jnp.where(
             done, busiest[jnp.where(rule >= _LAST, state.waiting - 1, num_givers - state.waiting)], state.giver
         )
-        excess = (state.load[giver] - limit).astype(jnp.int32)
+        excess = (state.load[giver] - limit[giver]).astype(jnp.int32)
         wanted = excess.astype(jnp.uint32)
         sends = jnp.where(done, 0, state.sends)
         there = jnp.where(state.replicas[giver] < limits.max_replicas, state.at_home[giver], 0)
@@ -468,6 +501,13 @@ def _rank_bits(ranks: int) -> int:
     return max(127, (1 << (ranks - 1).bit_length()) - 1)
 
 
+def _in_time(rank_load: jax.Array, speed: jax.Array | None) -> jax.Array:
+    """Load / speed, uint32 [ranks]."""
+    if speed is None:
+        return rank_load
+    return jnp.minimum(rank_load.astype(jnp.float32) * speed[1], 2.0**31).astype(jnp.uint32)
+
+
 def _limit(mean: jax.Array, slack: jax.Array) -> jax.Array:
     more = jnp.minimum(mean.astype(jnp.float32) * slack, 2.0**31).astype(jnp.uint32)
     return jnp.minimum(mean + more, jnp.uint32(2**31 - 1))  # no load is more
@@ -484,10 +524,10 @@ def _share(tokens: jax.Array, whole: jax.Array) -> jax.Array:
     return jnp.where(tokens == 0, 0, jnp.where(tokens == whole.astype(tokens.dtype), 1, share))
 
 
-def _stays_at_home(home_load: jax.Array, threshold: float) -> jax.Array:
-    """Whether the largest of [..., ranks] is within `threshold` of the mean."""
+def _stays_at_home(home_load: jax.Array, level: jax.Array, threshold: float) -> jax.Array:
+    """Whether the largest load / speed of [..., ranks] is within `threshold` of the mean load."""
     if threshold == 0:
         return jnp.zeros_like(home_load[..., 0], bool)
     ranks = home_load.shape[-1]
     total = jnp.sum(home_load, axis=-1, dtype=jnp.uint32).astype(jnp.float32)
-    return jnp.max(home_load, axis=-1).astype(jnp.float32) * ranks <= jnp.float32(threshold) * total
+    return jnp.max(level, axis=-1).astype(jnp.float32) * ranks <= jnp.float32(threshold) * total

@@ -2,9 +2,9 @@
 
     minimise T   subject to   sum_{p in e} x_p = w_e,   b_g + sum_{p on g} x_p + s_g = T,   x, s >= 0
 
-x_p is the load that replica p takes of its expert's load w_e, b_g the load of rank g's experts without copies. After
-DeepSeek's LPLB, which posed the problem. Two algorithms solve it: `_interior_point`, for any placement, and
-`_edge_balance`, for pairs of replicas along a topology.
+x_p is the load that replica p takes of its expert's load w_e, b_g the load of rank g's experts without copies; where
+ranks have speeds, rank g may carry its own times T. After DeepSeek's LPLB, which posed the problem. Two algorithms
+solve it: `_interior_point`, for any placement, and `_edge_balance`, for pairs of replicas along a topology.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_lplb import _edge_balance, _ffi, _interior_point
+from jax_lplb import _edge_balance, _ffi, _interior_point, _speed
 from jax_lplb._load import in_tokens, to_integers
 from jax_lplb._mesh import with_auto_axes
 from jax_lplb._placement import Placement, check_limits
@@ -30,8 +30,8 @@ class Solution(NamedTuple):
       split: float32 [num_experts, max_replicas], tokens for each replica in the order of `placement.log2phy`; 0 in
         padding. Each row sums to the expert's load.
       rank_load: float32 [num_ranks], tokens.
-      gap: float32 [num_groups], certified: the largest rank load of the group is at most a fraction `gap` of itself
-        above the optimum.
+      gap: float32 [num_groups], certified: the largest rank load of the group, or load / speed, is at most a fraction
+        `gap` of itself above the optimum.
       iterations: int32 [num_groups].
       status: int32 [num_groups], values of `Status`.
     """
@@ -47,6 +47,7 @@ def solve(
     load: jax.Array,
     placement: Placement,
     *,
+    rank_speed: jax.Array | np.ndarray | None = None,
     solver: Solver = "auto",
     tol: float = 1e-4,
     threshold: float | None = None,
@@ -58,6 +59,13 @@ def solve(
       load: int32 or float32 [num_experts], tokens per logical expert, with a sum below 2**31 where int32. Carries no
         gradient. What is negative or NaN counts as 0.
       placement: where the replicas are.
+      rank_speed: float32 [num_ranks], how fast ranks are, in any unit: a slow GPU, or a rank that does other work
+        besides. The largest load / speed of each group becomes as small as it can, and gap, status and threshold are
+        about that, with speeds scaled to a mean of 1 within the group, so that it is in tokens of an average rank. A
+        rank of speed 0, or less than 1/256 of the group's fastest, has no load but of experts that are on such ranks
+        only, which counts for nothing. Carries no gradient. None: all are equally fast. A NumPy array with a negative
+        or infinite speed, NaN, or a group of zeros is an error; in a JAX array such speeds are 0, and those of a group
+        of zeros equal.
       solver: "ipm", the interior-point method; "edge_balance", the faster one for placements along a topology, which
         needs `placement.topology`, experts of at most two replicas, at most 32 ranks a group, and a topology whose
         edges take at most 16 colours (about as many as a rank has neighbours); or "auto": edge balance where it can
@@ -79,16 +87,25 @@ def solve(
     """
     check_placement(placement, implementation)
     check_load(load, placement)
+    _speed.check_rank_speed(rank_speed, placement)
     options = check_options(placement, solver, tol, threshold)
     load = lax.stop_gradient(jnp.asarray(load))
+
+    def run(load: jax.Array, placement: Placement, rank_speed: jax.Array | None) -> Solution:
+        return _solve(load, placement, options, implementation, _speed.scale(rank_speed, placement))
+
     with jax.named_scope("lplb_solve"):
-        return with_auto_axes(
-            lambda load, placement: _solve(load, placement, options, implementation), jax.P(), load, placement
-        )
+        return with_auto_axes(run, jax.P(), load, placement, rank_speed)
 
 
-def _solve(load: jax.Array, placement: Placement, options: "Options", implementation: _ffi.Implementation) -> Solution:
-    fraction, rank_load, gap, iterations, status = solve_fractions(load, placement, options, implementation)
+def _solve(
+    load: jax.Array,
+    placement: Placement,
+    options: "Options",
+    implementation: _ffi.Implementation,
+    speed: jax.Array | None,
+) -> Solution:
+    fraction, rank_load, gap, iterations, status = solve_fractions(load, placement, options, implementation, speed)
     if load.dtype == jnp.float32:
         # What is too little beside the other loads to count stays at home.
         home = (jnp.asarray(placement.log2phy) >= 0) & (jnp.arange(placement.max_replicas) == 0)[None, :]
@@ -107,9 +124,13 @@ class Options(NamedTuple):
 
 
 def solve_fractions(
-    load: jax.Array, placement: Placement, options: Options, implementation: _ffi.Implementation
+    load: jax.Array,
+    placement: Placement,
+    options: Options,
+    implementation: _ffi.Implementation,
+    speed: jax.Array | None = None,
 ) -> list[jax.Array]:
-    """As `solve`, with fractions of the load in place of tokens.
+    """As `solve`, with fractions of the load in place of tokens, and `_speed.scale`'s speeds.
 
     An expert without load, or with too little beside the others' to count, has a row of zeros, which `assign` reads as
     the even split; where no expert has a second replica, it may have a one at home.
@@ -117,19 +138,22 @@ def solve_fractions(
     log2phy = jnp.asarray(placement.log2phy)
     load, unit = to_integers(load)
     if placement.max_replicas == 1:
-        solved = _all_at_home(load, placement)
+        fraction, rank_load, gap, iterations, status = _all_at_home(load, placement)
     else:
 
-        def ffi(load: jax.Array, log2phy: jax.Array) -> list[jax.Array]:
-            operands = (load, log2phy)
+        def ffi(*operands: jax.Array) -> list[jax.Array]:
             results = ffi_results(placement, operands)
             return _ffi.call("lplb_solve", results, *operands, **ffi_attributes(placement, options))
 
-        def xla(load: jax.Array, log2phy: jax.Array) -> list[jax.Array]:
-            return solve_groups(load, log2phy, placement, options)
+        def xla(load: jax.Array, log2phy: jax.Array, *speed: jax.Array) -> list[jax.Array]:
+            return solve_groups(load, log2phy, placement, options, *speed)
 
-        solved = _ffi.choose("solve", implementation, ffi, xla, load, log2phy)
-    fraction, rank_load, gap, iterations, status = solved
+        running = None if speed is None else _speed.running(load, log2phy, speed, placement)
+        operands = (load, log2phy) if running is None else (running.load, running.log2phy, running.speed)
+        solved = _ffi.choose("solve", implementation, ffi, xla, *operands)
+        fraction, rank_load, gap, iterations, status = solved
+        if running is not None:
+            fraction, rank_load = running.in_columns(fraction), rank_load + running.kept_load
     return [fraction, in_tokens(rank_load, unit), gap, iterations, status]
 
 
@@ -160,22 +184,28 @@ def ffi_attributes(placement: Placement, options: Options) -> dict[str, Any]:
     }
 
 
-def solve_groups(load: jax.Array, log2phy: jax.Array, placement: Placement, options: Options) -> list[jax.Array]:
-    """The solve in pure JAX, of int32 loads."""
+def solve_groups(
+    load: jax.Array, log2phy: jax.Array, placement: Placement, options: Options, speed: jax.Array | None = None
+) -> list[jax.Array]:
+    """The solve in pure JAX, of int32 loads; `speed` of `_speed.running`."""
     slots, ranks, groups = placement.slots_per_rank, placement.num_ranks, placement.num_groups
+    limits = (options.tol, options.threshold)
     if options.solver == "ipm":
-        return _interior_point.solve_groups(load, log2phy, slots, ranks, groups, options.tol, options.threshold)
+        return _interior_point.solve_groups(load, log2phy, slots, ranks, groups, *limits, speed)
     assert placement.topology is not None
     edges = _edge_balance.colouring(placement.topology)
-    return _edge_balance.solve_groups(load, log2phy, slots, ranks, groups, edges, options.tol, options.threshold)
+    return _edge_balance.solve_groups(load, log2phy, slots, ranks, groups, edges, *limits, speed)
 
 
-def certified_bound(rank_load: jax.Array, gap: jax.Array, placement: Placement) -> jax.Array:
+def certified_bound(
+    rank_load: jax.Array, gap: jax.Array, placement: Placement, speed: jax.Array | None = None
+) -> jax.Array:
     """float32 [num_groups]: what the busiest rank of each group has at the least, in any split over these replicas.
 
-    Of the rank loads that the solver gave, which are not rounded to whole tokens, and their certified gap.
+    Of the rank loads that the solver gave, which are not rounded to whole tokens, and their certified gap; of load /
+    speed where there are speeds, `_speed.scale`'s.
     """
-    busiest = jnp.max(rank_load.reshape(placement.num_groups, -1), axis=1)
+    busiest = jnp.max(_speed.in_time(rank_load, speed).reshape(placement.num_groups, -1), axis=1)
     # The certificate is made of float32 sums over experts, whose terms may each be off by half a unit in the last
     # place; some more for the operations before and after.
     rounded = (placement.num_experts + 16) * 2.0**-24

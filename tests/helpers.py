@@ -66,26 +66,29 @@ def everywhere(num_ranks: int) -> lplb.Placement:
     return lplb.Placement.from_phy2log(slots.ravel(), num_ranks)
 
 
-def optimum(load: np.ndarray, place: lplb.Placement) -> np.ndarray:
-    """Smallest possible largest rank load of each group, float64 [num_groups], by SciPy's HiGHS."""
+def optimum(load: np.ndarray, place: lplb.Placement, speed: np.ndarray | None = None) -> np.ndarray:
+    """Smallest possible largest rank load of each group, or load / speed, float64 [num_groups], by SciPy's HiGHS."""
     slots, size = place.slots_per_rank, place.group_size
+    there, speed = usable(place, speed), scaled_speed(speed, place)
     phy2log, log2phy = np.asarray(place.phy2log), np.asarray(place.log2phy)
     load = np.maximum(np.asarray(load, np.float64), 0)
     result = []
     for group in range(place.num_groups):
         own = np.unique(phy2log[group * size * slots : (group + 1) * size * slots])
         own = own[own >= 0]  # a slot may hold nothing
+        of_rank = speed[group * size : (group + 1) * size]
+        own = own[np.any(there[own] & (speed[log2phy[own] // slots] > 0), axis=1)]  # others count for nothing
         total = load[own].sum()
         if total == 0:
             result.append(0.0)
             continue
         # One variable for each replica, in units in which the mean rank load is 1, and the largest rank load last.
         scale = size / total
-        expert, replica = np.nonzero(log2phy[own] >= 0)
+        expert, replica = np.nonzero(there[own])
         rank = log2phy[own][expert, replica] // slots - group * size
         count = len(expert)
         on_rank = scipy.sparse.csr_array((np.ones(count), (rank, np.arange(count))), shape=(size, count + 1))
-        largest = scipy.sparse.csr_array((np.full(size, -1.0), (np.arange(size), np.full(size, count))))
+        largest = scipy.sparse.csr_array((-of_rank, (np.arange(size), np.full(size, count))))
         of_expert = scipy.sparse.csr_array((np.ones(count), (expert, np.arange(count))), shape=(len(own), count + 1))
         solution = scipy.optimize.linprog(
             np.r_[np.zeros(count), 1.0],
@@ -99,6 +102,31 @@ def optimum(load: np.ndarray, place: lplb.Placement) -> np.ndarray:
         assert solution.status == 0, solution.message
         result.append(solution.fun / scale)
     return np.array(result)
+
+
+def scaled_speed(speed: np.ndarray | None, place: lplb.Placement) -> np.ndarray:
+    """Speeds of mean 1 within each group; what is less than 1/256 of the group's fastest is 0. None: all equal."""
+    speed = np.ones(place.num_ranks) if speed is None else speed
+    speed = np.asarray(speed, np.float64).reshape(place.num_groups, -1)
+    speed = np.where(speed < speed.max(axis=1, keepdims=True) / 256, 0, speed)
+    return (speed / speed.mean(axis=1, keepdims=True)).ravel()
+
+
+def usable(place: lplb.Placement, speed: np.ndarray | None) -> np.ndarray:
+    """Mask [num_experts, max_replicas] of replicas on ranks that are not of speed 0; all where there are no such."""
+    log2phy = np.asarray(place.log2phy)
+    there = log2phy >= 0
+    runs = there & (scaled_speed(speed, place)[log2phy // place.slots_per_rank] > 0)
+    return np.where(runs.any(axis=1, keepdims=True), runs, there)
+
+
+def draw_speeds(rng: np.random.Generator, place: lplb.Placement, number: int) -> np.ndarray:
+    """float32 [number, num_ranks]: from nearly equal to 1 : 15; in every other row ranks of speed 0, or nearly so."""
+    spread = rng.choice([0.1, 0.4, 1.35], (number, 1))
+    speed = 1000 * np.exp(rng.uniform(-spread, spread, (number, place.num_ranks)))
+    stopped = (rng.random(speed.shape) < 0.25) & (np.arange(number)[:, None] % 2 == 1)
+    stopped[:, :: place.group_size] = False  # not all of a group
+    return np.where(stopped, speed * rng.choice([0, 1e-4], speed.shape), speed).astype(np.float32)
 
 
 def rank_loads(split: np.ndarray, place: lplb.Placement) -> np.ndarray:
@@ -172,9 +200,10 @@ def random_loads(rng: np.random.Generator, num_experts: int, number: int) -> np.
     return np.stack([kinds[i % len(kinds)]().astype(np.int32) for i in range(number)])
 
 
-def most(loads: np.ndarray, place: lplb.Placement) -> np.ndarray:
-    """Largest rank load of each group."""
-    return loads.reshape(place.num_groups, -1).max(axis=1)
+def most(loads: np.ndarray, place: lplb.Placement, speed: np.ndarray | None = None) -> np.ndarray:
+    """Largest rank load of each group, or load / speed, of ranks that are not of speed 0."""
+    speed = scaled_speed(speed, place)
+    return np.where(speed > 0, loads / np.where(speed > 0, speed, 1), 0).reshape(place.num_groups, -1).max(axis=1)
 
 
 def check(

@@ -37,8 +37,8 @@ def random_placement(rng: np.random.Generator, ranks: int = RANKS, experts: int 
 def balancer(**options):
     """Of ids [ranks, tokens, k] on one device: the ranks are an axis of vmap's. All but the ids are the same on all."""
 
-    def run(ids: jax.Array, placement: lplb.Placement) -> lplb.Balanced:
-        balance = partial(lplb.balance, axis_name="ep", **options)
+    def run(ids: jax.Array, placement: lplb.Placement, rank_speed: jax.Array | None = None) -> lplb.Balanced:
+        balance = partial(lplb.balance, axis_name="ep", rank_speed=rank_speed, **options)
         out = jax.vmap(balance, (0, None), axis_name="ep")(ids, placement)
         return jax.tree.map(lambda leaf: leaf[0], out)._replace(physical_ids=out.physical_ids)
 
@@ -187,6 +187,17 @@ def test_kinds_of_placements(platform, kind, rng):
     np.testing.assert_array_equal(near.rank_load, far.rank_load)
     np.testing.assert_array_equal(near.physical_ids, reference(ids, near, nodes))
     assert kind == "no copies" or stay(sent(near, ids), 1) > stay(sent(far, ids), 1)
+
+
+@pytest.mark.parametrize("kind", ["copies chosen by the batch", "two replicas, by edge balance", "many replicas"])
+def test_ranks_of_different_speeds(platform, kind, rng):
+    place = kinds_of_placements()[kind]
+    ids, speed = ids_of(rng, place.num_ranks, place.num_experts), np.linspace(1, 2, place.num_ranks, dtype=np.float32)
+    speed[3] = 0
+    far, near = (balancer(implementation="ffi", locality=locality)(ids, place, speed) for locality in (False, True))
+    np.testing.assert_array_equal(near.rank_load, far.rank_load)
+    np.testing.assert_array_equal(near.physical_ids, reference(ids, near, None))
+    assert not np.array_equal(near.rank_load, balancer(implementation="ffi")(ids, place).rank_load)
 
 
 def test_several_replicas_on_a_rank(platform, implementation, rng):
