@@ -311,25 +311,6 @@ def test_copies_chosen_for_each_batch(rng, dispatch, buffer_factor, balance_opti
     assert layer.placement.get_value() == place  # nothing is kept
 
 
-@pytest.mark.parametrize(("dispatch", "buffer_factor"), [("peer", 4.0), ("peer", 0.3), ("all_to_all", 0.3)])
-def test_weights_prepared_for_copies_of_each_batch(rng, dispatch, buffer_factor):
-    """Micro-batches after each other, whose copies differ: on a data axis, and in one round or several."""
-    mesh = mesh_of((2, "data"), (4, "ep"))
-    layer = make(None, mesh, token_axes=("data", "ep"), dispatch=dispatch, buffer_factor=buffer_factor)
-    x, weight = inputs(rng)
-    metrics = check_against_dense(layer, x, weight, prepared=True)
-    assert metrics.balanced < metrics.home
-
-    @nnx.jit
-    def of_two(layer):
-        slots = layer.prepare()
-        assert {leaf.shape[0] for leaf in slots.values()} == {2 * EXPERTS}  # each row of the mesh has all
-        return layer(x, slots)[0], layer(x[::-1] + 1, slots)[0]
-
-    for got, of_batch in zip(of_two(layer), (x, x[::-1] + 1), strict=True):
-        np.testing.assert_array_equal(got, run(layer, of_batch)[0])
-
-
 def test_copies_of_a_batch_are_kept_where_they_are_no_longer_planned(rng):
     layer = make(None, mesh_of((RANKS, "ep")))
     x, weight = inputs(rng)
@@ -391,13 +372,18 @@ def test_no_tokens():
 
 
 @pytest.mark.parametrize(
-    ("dispatch", "buffer_factor", "prepared"), [("all_to_all", 0.2, True), ("peer", 0.2, False), ("peer", 4.0, False)]
+    ("dispatch", "buffer_factor", "per_batch", "prepared"),
+    [("all_to_all", 0.2, False, True), ("peer", 0.2, True, True), ("peer", 4.0, False, False)],
 )
-def test_data_and_expert_axes(rng, dispatch, buffer_factor, prepared):
+def test_data_and_expert_axes(rng, dispatch, buffer_factor, per_batch, prepared):
     """Each row of the mesh balances its own tokens; rows may need different numbers of rounds."""
     place = lplb.Placement.from_topology(topology.ring(4), num_experts=EXPERTS, num_ranks=4, redundants_per_rank=2)
     mesh = mesh_of((2, "data"), (4, "ep"))
-    layer = make(place, mesh, token_axes=("data", "ep"), dispatch=dispatch, buffer_factor=buffer_factor)
+    options = {"token_axes": ("data", "ep"), "dispatch": dispatch, "buffer_factor": buffer_factor}
+    layer = make(None if per_batch else place, mesh, **options)
+    slots = jax.eval_shape(lambda layer: layer.prepare(), layer)
+    of_rank = EXPERTS // 4 if per_batch else place.slots_per_rank  # home weights alone, or copies too
+    assert {leaf.shape[0] for leaf in slots.values()} == {RANKS * of_rank}
     x, weight = inputs(rng)
     x = x.at[: len(x) // 2].set(x[0])  # all tokens of one row pick the same experts
     metrics = check_against_dense(layer, x, weight, prepared)
