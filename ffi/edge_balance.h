@@ -73,6 +73,10 @@ LPLB_DEVICE float set_width(float tol, int sweep) {
 }
 
 LPLB_DEVICE float tokens_of(uint32_t word) { return static_cast<float>(static_cast<int32_t>(word)); }
+// And back, less a fraction; of what no word holds, the nearest that float32 has.
+LPLB_DEVICE uint32_t whole_tokens(float tokens) {
+  return static_cast<uint32_t>(static_cast<int32_t>(fminf(fmaxf(tokens, -0x1p31f), 0x1.fffffep30f)));
+}
 
 // How the loads of ranks compare where these are equally fast. A level is a load, or of a fast rank less than its load.
 template <class Warp>
@@ -128,8 +132,7 @@ struct BySpeed {
   }
   LPLB_DEVICE Word load_at(uint32_t level) const {
     return warp.zip(speed, speed, [level](uint32_t own, uint32_t) {
-      return static_cast<uint32_t>(
-          static_cast<int32_t>(fminf(float_from_bits(level) * float_from_bits(own), 0x1.fffffep30f)));
+      return whole_tokens(float_from_bits(level) * float_from_bits(own));
     });
   }
   LPLB_DEVICE Word short_of(const Word& full, const Word& load) const {
@@ -142,7 +145,7 @@ struct BySpeed {
   }
   LPLB_DEVICE Word weighed(int colour, const Word& load) const {
     return warp.zip(load, weight[colour], [](uint32_t word, uint32_t factor) {
-      return static_cast<uint32_t>(static_cast<int32_t>(tokens_of(word) * float_from_bits(factor)));
+      return whole_tokens(tokens_of(word) * float_from_bits(factor));
     });
   }
 };

@@ -180,7 +180,7 @@ def _solve_group(
 
     def load_at(level: jax.Array) -> jax.Array:
         """What a rank carries at a level."""
-        return level if speed is None else jnp.minimum(level * speed[0], 2.0**31 - 128).astype(jnp.int32)
+        return level if speed is None else _whole(level * speed[0])
 
     home_load = fixed + jnp.sum(at_home, axis=0, dtype=jnp.int32)
     total = jnp.sum(home_load, dtype=jnp.int32)
@@ -222,7 +222,7 @@ def _solve_group(
 
         def of_colour(load: jax.Array, edges: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
             others, signs, weight, capacity, share = edges
-            here = load if weight is None else (load.astype(jnp.float32) * weight).astype(jnp.int32)
+            here = load if weight is None else _whole(load.astype(jnp.float32) * weight)
             difference = (here - here[others]) * signs
             step = (difference - (difference >> shift)) * signs
             following = jnp.maximum(jnp.minimum(share - step, capacity), 0)
@@ -259,6 +259,10 @@ def _solve_group(
         search.sweeps,
         status.astype(jnp.int32),
     )
+
+
+def _whole(tokens: jax.Array) -> jax.Array:
+    return jnp.minimum(tokens, 2.0**31 - 128).astype(jnp.int32)
 
 
 def _relaxation_shift(sweep: jax.Array) -> jax.Array:

@@ -133,7 +133,7 @@ def solve_fractions(
     """As `solve`, with fractions of the load in place of tokens, and `_speed.scale`'s speeds.
 
     An expert without load, or with too little beside the others' to count, has a row of zeros, which `assign` reads as
-    the even split; where no expert has a second replica, it may have a one at home.
+    the even split; where no expert has a second replica, or ranks have speeds, it may have a one at its first replica.
     """
     log2phy = jnp.asarray(placement.log2phy)
     load, unit = to_integers(load)

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jax_lplb._load import exponent_of, power_of_two
+
 if TYPE_CHECKING:
     from jax_lplb._placement import Placement
 
@@ -57,6 +59,10 @@ def scale(rank_speed: jax.Array | np.ndarray | None, placement: "Placement") -> 
         return None
     speed = lax.stop_gradient(jnp.asarray(rank_speed)).reshape(placement.num_groups, -1)
     speed = jnp.where((speed > 0) & (speed < jnp.inf), speed, 0)
+    # First by a power of two, exactly: XLA divides by a broadcast as it multiplies by the reciprocal, which is 0 where
+    # speeds are as large as float32 holds.
+    exponent = jnp.clip(exponent_of(jnp.max(speed, axis=1, keepdims=True)), -126, 126)
+    speed = speed * power_of_two(-exponent)
     fastest = jnp.max(speed, axis=1, keepdims=True)
     speed = jnp.where(fastest > 0, speed / jnp.where(fastest > 0, fastest, 1), 1)
     speed = jnp.where(speed < SLOWEST, 0, speed)
@@ -84,20 +90,19 @@ class Running(NamedTuple):
         the first.
       column: int32 [num_experts, max_replicas], where these were in the placement's.
       speed: of `with_inverse`, all positive.
-      kept: bool [num_experts], which experts are on ranks of speed 0 only.
-      kept_load: float32 [num_ranks], the load of these.
+      kept_load: float32 [num_ranks], the load of experts that are on ranks of speed 0 only.
     """
 
     load: jax.Array
     log2phy: jax.Array
     column: jax.Array
     speed: jax.Array
-    kept: jax.Array
     kept_load: jax.Array
 
     def in_columns(self, fraction: jax.Array) -> jax.Array:
-        """Fractions by `log2phy` as those by the placement's."""
-        fraction = jnp.where(self.kept[:, None], jnp.eye(1, self.column.shape[1], dtype=jnp.float32), fraction)
+        """Fractions by `log2phy` as those by the placement's. Experts without any are whole in the first."""
+        first = (self.log2phy >= 0) & (jnp.arange(self.log2phy.shape[1]) == 0)[None, :]
+        fraction = jnp.where(jnp.any(fraction > 0, axis=1, keepdims=True), fraction, first.astype(jnp.float32))
         return jnp.take_along_axis(fraction, jnp.argsort(self.column, axis=1), axis=1)
 
 
@@ -116,6 +121,5 @@ def running(load: jax.Array, log2phy: jax.Array, speed: jax.Array, placement: "P
         log2phy,
         column,
         with_inverse(jnp.where(speed > 0, speed, 1)),
-        kept,
         kept_load.astype(jnp.float32),
     )

@@ -92,7 +92,7 @@ def test_equal_speeds_are_as_none(solver, implementation, platform):
 
 def test_the_unit_of_speeds_does_not_matter():
     load, speed = (values[1] for values in instances("ring")[:2])
-    units = (1, 2.0**100, 2.0**-100)
+    units = (1, 2.0**100, 2.0**-100, 2.0 ** (127 - np.ceil(np.log2(speed.max()))))  # the last as large as float32 holds
     results = [lplb.solve(load, CASES["ring"], rank_speed=speed * np.float32(unit)) for unit in units]
     for other in results[1:]:
         jax.tree.map(helpers.assert_same_bits, results[0], other)
@@ -109,6 +109,25 @@ def test_what_is_only_on_ranks_of_speed_0_stays_and_counts_for_nothing(solver, i
     np.testing.assert_allclose(result.rank_load, helpers.rank_loads(result.split, place), rtol=ROUNDING)
     np.testing.assert_allclose(result.rank_load[~there], 30, rtol=TOL)
     assert result.gap[0] <= TOL
+
+
+@pytest.mark.parametrize("solver", ["ipm", "edge_balance"])
+def test_what_is_too_little_to_count_is_not_on_ranks_of_speed_0(solver, implementation):
+    """Of float loads; expert 3 has so little, and is at home on rank 3, which stands still."""
+    place, load = helpers.placement(lplb.topology.ring(4), 4, 4, 1), np.array([1e10, 1e10, 1e10, 1e-3], np.float32)
+    speed = np.array([1, 1, 1, 0], np.float32)
+    result = lplb.solve(load, place, rank_speed=speed, solver=solver, implementation=implementation)
+    np.testing.assert_array_equal(result.split[3], np.array([0, 1e-3], np.float32))
+    np.testing.assert_array_equal(result.split[:3].sum(axis=1), load[:3])
+
+
+def test_edge_balance_moves_the_right_way_beside_the_largest_loads(implementation):
+    """Weighed by the speed of the rank next to it, what the slow rank has is more than an int32 holds."""
+    place, load = helpers.placement(lplb.topology.ring(2), 4, 2, 1), np.array([60, 19 * 10**8, 0, 0], np.int32)
+    options = {"solver": "edge_balance", "tol": 0.0, "implementation": implementation}
+    result = lplb.solve(load, place, rank_speed=np.array([1, 256], np.float32), **options)
+    np.testing.assert_array_equal(result.split[0], [0, 60])
+    assert result.status[0] == Status.CONVERGED
 
 
 @pytest.mark.parametrize("solver", ["ipm", "edge_balance"])
