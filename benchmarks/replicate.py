@@ -113,7 +113,8 @@ def main() -> None:
                 if transport == "peer":
                     row["link_mb"] = round(link_mb(place, ranks - 1, expert_bytes), 1)
                     beyond = row["device_us"] - cast_us
-                    row["of_link"] = round(row["link_mb"] / args.link_gb_per_s * 1e3 / beyond, 3)
+                    if row["link_mb"] > 0:
+                        row["of_link"] = round(row["link_mb"] / args.link_gb_per_s * 1e3 / beyond, 3)
             rows.append(row)
             print(rows[-1], flush=True)
     common.write(args.out, rows)

@@ -127,7 +127,8 @@ def chains(file: str) -> list[str]:
 
 
 def replicated() -> list[str]:
-    names = {"topology": "topology", "per batch": "per batch", "eplb": "EPLB"}
+    names = {"spread": "topology", "none used": "per batch, none needed", "of one rank": "per batch, of one rank"}
+    names |= {"per batch": "per batch", "eplb": "EPLB"}
     transports = {"peer": "peers' memory", "collective": "collectives"}
     lines = table("placement", "copies in use", "transport", "forward", "with gradients")
     for row in rows_of("replicate_h100x4"):

@@ -12,7 +12,7 @@ from jax import lax
 
 from jax_lplb import _ffi
 from jax_lplb._count import check_expert_ids, check_num_sms, chunking, count, flat_ids
-from jax_lplb._load import exponent_of, power_of_two
+from jax_lplb._load import exponent_of, power_of_two, present
 from jax_lplb._mesh import spec_of, with_auto_axes
 from jax_lplb._placement import Placement
 from jax_lplb._solve import check_load, check_placement
@@ -192,18 +192,13 @@ def assign_tokens(
     ]
 
 
-def _present(log2phy: jax.Array, num_physical: int) -> jax.Array:
-    """Which entries are replicas: the leading ones of a row that are slots."""
-    return jnp.cumprod((log2phy >= 0) & (log2phy < num_physical), axis=1, dtype=jnp.int32) > 0
-
-
 def _quotas(split: jax.Array, load: jax.Array, log2phy: jax.Array, num_physical: int) -> jax.Array:
     """uint32 [num_experts, max_replicas], integers near load * split / sum(split) that sum to the load."""
-    present = _present(log2phy, num_physical)
-    if present.shape[1] == 1:
-        return jnp.where(present, jnp.maximum(load, 0)[:, None], 0).astype(jnp.uint32)
-    replicas = jnp.sum(present, axis=1, keepdims=True, dtype=jnp.int32)
-    part = jnp.where(present & (split > 0), split, 0)
+    is_present = present(log2phy, num_physical)
+    if is_present.shape[1] == 1:
+        return jnp.where(is_present, jnp.maximum(load, 0)[:, None], 0).astype(jnp.uint32)
+    replicas = jnp.sum(is_present, axis=1, keepdims=True, dtype=jnp.int32)
+    part = jnp.where(is_present & (split > 0), split, 0)
     # As integers, the largest of a row of 24 bits, unless it is tiny, or of fewer, so that 32 bits hold the sum of all:
     # these add up exactly, in any order.
     bits = 24 - max(0, (part.shape[1] - 1).bit_length() - 8)
@@ -211,7 +206,7 @@ def _quotas(split: jax.Array, load: jax.Array, log2phy: jax.Array, num_physical:
     scaled = part * power_of_two(jnp.minimum(bits - 1 - exponent_of(largest), 127))
     weight = jnp.minimum(scaled, 2.0**bits - 1).astype(jnp.uint32)
     # Evenly where there is nothing for any of them.
-    weight = jnp.where(jnp.any(weight > 0, axis=1, keepdims=True), weight, present.astype(jnp.uint32))
+    weight = jnp.where(jnp.any(weight > 0, axis=1, keepdims=True), weight, is_present.astype(jnp.uint32))
     sums = jnp.cumsum(weight, axis=1, dtype=jnp.uint32)
     unroll = min(part.shape[1], 4)  # no loop where rows are narrow, and no program as long as rows where they are wide
     # Column by column: XLA divides by a broadcast as it multiplies by the reciprocal, and rounds otherwise. (On GPUs it
@@ -224,7 +219,7 @@ def _quotas(split: jax.Array, load: jax.Array, log2phy: jax.Array, num_physical:
     bound, remainder = _mul_div(fraction, jnp.maximum(load, 0)[:, None], _ONE)
     bound = bound + (remainder >= _ONE // 2).astype(jnp.uint32)
     quotas = bound - jnp.concatenate([jnp.zeros_like(bound[:, :1]), bound[:, :-1]], axis=1)
-    return jnp.where(present, quotas, jnp.uint32(0))
+    return jnp.where(is_present, quotas, jnp.uint32(0))
 
 
 def quota_rank_load(
@@ -259,7 +254,7 @@ def _near_steps(quotas: jax.Array, log2phy: jax.Array, placement: Placement, nea
     after the other.
     """
     ranks = placement.num_ranks
-    rank_of = jnp.where(_present(log2phy, placement.num_physical), log2phy // placement.slots_per_rank, ranks)
+    rank_of = jnp.where(present(log2phy, placement.num_physical), log2phy // placement.slots_per_rank, ranks)
     left, smaller = nearby.loads.astype(jnp.uint32), 1  # tokens of each group of so many ranks, and of each expert
     steps = []
     for size in dict.fromkeys((1, nearby.ranks_per_node, ranks)):
@@ -297,7 +292,7 @@ def _choose_slots(expert_ids: jax.Array, steps: list[_Step], log2phy: jax.Array,
     place = jnp.zeros_like(first, shape=ids.shape).at[order].set(jnp.arange(ids.shape[0], dtype=jnp.uint32))
     number = place - first[by_expert]
 
-    replicas = jnp.sum(_present(log2phy, num_physical), axis=1, dtype=jnp.int32)
+    replicas = jnp.sum(present(log2phy, num_physical), axis=1, dtype=jnp.int32)
     unknown = steps[0].tokens[ids] == 0  # a token the load does not know of goes home
 
     def try_replica(state: Any, of_replica: Any, is_last: bool) -> tuple[Any, None]:

@@ -1,4 +1,4 @@
-"""Loads as integers, which sums and divisions leave exact."""
+"""Loads as integers, which sums and divisions leave exact; and which replicas there are to share them."""
 
 from typing import NamedTuple
 
@@ -59,3 +59,8 @@ def exponent_of(value: jax.Array) -> jax.Array:
 def power_of_two(exponent: jax.Array) -> jax.Array:
     """float32, of int32 exponents from -126 on."""
     return lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
+
+
+def present(log2phy: jax.Array, num_physical: int) -> jax.Array:
+    """Which entries are replicas: the leading ones of a row that are slots."""
+    return jnp.cumprod((log2phy >= 0) & (log2phy < num_physical), axis=1, dtype=jnp.int32) > 0

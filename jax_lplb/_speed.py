@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_lplb._load import exponent_of, power_of_two
+from jax_lplb._load import exponent_of, power_of_two, present
 
 if TYPE_CHECKING:
     from jax_lplb._placement import Placement
@@ -107,7 +107,7 @@ class Running(NamedTuple):
 
 
 def running(load: jax.Array, log2phy: jax.Array, speed: jax.Array, placement: "Placement") -> Running:
-    known = (log2phy >= 0) & (log2phy < placement.num_physical)
+    known = present(log2phy, placement.num_physical)
     rank = jnp.where(known, log2phy // placement.slots_per_rank, placement.num_ranks)
     runs = jnp.append(speed > 0, False)[rank]
     kept = ~jnp.any(runs, axis=1)

@@ -1,5 +1,6 @@
 """Ranks of different speeds: the largest load / speed against SciPy's HiGHS, and what speed 0 and wrong speeds mean."""
 
+import dataclasses
 from functools import cache, partial
 
 import helpers
@@ -337,3 +338,15 @@ def test_the_cures_that_errors_name_work():
     solve = partial(lplb.solve, np.ones(24, np.int32), CASES["ring"])
     for speed in (np.array([1.0] * 8, np.float32), np.ones(8).astype("float32"), ONES * (np.arange(8) > 0), None):
         assert np.isfinite(solve(rank_speed=speed).rank_load).all()
+
+
+def test_only_leading_entries_of_a_row_are_replicas(implementation, platform):
+    """With speeds as without: an expert whose first entry is no slot has none, whatever comes after."""
+    place = helpers.placement(lplb.topology.ring(4), 8, 4, 1)
+    log2phy = np.array(place.log2phy)
+    log2phy[0, 0] = -1
+    place = dataclasses.replace(place, log2phy=log2phy)
+    ids = np.arange(64, dtype=np.int32).reshape(16, 4) % 8
+    for speed in (None, np.array([1, 2, 0, 1], np.float32)):
+        out = lplb.balance(ids, place, rank_speed=speed, implementation=implementation)
+        np.testing.assert_array_equal(np.asarray(out.physical_ids) < 0, ids == 0)
