@@ -84,7 +84,8 @@ def costs_of(runner: layer.Runner, slots: int, rows: int, number: int, repeats: 
         row |= {"points": number, "rows": rows, "tile": tile, "constant_us": round(constant, 2)}
         row |= {"per_1000_tokens_us": round(1e3 * per_token, 3), "per_tile_us": round(per_tile, 4)}
         row |= {"per_expert_us": round(per_expert, 3)}
-        row["break_even"] = int((per_expert + per_tile / 2) / (per_token + per_tile / tile))
+        of_row = per_token + per_tile / tile  # 0 where the fit is of noise
+        row["break_even"] = int((per_expert + per_tile / 2) / of_row) if of_row > 0 else 0
         row |= errors("tokens", of_tokens, other, times[held_out], None)
         row |= errors("model", of_model, other, times[held_out], tile)
         result.append(row)
@@ -131,17 +132,15 @@ def main() -> None:
     if jax.default_backend() == "gpu" and args.grouped_matmul is None:
         args.grouped_matmul = "tokamax"
     mesh = jax.make_mesh((1,), ("ep",), devices=jax.devices()[:1])
-    results = []
+    results, runners = [], []
     for d_model, d_expert, slots in SHAPES[: args.shapes]:
-        runner = layer.Runner(mesh, d_model, d_expert, {"grouped_matmul": args.grouped_matmul})
-        results += costs_of(runner, slots, 2 * args.tokens, args.points, args.repeats)
-        if len(results) == len(layer.PASSES):
-            first = runner
+        runners.append(layer.Runner(mesh, d_model, d_expert, {"grouped_matmul": args.grouped_matmul}))
+        results += costs_of(runners[-1], slots, 2 * args.tokens, args.points, args.repeats)
     loads = [layer.lognormal(RANKS * args.tokens, sigma) for sigma in (0.3, 0.6, 1.0)]
     if args.traces is not None:
         loads.append(layer.deepseek(RANKS * args.tokens, args.traces, 15))
-    least = results[1]["break_even"]
-    common.write(args.out, results + gains_of(first, loads, least, 3 * args.repeats))
+    least = results[1]["break_even"]  # of the first shape, with the backward pass
+    common.write(args.out, results + gains_of(runners[0], loads, least, 3 * args.repeats))
 
 
 if __name__ == "__main__":

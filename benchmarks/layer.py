@@ -53,8 +53,13 @@ from jax_lplb.flax import Metrics, MoE
 
 EXPERTS, TOP_K, REDUNDANTS = 64, 6, 2
 FACTORS = (1.0, 1.01, 1.02, 1.03, 1.05, 1.1, 1.15, 1.2, 1.25, 1.3, 1.4, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
-OF_PREPARED = {"balanced": "prepared"} | {mode: f"{mode} prepared" for mode in ("even", "unbalanced", "batch")}
-MODES = (*("even", "unbalanced", "balanced", "batch"), *OF_PREPARED.values())
+OF_PREPARED = {  # the same with prepared slots
+    "even": "even prepared",
+    "unbalanced": "unbalanced prepared",
+    "balanced": "prepared",
+    "batch": "batch prepared",
+}
+MODES = (*OF_PREPARED, *OF_PREPARED.values())
 PASSES = ("forward", "forward+backward")
 BATCH_MS = 80.0
 

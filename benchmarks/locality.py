@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 import jax_lplb as lplb
+from jax_lplb._cli import trace
 
 RANKS, SLOTS = (8, 16), 2
 BATCH, BATCHES = 512, 16  # tokens, and batches of each task of DeepSeek's
@@ -27,7 +28,7 @@ EXPERTS = {"deepseek-v2-lite": 64, "gpt-oss-20b": 32}
 
 def deepseek(folder: pathlib.Path) -> np.ndarray:
     """Ids [batches and layers, tokens, 6]."""
-    with np.load(folder / "deepseek_v2_lite_topk_ids.npz") as arrays:
+    with np.load(folder / "deepseek_v2_lite_topk_ids.npz", allow_pickle=False) as arrays:
         tasks = [arrays[name][: BATCHES * BATCH] for name in arrays if name.endswith("_ids")]
     batches = np.stack(tasks).reshape(len(tasks) * BATCHES, BATCH, *tasks[0].shape[1:])
     return batches.swapaxes(1, 2).reshape(-1, BATCH, batches.shape[-1]).astype(np.int32)
@@ -35,8 +36,8 @@ def deepseek(folder: pathlib.Path) -> np.ndarray:
 
 def gpt_oss(folder: pathlib.Path) -> np.ndarray:
     """Ids [batches and layers, tokens, 4]."""
-    with np.load(folder / "gpt_oss_20b_decode_counts.npz") as arrays:
-        counts = arrays["counts"][::EVERY].reshape(-1, arrays["counts"].shape[-1])
+    (steps,) = trace.read(folder / "gpt_oss_20b_decode_counts.npz")
+    counts = steps[::EVERY].reshape(-1, steps.shape[-1])
     counts = counts[counts.sum(axis=1) == np.max(counts.sum(axis=1))]  # full batches
     rng = np.random.default_rng(0)
     choices = [rng.permutation(np.repeat(np.arange(len(count), dtype=np.int32), count)) for count in counts]

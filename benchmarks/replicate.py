@@ -107,14 +107,14 @@ def main() -> None:
             row |= {"forward_us": median_us(partial(forward, home, place), args.repeats)}
             row |= {"gradient_us": median_us(partial(both, home, place, gradient), args.repeats)}
             if jax.default_backend() == "gpu":
-                kernels = profile(partial(forward, home), iter([place] * 10), ranks - 1)
-                row["device_us"] = round(sum(us for _, us in kernels) / 10, 1)
+                kernels = profile(partial(forward, home), iter([place] * args.repeats), ranks - 1)
+                row["device_us"] = round(sum(us for _, us in kernels) / args.repeats, 1)
                 cast_us = cast_us or row["device_us"]
                 if transport == "peer":
                     row["link_mb"] = round(link_mb(place, ranks - 1, expert_bytes), 1)
-                    beyond = row["device_us"] - cast_us
                     if row["link_mb"] > 0:
-                        row["of_link"] = round(row["link_mb"] / args.link_gb_per_s * 1e3 / beyond, 3)
+                        link_us = row["link_mb"] / args.link_gb_per_s * 1e3
+                        row["of_link"] = round(link_us / (row["device_us"] - cast_us), 3)
             rows.append(row)
             print(rows[-1], flush=True)
     common.write(args.out, rows)

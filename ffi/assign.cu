@@ -576,18 +576,7 @@ cudaError_t launch_assign(cudaStream_t stream, const AssignShape& shape, const A
 
 }  // namespace
 
-cudaError_t prepare_assign_cuda() {
-  for (const auto& of_many : kKernels) {
-    for (const auto& of_wide : of_many) {
-      for (const Kernel kernel : of_wide) {
-        const cudaError_t error =
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kSharedBytes));
-        if (error != cudaSuccess) return error;
-      }
-    }
-  }
-  return cudaSuccess;
-}
+cudaError_t prepare_assign_cuda() { return allow_shared_bytes(kKernels, kSharedBytes); }
 
 cudaError_t assign_cuda(cudaStream_t stream, const AssignShape& shape, const AssignOperands& in,
                         const AssignResults& out) {

@@ -1,9 +1,22 @@
-// How kernels are launched that may begin before the launch before them has ended.
+// What kernels may use, and how they are launched, before the launch before them has ended if that may be.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 namespace lplb {
+
+// Lets kernels, one or nested arrays of them, use so much dynamic shared memory.
+template <class... Parameters>
+cudaError_t allow_shared_bytes(void (*kernel)(Parameters...), size_t bytes) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+}
+template <class Kernels>
+cudaError_t allow_shared_bytes(const Kernels& kernels, size_t bytes) {
+  for (const auto& some : kernels) {
+    if (const cudaError_t error = allow_shared_bytes(some, bytes); error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
 
 // As programmatic dependent launch (`ahead`), or after the end of the launch before.
 template <class... Parameters, class... Arguments>

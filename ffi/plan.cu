@@ -1,6 +1,7 @@
 #include <cooperative_groups.h>
 
 #include "count.h"
+#include "launch.cuh"
 #include "plan.h"
 
 namespace lplb {
@@ -359,18 +360,7 @@ size_t shared_bytes(const PlanShape& shape, int planners) {
 
 }  // namespace
 
-cudaError_t prepare_plan_cuda() {
-  for (const auto& of_speed : kKernels) {
-    for (const auto& of_words : of_speed) {
-      for (const Kernel kernel : of_words) {
-        const cudaError_t error =
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kSharedBytes));
-        if (error != cudaSuccess) return error;
-      }
-    }
-  }
-  return cudaSuccess;
-}
+cudaError_t prepare_plan_cuda() { return allow_shared_bytes(kKernels, kSharedBytes); }
 
 cudaError_t plan_cuda(cudaStream_t stream, const PlanShape& shape, const PlanOperands& in, const PlanResults& out) {
   bool clusters;

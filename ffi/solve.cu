@@ -76,9 +76,8 @@ cudaError_t prepare_solve_cuda() {
   for (const int group_size : {8, 16, 32, 64, 72, 128}) {
     for (const auto& [variables, replicas] : {std::pair(1, 2), std::pair(1, 3), std::pair(kMaxGroupSlots, 3)}) {
       const auto prepare = [](auto block) {
-        constexpr int kDynamic = 99 * 1024 - static_cast<int>(sizeof(typename decltype(block)::Scratch));
-        return cudaFuncSetAttribute(solve_kernel<decltype(block)>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    kDynamic);
+        constexpr size_t kDynamic = 99 * 1024 - sizeof(typename decltype(block)::Scratch);
+        return allow_shared_bytes(&solve_kernel<decltype(block)>, kDynamic);
       };
       cudaError_t error = with_block<false>(group_size, variables, replicas, prepare);
       if (error == cudaSuccess) error = with_block<true>(group_size, variables, replicas, prepare);

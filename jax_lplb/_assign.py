@@ -188,7 +188,7 @@ def assign_tokens(
         steps = _near_steps(quotas, log2phy, placement, nearby)
     return [
         _choose_slots(ids, steps, log2phy, placement.num_physical),
-        quota_rank_load(split, load, placement, log2phy),
+        _sum_by_rank(quotas, log2phy, placement),
     ]
 
 
@@ -222,13 +222,14 @@ def _quotas(split: jax.Array, load: jax.Array, log2phy: jax.Array, num_physical:
     return jnp.where(is_present, quotas, jnp.uint32(0))
 
 
-def quota_rank_load(
-    split: jax.Array, load: jax.Array, placement: Placement, log2phy: jax.Array | None = None
-) -> jax.Array:
+def quota_rank_load(split: jax.Array, load: jax.Array, placement: Placement) -> jax.Array:
     """int32 [num_ranks], the sum of the quotas of each rank's slots."""
-    log2phy = jnp.asarray(placement.log2phy) if log2phy is None else log2phy
-    quotas = _quotas(split, load, log2phy, placement.num_physical).astype(jnp.int32)
-    rank = log2phy // placement.slots_per_rank
+    log2phy = jnp.asarray(placement.log2phy)
+    return _sum_by_rank(_quotas(split, load, log2phy, placement.num_physical), log2phy, placement)
+
+
+def _sum_by_rank(quotas: jax.Array, log2phy: jax.Array, placement: Placement) -> jax.Array:
+    quotas, rank = quotas.astype(jnp.int32), log2phy // placement.slots_per_rank
     sums = jnp.zeros_like(quotas, shape=(placement.num_ranks,))
     return sums.at[jnp.where(rank >= 0, rank, placement.num_ranks)].add(quotas, mode="drop")
 

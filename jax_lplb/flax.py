@@ -298,6 +298,7 @@ class MoE(nnx.Module):
             weights, axes = self._home_weights(), self.axis_name
         else:
             weights, axes = slots, self.slot_axes
+        has_copies = slots is not None and self.placement.get_value().planning is None
         dense = {"router": self.router[...]}
         if self.shared_in is not None and self.shared_out is not None:
             dense |= {"shared_in": self.shared_in[...], "shared_out": self.shared_out[...]}
@@ -307,7 +308,7 @@ class MoE(nnx.Module):
         row_axes = 1 if len(x) % shards else x.ndim - 1
         num_rows = math.prod(x.shape[: x.ndim - row_axes])
         run = self._on_each_device(
-            partial(self._on_rank, slots is not None),
+            partial(self._on_rank, has_copies),
             (jax.P(self.token_axes), jax.P(self.token_axes), jax.P(axes), jax.P(), jax.P(), jax.P()),
             (jax.P(self.token_axes), jax.P()),
         )
@@ -419,7 +420,7 @@ class MoE(nnx.Module):
 
     def _on_rank(
         self,
-        prepared: bool,
+        has_copies: bool,
         x: jax.Array,
         mask: jax.Array | None,
         weights: dict[str, jax.Array],
@@ -449,7 +450,7 @@ class MoE(nnx.Module):
         if self.dispatch == "dense":
             result, rounds = self._every_expert(tokens, expert_ids, gates, weights, placement), jnp.int32(1)
         else:
-            result, rounds = self._dispatch(prepared, tokens, out, gates, weights, placement, x.dtype)
+            result, rounds = self._dispatch(has_copies, tokens, out, gates, weights, placement, x.dtype)
         if "shared_in" in dense:
             axes = _ffi.varying(tokens)  # first: gradients are added up over these in the parameters' dtype
             shared_in, shared_out = (
@@ -461,7 +462,7 @@ class MoE(nnx.Module):
 
     def _dispatch(
         self,
-        prepared: bool,
+        has_copies: bool,
         tokens: jax.Array,
         out: Balanced,
         gates: jax.Array,
@@ -469,8 +470,7 @@ class MoE(nnx.Module):
         placement: Placement,
         dtype: Any,
     ) -> tuple[jax.Array, jax.Array]:
-        brought = prepared and placement.planning is None
-        slots = weights if brought else Home(weights, self.dtype, self.transport)
+        slots = weights if has_copies else Home(weights, self.dtype, self.transport)
         return expert_parallel(
             tokens,
             out.physical_ids,
