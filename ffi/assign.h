@@ -39,9 +39,16 @@ struct AssignOperands {
 };
 
 struct AssignResults {
-  int32_t* physical_ids;  // [batch, num_ids]
-  int32_t* rank_load;     // [batch, num_ranks] the sum of the quotas of each rank's slots
+  int32_t* physical_ids;      // [batch, num_ids]
+  int32_t* rank_load;         // [batch, num_ranks] the sum of the quotas of each rank's slots
+  int32_t* shares = nullptr;  // [batch, shares_rows(), 4] to work in, on CUDA; what it is left with means nothing
 };
+
+// What one thread block makes of a batch element, for all blocks, where experts may have many replicas: how many shares
+// there are, these, what there is of each expert, and each share's expert; in rows of 16 bytes. See shares.cuh.
+LPLB_INLINE int64_t shares_rows(int num_experts, int num_physical) {
+  return 1 + static_cast<int64_t>(num_physical) + (num_experts + 3) / 4 + (num_physical + 3) / 4;
+}
 
 void assign_cpu(const AssignShape& shape, const AssignOperands& in, const AssignResults& out);
 
@@ -55,6 +62,15 @@ cudaError_t assign_cuda(cudaStream_t stream, const AssignShape& shape, const Ass
 // dependent launch).
 cudaError_t assign_after_solve_cuda(cudaStream_t stream, const AssignShape& shape, const AssignOperands& in,
                                     const AssignResults& out);
+// The two launches that these consist of, for drivers, and where there is but the second. `ahead`: of the end of the
+// launch before, on devices that can.
+cudaError_t shares_cuda(cudaStream_t stream, const AssignShape& shape, const AssignOperands& in,
+                        const AssignResults& out, bool ahead);
+cudaError_t assign_by_shares_cuda(cudaStream_t stream, const AssignShape& shape, const AssignOperands& in,
+                                  const AssignResults& out, bool ahead);
+// Shares, of which there is room for so many.
+cudaError_t make_shares_cuda(cudaStream_t stream, const AssignShape& shape, const AssignOperands& in, int32_t* shares,
+                             uint32_t room, bool ahead);
 #endif
 
 // ---- Shares: what each replica takes --------------------------------------------------------------------------------
