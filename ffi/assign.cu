@@ -12,7 +12,6 @@ constexpr int kWarp = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
 constexpr int kMaxWarps = 16, kLeastWarps = 4;  // powers of two
 constexpr int kMaxIds = 4;                      // of a thread at once, where there are many
-constexpr int kNarrowRow = 4;                   // replicas of an expert whose shares a thread writes
 constexpr size_t kSharedBytes = 98 * 1024;      // what every device has
 
 // A block's shared memory. Experts are padded so that each warp's counts can be stored eight at a time.

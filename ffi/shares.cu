@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t b = blockIdx.x; b < shape.count.num_batches; b += gridDim.x) {
     const Rows rows(shape, in, b);
     const MadeShares made(memory, b, shape.count.num_experts, shape.num_physical);
-    ShareMaker(rows, made, room, &used).run();
+    ShareMaker(rows, made, room, &used).run(kThreads);
     __syncthreads();
   }
 }

@@ -6,6 +6,8 @@
 namespace lplb {
 namespace {
 
+constexpr int kNarrowRow = 4;  // replicas of an expert whose shares a thread makes
+
 // What there is of an expert: the slot of its only replica, or kNoSlot, or, negative too, the place of the first of its
 // shares, or that there was no room for them.
 constexpr int32_t kNoSlot = -1, kNotKept = INT32_MIN;
@@ -38,55 +40,67 @@ struct Rows {
   int num_experts, max_replicas, num_physical;
 
   __device__ Rows(const AssignShape& shape, const AssignOperands& in, int64_t batch)
-      : split(in.split + batch * shape.count.num_experts * shape.max_replicas),
-        log2phy(in.log2phy + batch * shape.count.num_experts * shape.max_replicas),
-        load(in.load + batch * shape.count.num_experts),
-        num_experts(shape.count.num_experts),
-        max_replicas(shape.max_replicas),
-        num_physical(shape.num_physical) {}
+      : Rows(in.split, in.log2phy, in.load, batch, shape.count.num_experts, shape.max_replicas, shape.num_physical) {}
+  __device__ Rows(const float* split, const int32_t* log2phy, const int32_t* load, int64_t batch, int num_experts,
+                  int max_replicas, int num_physical)
+      : split(split + batch * num_experts * max_replicas),
+        log2phy(log2phy + batch * num_experts * max_replicas),
+        load(load + batch * num_experts),
+        num_experts(num_experts),
+        max_replicas(max_replicas),
+        num_physical(num_physical) {}
   // None beyond the row's end.
-  __device__ int32_t slot(int e, int r) const {
-    return r < max_replicas ? log2phy[static_cast<int64_t>(e) * max_replicas + r] : kNoSlot;
-  }
   __device__ Replica replica(int e, int r) const {
-    return {r < max_replicas ? split[static_cast<int64_t>(e) * max_replicas + r] : 0.0f, slot(e, r)};
+    if (r >= max_replicas) return {0.0f, kNoSlot};
+    const int64_t entry = static_cast<int64_t>(e) * max_replicas + r;
+    return {split[entry], log2phy[entry]};
+  }
+  // The first kNarrowRow of an expert's row, all loads before the first use of any.
+  __device__ void first_replicas(int e, Replica (&row)[kNarrowRow]) const {
+    const int64_t entry = static_cast<int64_t>(e) * max_replicas;
+#pragma unroll
+    for (int r = 0; r < kNarrowRow; r += 2) {
+      if (max_replicas % 2 == 0 && r < max_replicas) {
+        const int2 slots = *reinterpret_cast<const int2*>(log2phy + entry + r);
+        const float2 parts = *reinterpret_cast<const float2*>(split + entry + r);
+        row[r] = {parts.x, slots.x}, row[r + 1] = {parts.y, slots.y};
+      } else {
+        row[r] = replica(e, r), row[r + 1] = replica(e, r + 1);
+      }
+    }
   }
 };
 
-// Makes them, by all threads of the block, of which there are whole warps. `used`: in shared memory. `room`: for so
-// many shares, num_physical at most.
+// Makes them, by `num_threads` threads of the block, whole warps, which are all that have not left. `used`: in shared
+// memory. `room`: for so many shares, num_physical at most.
 class ShareMaker {
  public:
   __device__ ShareMaker(const Rows& in, const MadeShares& out, uint32_t room, uint32_t* used)
       : in_(in), out_(out), room_(room), used_(used), lane_(threadIdx.x % kWarp) {}
 
-  // A lane looks whether an expert has several replicas; then the warp makes the shares of those that do, a replica a
-  // lane.
-  __device__ void run() const {
-    const int num_warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp;
+  // A lane makes the shares of an expert with few replicas; then the warp those of the others, a replica a lane.
+  __device__ void run(int num_threads) const {
+    const int num_warps = num_threads / kWarp, warp = threadIdx.x / kWarp;
     const int each = min((in_.num_experts - 1) / num_warps + 1, kWarp);
     if (threadIdx.x == 0) *used_ = 0;
     __syncthreads();
 #pragma unroll 1
     for (int first = warp * each; first < in_.num_experts; first += num_warps * each) {
-      const int e = first + lane_;
-      const bool is_one = lane_ < each && e < in_.num_experts;
-      const Replica home = {0.0f, is_one ? in_.slot(e, 0) : kNoSlot}, copy = {0.0f, is_one ? in_.slot(e, 1) : kNoSlot};
-      const bool has_home = home.is_slot(in_.num_physical), has_several = has_home && copy.is_slot(in_.num_physical);
-      if (is_one && !has_several) out_.heads[e] = has_home ? home.slot : kNoSlot;
+      const bool is_expert = lane_ < each && first + lane_ < in_.num_experts;
+      const bool is_long = is_expert && !make_narrow_row(first + lane_);
       // The next row is read while one is worked on.
       const auto read = [&](unsigned left) {
         return left != 0 ? in_.replica(first + __ffs(left) - 1, lane_) : Replica{};
       };
-      unsigned left = __ballot_sync(kFullWarp, has_several);
+      unsigned left = __ballot_sync(kFullWarp, is_long);
       Replica next = read(left);
 #pragma unroll 1
       while (left != 0) {
-        const int which = first + __ffs(left) - 1;
+        const int e = first + __ffs(left) - 1;
         const Replica replica = next;
         left &= left - 1;
         next = read(left);
-        make_row(which, replica);
+        make_row(e, replica);
       }
     }
     __syncthreads();
@@ -97,6 +111,41 @@ class ShareMaker {
   static constexpr int kWarp = 32;
   static constexpr unsigned kFullWarp = 0xffffffffu;
 
+  // The place of an expert's first share.
+  __device__ uint32_t find_place(int e, uint32_t count) const {
+    const uint32_t place = atomicAdd(used_, count);
+    out_.heads[e] = head_of(place, count, room_);
+    return place;
+  }
+  // Share r of `count`. Where there is no room for all of an expert's, those that there is room for take nothing.
+  __device__ void store(int e, uint32_t place, uint32_t r, uint32_t count, const Share& share) const {
+    const uint32_t i = place + r;
+    if (i >= room_) return;
+    out_.shares[i] = place + count <= room_ ? share : Share{share.slot, 0, 0, 0};
+    out_.expert_of[i] = e;
+  }
+  // Unless its row goes on.
+  __device__ bool make_narrow_row(int e) const {
+    Replica row[kNarrowRow];
+    in_.first_replicas(e, row);
+    const int32_t load = in_.load[e];
+    uint32_t count = 0;
+#pragma unroll
+    for (int r = 0; r < kNarrowRow && row[r].is_slot(in_.num_physical); ++r) ++count;
+    if (count <= 1) {
+      out_.heads[e] = count > 0 ? row[0].slot : kNoSlot;
+      return true;
+    }
+    if (count == kNarrowRow && in_.max_replicas > kNarrowRow) return false;
+    const uint32_t place = find_place(e, count);
+    const auto read = [&](int r) { return row[r]; };
+    Shares<decltype(read), kNarrowRow> shares(read, in_.max_replicas, in_.num_physical, load);
+#pragma unroll
+    for (uint32_t r = 0; r < kNarrowRow; ++r) {
+      if (r < count) store(e, place, r, count, shares.next(r));
+    }
+    return true;
+  }
   // The warp makes an expert's shares. `first`: the lane's replica of the first so many.
   __device__ void make_row(int e, const Replica& first) const {
     const uint32_t load = static_cast<uint32_t>(max(in_.load[e], 0));
@@ -109,12 +158,7 @@ class ShareMaker {
       leading = none == 0 ? kWarp : __ffs(none) - 1;
       if (lane_ < leading) largest = fmaxf(largest, own.positive());
     }
-    uint32_t place = 0;
-    if (lane_ == 0) {
-      place = atomicAdd(used_, count);
-      out_.heads[e] = head_of(place, count, room_);
-    }
-    place = __shfl_sync(kFullWarp, place, 0);
+    const uint32_t place = __shfl_sync(kFullWarp, lane_ == 0 ? find_place(e, count) : 0, 0);
     largest = __uint_as_float(__reduce_max_sync(kFullWarp, __float_as_uint(largest)));  // not negative
     const Weigher weigher(largest, in_.max_replicas);
     uint32_t total = 0;
@@ -122,10 +166,10 @@ class ShareMaker {
     total = __reduce_add_sync(kFullWarp, total);
     const bool is_even = total == 0;  // nothing for any of them
     if (is_even) total = count;
-    uint32_t sum = 0;  // of the weights of those before
+    uint32_t before = 0;  // the sum of weights
 #pragma unroll 1
     for (uint32_t begin = 0; begin < count; begin += kWarp) {
-      const uint32_t r = begin + lane_, i = place + r;
+      const uint32_t r = begin + lane_;
       const Replica own = replica(r);
       const uint32_t weight = r >= count ? 0 : is_even ? 1 : weigher.weight(own);
       uint32_t upto = weight;
@@ -134,13 +178,11 @@ class ShareMaker {
         const uint32_t other = __shfl_up_sync(kFullWarp, upto, step);
         if (lane_ >= step) upto += other;
       }
-      upto += sum;
-      sum = __shfl_sync(kFullWarp, upto, kWarp - 1);
-      if (r >= count || i >= room_) continue;
+      upto += before;
+      before = __shfl_sync(kFullWarp, upto, kWarp - 1);
+      if (r >= count) continue;
       const uint32_t from = tokens_upto(upto - weight, total, load), to = tokens_upto(upto, total, load);
-      // Where there is no room for all of an expert's, those that there is room for take nothing.
-      out_.shares[i] = place + count <= room_ ? make_share(own.slot, from, to, load) : Share{own.slot, 0, 0, 0};
-      out_.expert_of[i] = e;
+      store(e, place, r, count, make_share(own.slot, from, to, load));
     }
   }
 
