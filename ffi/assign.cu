@@ -429,14 +429,18 @@ cudaError_t launch_both(cudaStream_t stream, const AssignShape& shape, const Ass
 
 cudaError_t prepare_assign_cuda() { return allow_shared_bytes(kKernels, kSharedBytes); }
 
+uint32_t room_for_shares(const AssignShape& shape) {
+  const Launch of(shape);
+  return of.wide ? of.room : 0;
+}
+
 cudaError_t shares_cuda(cudaStream_t stream, const AssignShape& shape, const AssignOperands& in,
                         const AssignResults& out, bool ahead) {
-  const Launch of(shape);
-  if (!of.wide) return cudaSuccess;
+  const uint32_t room = room_for_shares(shape);
+  if (room == 0) return cudaSuccess;
   bool hopper;
   const cudaError_t error = runs_hopper_code(&hopper);
-  if (error != cudaSuccess) return error;
-  return make_shares_cuda(stream, shape, in, out.shares, of.room, ahead && hopper);
+  return error != cudaSuccess ? error : make_shares_cuda(stream, shape, in, out.shares, room, ahead && hopper);
 }
 
 cudaError_t assign_by_shares_cuda(cudaStream_t stream, const AssignShape& shape, const AssignOperands& in,

@@ -62,8 +62,10 @@ cudaError_t assign_cuda(cudaStream_t stream, const AssignShape& shape, const Ass
 // dependent launch).
 cudaError_t assign_after_solve_cuda(cudaStream_t stream, const AssignShape& shape, const AssignOperands& in,
                                     const AssignResults& out);
-// The two launches that these consist of, for drivers, and where there is but the second. `ahead`: of the end of the
-// launch before, on devices that can.
+// For how many shares these need room; 0: they make none ahead, as experts have few replicas.
+uint32_t room_for_shares(const AssignShape& shape);
+// The two launches that these consist of, for drivers, and the second alone where the solve has made the shares.
+// `ahead`: of the end of the launch before, on devices that can.
 cudaError_t shares_cuda(cudaStream_t stream, const AssignShape& shape, const AssignOperands& in,
                         const AssignResults& out, bool ahead);
 cudaError_t assign_by_shares_cuda(cudaStream_t stream, const AssignShape& shape, const AssignOperands& in,

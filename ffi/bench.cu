@@ -143,15 +143,18 @@ int main(int argc, char** argv) {
       const lplb::PlanOperands plan_in = {d_load.get(), d_least.get()};
       const lplb::PlanResults plan_out = {d_phy2log.get(), d_log2phy.get(), solve_out};
       const auto plan = [&](cudaStream_t s) { return lplb::plan_cuda(s, problem.plan, plan_in, plan_out); };
-      const auto solve = [&](cudaStream_t s) {
-        if (planned) return lplb::plan_solve_cuda(s, problem.plan, plan_in, plan_out);
-        return solver.plain ? lplb::solve_plain_cuda(s, shape, solve_in, solve_out)
-                            : lplb::solve_cuda(s, shape, solver.edges, solve_in, solve_out);
+      const auto solve_with = [&](cudaStream_t s, const lplb::SolveShares& shares) {
+        if (planned) return lplb::plan_solve_cuda(s, problem.plan, plan_in, plan_out, shares);
+        return solver.plain ? lplb::solve_plain_cuda(s, shape, solve_in, solve_out, shares)
+                            : lplb::solve_cuda(s, shape, solver.edges, solve_in, solve_out, shares);
       };
+      const auto solve = [&](cudaStream_t s) { return solve_with(s, {}); };
       const auto all = [&](cudaStream_t s) {
         if (const cudaError_t error = count(s); error != cudaSuccess) return error;
-        if (const cudaError_t error = solve(s); error != cudaSuccess) return error;
-        return lplb::assign_after_solve_cuda(s, assign_shape, assign_in, assign_out);
+        const bool makes_shares =
+            solver.edges == nullptr && lplb::makes_shares(planned ? lplb::after_plan(problem.plan) : shape);
+        return lplb::assign_after_cuda([&](const lplb::SolveShares& shares) { return solve_with(s, shares); },
+                                       makes_shares, s, assign_shape, assign_in, assign_out);
       };
       LPLB_CHECK(cudaMemsetAsync(d_fraction.get(), 0x7f, cells * sizeof(float), stream));
       LPLB_CHECK(all(stream));
