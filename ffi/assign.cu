@@ -107,21 +107,27 @@ __device__ void store_shares(const AssignShape& shape, const AssignOperands& in,
   write_shares<kNarrowRow>(read, replicas, shape.num_physical, load, shares);
 }
 
-// Brings what was made once for this batch element, all of it read at once unless it is long.
-template <bool kNear>
-__device__ void read_shares(const MadeShares& made, const Wide& wide, int experts) {
-  const uint32_t i = threadIdx.x, used = *made.used;
-  Share first = {};
-  if (i < wide.room) first = made.shares[i];
-#pragma unroll 1
-  for (int e = threadIdx.x; e < experts; e += blockDim.x) wide.heads[e] = made.heads[e];
-  if (i == 0) *wide.num_used = used;
-#pragma unroll 1
-  for (uint32_t place = i; place < used; place += blockDim.x) {
-    wide.places[place].share = place == i ? first : made.shares[place];
-    if constexpr (kNear) wide.expert_of[place] = static_cast<uint16_t>(made.expert_of[place]);
+// A thread's part of the shares that were made once: read before the first use of any, unless they are many.
+class MadePart {
+ public:
+  MadePart() = default;
+  __device__ MadePart(const MadeShares& made, uint32_t room) : used_(*made.used) {
+    if (threadIdx.x < room) first_ = made.shares[threadIdx.x];
   }
-}
+  template <bool kNear>
+  __device__ void store(const MadeShares& made, const Wide& wide) const {
+    if (threadIdx.x == 0) *wide.num_used = used_;
+#pragma unroll 1
+    for (uint32_t i = threadIdx.x; i < used_; i += blockDim.x) {
+      wide.places[i].share = i == threadIdx.x ? first_ : made.shares[i];
+      if constexpr (kNear) wide.expert_of[i] = static_cast<uint16_t>(made.expert_of[i]);
+    }
+  }
+
+ private:
+  uint32_t used_;
+  Share first_;
+};
 
 // Makes near shares of the places' shares, which all threads have written. A thread has a place, as each step needs
 // what the one before has filled of all replicas of the expert. No step writes what it reads.
@@ -222,7 +228,6 @@ __device__ void add_ranks(const AssignShape& shape, ForQuotas for_quotas, uint32
 template <int kIds, bool kWide, bool kAhead, bool kNear = false>
 __global__ void __launch_bounds__(kMaxWarps* kWarp)
     assign_kernel(const AssignShape shape, const AssignOperands in, const AssignResults out, const uint32_t room) {
-  static_assert(!kWide || kAhead, "a launch before this one makes the shares");
   extern __shared__ uint4 memory[];
   const int experts = shape.count.num_experts, padded = Shared::padded(experts), threads = blockDim.x;
   const int num_warps = threads / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -278,19 +283,32 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
         }
       }
     };
-    const auto store = [&](int e) { store_shares(shape, in, b, e, rows + e * shape.max_replicas); };
-    const auto get_shares = [&] {
-      wait_for_launch<kAhead>();
+    // Shares are read in three steps, the second one for each expert.
+    [[maybe_unused]] const MadeShares made(out.shares, b, experts, shape.num_physical);
+    [[maybe_unused]] MadePart part;
+    const auto begin_shares = [&] {
+      if constexpr (kWide) part = MadePart(made, room);
+    };
+    const auto store = [&](int e) {
       if constexpr (kWide) {
-        read_shares<kNear>(MadeShares(out.shares, b, experts, shape.num_physical), wide, experts);
+        wide.heads[e] = made.heads[e];
       } else {
-#pragma unroll 1
-        for (int e = threadIdx.x; e < experts; e += threads) store(e);
+        store_shares(shape, in, b, e, rows + e * shape.max_replicas);
       }
+    };
+    const auto finish_shares = [&] {
+      if constexpr (kWide) part.store<kNear>(made, wide);
       if constexpr (kNear) {
         __syncthreads();
         stay_near(shape, in, b, wide);
       }
+    };
+    const auto get_shares = [&] {
+      wait_for_launch<kAhead>();
+      begin_shares();
+#pragma unroll 1
+      for (int e = threadIdx.x; e < experts; e += threads) store(e);
+      finish_shares();
     };
     bool has_shares = false;
     for (int item = blockIdx.x; item <= shape.count.num_chunks; item += gridDim.x) {
@@ -328,13 +346,12 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
         __syncwarp();
       };
       load_ids(0);
+      if (!kAhead && !has_shares) begin_shares();
       clear_counts();
       for (int e = threadIdx.x; e < experts; e += threads) {
         // All loads before the first use of any.
         const int32_t start = starts[e], before = kNear ? 0 : offset[e];
-        if constexpr (!kAhead) {
-          if (!has_shares) store(e);
-        }
+        if (!kAhead && !has_shares) store(e);
         shared.seen[e] = static_cast<uint32_t>(start) + static_cast<uint32_t>(max(0, before));
       }
       for (int tile = 0; tile < num_ids; tile += kIds * threads) {
@@ -353,7 +370,13 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
         number_in_warp(ids, counts, numbers);
         __syncthreads();
         add_up_warps(padded, num_warps, shared.of_warp);
-        if (kAhead && !has_shares) get_shares();
+        if (!has_shares) {
+          if constexpr (kAhead) {
+            get_shares();
+          } else {
+            finish_shares();
+          }
+        }
         has_shares = true;
         __syncthreads();
 #pragma unroll
@@ -378,11 +401,12 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
 }
 
 using Kernel = void (*)(AssignShape, AssignOperands, AssignResults, uint32_t);
-// By whether a thread takes several ids at once, and what else.
-enum { kNarrow, kNarrowAhead, kWide, kNear };
+// By whether a thread takes several ids at once, kWide + kNear, and whether the launch is ahead.
 template <int kIds>
-constexpr std::array<Kernel, 4> kKernelsOf = {assign_kernel<kIds, false, false>, assign_kernel<kIds, false, true>,
-                                              assign_kernel<kIds, true, true>, assign_kernel<kIds, true, true, true>};
+constexpr std::array<std::array<Kernel, 2>, 3> kKernelsOf = {
+    {{{assign_kernel<kIds, false, false>, assign_kernel<kIds, false, true>}},
+     {{assign_kernel<kIds, true, false>, assign_kernel<kIds, true, true>}},
+     {{assign_kernel<kIds, true, false, true>, assign_kernel<kIds, true, true, true>}}}};
 constexpr std::array kKernels = {kKernelsOf<1>, kKernelsOf<kMaxIds>};
 
 // How a shape is assigned.
@@ -449,9 +473,8 @@ cudaError_t assign_by_shares_cuda(cudaStream_t stream, const AssignShape& shape,
   bool hopper;
   if (const cudaError_t error = runs_hopper_code(&hopper); error != cudaSuccess) return error;
   ahead = ahead && hopper;
-  const int kernel = of.near ? kNear : of.wide ? kWide : ahead ? kNarrowAhead : kNarrow;
   return launch(stream, grid_of(shape.count, shape.count.num_chunks + 1), of.warps * kWarp, of.bytes, ahead,
-                kKernels[of.many][kernel], shape, in, out, of.room);
+                kKernels[of.many][of.wide + of.near][ahead], shape, in, out, of.room);
 }
 
 cudaError_t assign_cuda(cudaStream_t stream, const AssignShape& shape, const AssignOperands& in,
