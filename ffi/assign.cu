@@ -61,24 +61,26 @@ struct Wide {
   Place* near;      // shares, an expert's next to each other, in the order in which tokens go through them
   uint32_t* skips;  // of these; where the weights were
   uint16_t* expert_of;
+  uint16_t* counts;  // [padded experts] places of each expert that has any
 
   static constexpr size_t of_place(bool near) {
     return sizeof(Place) + sizeof(uint32_t) + (near ? sizeof(Place) + sizeof(uint16_t) : 0);
   }
   // Of all but the places.
-  __host__ __device__ static size_t bytes(int experts) {
-    return sizeof(Totals) + Shared::padded(experts) * (sizeof(int32_t) + sizeof(uint16_t));
+  __host__ __device__ static size_t bytes(int experts, bool near) {
+    return sizeof(Totals) + Shared::padded(experts) * (sizeof(int32_t) + (near ? 2 : 1) * sizeof(uint16_t));
   }
   __device__ Wide(char* memory, int experts, uint32_t room, bool stay_near)
       : totals(reinterpret_cast<Totals*>(memory)),
         heads(reinterpret_cast<int32_t*>(totals + 1)),
         long_row(reinterpret_cast<uint16_t*>(heads + Shared::padded(experts))),
-        places(reinterpret_cast<Place*>(memory + bytes(experts))),
+        places(reinterpret_cast<Place*>(memory + bytes(experts, stay_near))),
         weights(reinterpret_cast<uint32_t*>(places + (stay_near ? 2 : 1) * room)),
         room(room),
         near(places + room),
         skips(weights),
-        expert_of(reinterpret_cast<uint16_t*>(skips + room)) {}
+        expert_of(reinterpret_cast<uint16_t*>(skips + room)),
+        counts(long_row + Shared::padded(experts)) {}
   __device__ uint32_t used() const { return min(totals->used, room); }
   // A place of a replica, `first` being its expert's first. Where there is no room for all of an expert's, those that
   // there is room for take nothing.
@@ -86,7 +88,10 @@ struct Wide {
   __device__ void open(int e, uint32_t first, const Open& open, uint32_t weight) const {
     const uint32_t i = first + open.number;
     if (i >= room) return;
-    if constexpr (kNear) expert_of[i] = static_cast<uint16_t>(e);
+    if constexpr (kNear) {
+      expert_of[i] = static_cast<uint16_t>(e);
+      if (open.number == 0) counts[e] = static_cast<uint16_t>(open.count);
+    }
     places[i].open = first + open.count <= room ? open : Open{open.slot, open.number, 0, 0};
     weights[i] = weight;
   }
@@ -268,34 +273,34 @@ __device__ void close_places(const Wide& wide) {
 
 // Makes near shares of the places' shares, which all threads have written. A thread has a place, as each step needs
 // what the one before has filled of all replicas of the expert. No step writes what it reads.
-__device__ void stay_near(const AssignShape& shape, const AssignOperands& in, int64_t batch, const Wide& wide) {
+__device__ void stay_near(const Nearby& nearby, const Wide& wide) {
   const int used = static_cast<int>(wide.used());
-  const auto for_places = [&](const Place* places, auto visit) {
+  // visit(e, first, count, i) for the places of experts all of whose places are kept.
+  const auto for_places = [&](auto visit) {
 #pragma unroll 1
     for (int i = threadIdx.x; i < used; i += blockDim.x) {
       const int e = wide.expert_of[i];
-      int first = i, end = i + 1;
-      while (first > 0 && wide.expert_of[first - 1] == e) --first;
-      while (end < used && wide.expert_of[end] == e) ++end;
-      visit(Nearby(shape, in, batch, e), [=](int j) { return places[first + j].part; }, end - first, i, first);
+      if (wide.heads[e] == kNotKept) continue;
+      const int first = static_cast<int>(place_of(wide.heads[e]));
+      visit(e, first, wide.counts[e], i - first);
     }
     __syncthreads();
   };
-#pragma unroll 1
-  for (int step = 0; step < 2; ++step) {
-    const Place* from = step == 0 ? wide.places : wide.near;
-    Place* to = step == 0 ? wide.near : wide.places;
-    for_places(from, [&](const Nearby& nearby, auto part, int count, int i, int first) {
-      Part filled = from[i].part;
-      (step == 0 ? filled.of_rank : filled.of_node) = nearby.fill(part, count, i - first, step);
-      to[i].part = filled;
-    });
-  }
-  for_places(wide.places, [&](const Nearby& nearby, auto part, int count, int i, int first) {
+  for_places([&](int e, int first, int count, int i) {
     int place;
-    const NearShare share = nearby.share(part, count, i - first, &place);
-    wide.near[first + place].share = share;
-    wide.skips[first + place] = share.skip;
+    uint32_t skip;
+    const auto share = [&](int j) { return wide.places[first + j].share; };
+    const Part part = nearby.on_rank(e, share, count, i, &place, &skip);
+    wide.near[first + place].part = part, wide.skips[first + place] = skip;
+  });
+  for_places([&](int, int first, int count, int i) {
+    const auto part = [&](int j) { return wide.near[first + j].part; };
+    wide.places[first + i].part = nearby.on_node(part, count, i, &wide.skips[first + i]);
+  });
+  for_places([&](int, int first, int count, int i) {
+    const auto part = [&](int j) { return wide.places[first + j].part; };
+    const NearShare share = nearby.share(part, count, i, wide.skips[first + i]);
+    wide.near[first + i].share = share, wide.skips[first + i] = share.skip;
   });
 }
 
@@ -373,6 +378,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
   [[maybe_unused]] Share* const rows = reinterpret_cast<Share*>(shared.end);  // elsewhere
   uint16_t* counts = shared.of_warp + warp * padded;
   for (int64_t b = blockIdx.y; b < shape.count.num_batches; b += gridDim.y) {
+    // Read this early, as all of stay_near needs it.
+    [[maybe_unused]] const int rank = kNear ? in.rank[b] : 0;
     // The slot of an expert's token.
     const auto slot_of = [&](int e, uint32_t number) {
       const auto choose = [=](auto next) { return choose_slot(next, number); };
@@ -436,7 +443,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
       }
       if constexpr (kNear) {
         __syncthreads();
-        stay_near(shape, in, b, wide);
+        stay_near(Nearby(shape, in, b, rank), wide);
       }
     };
     const auto get_shares = [&] {
@@ -559,7 +566,7 @@ cudaError_t launch_assign(cudaStream_t stream, const AssignShape& shape, const A
   const bool wide = near || shape.max_replicas > kNarrowRow ||
                     Shared::bytes(shape, kLeastWarps) + in_rows * sizeof(Share) > kSharedBytes;
   const size_t wanted = wide ? shape.num_physical : in_rows, each = wide ? Wide::of_place(near) : sizeof(Share);
-  const size_t others = wide ? Wide::bytes(experts) : 0;
+  const size_t others = wide ? Wide::bytes(experts, near) : 0;
   // A thread for some ids, and for an expert whose row is wide.
   const int64_t threads =
       std::max((chunk_size - 1) / (many ? kMaxIds : 1) + 1, static_cast<int64_t>(wide ? experts : 0));
