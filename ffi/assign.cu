@@ -48,22 +48,24 @@ struct Wide {
   Place* near;      // shares, an expert's next to each other, in the order in which tokens go through them
   uint32_t* skips;  // of these
   uint16_t* expert_of;
+  uint16_t* ends;  // [padded experts] behind the last place of each expert that has any
 
   static constexpr size_t of_place(bool near) {
     return sizeof(Place) + (near ? sizeof(Place) + sizeof(uint32_t) + sizeof(uint16_t) : 0);
   }
   // Of all but the places.
-  __host__ __device__ static size_t bytes(int experts) {
-    return sizeof(uint4) + Shared::padded(experts) * sizeof(int32_t);
+  __host__ __device__ static size_t bytes(int experts, bool near) {
+    return sizeof(uint4) + Shared::padded(experts) * (sizeof(int32_t) + (near ? sizeof(uint16_t) : 0));
   }
   __device__ Wide(char* memory, int experts, uint32_t room, bool stay_near)
       : num_used(reinterpret_cast<uint32_t*>(memory)),
         heads(reinterpret_cast<int32_t*>(memory + sizeof(uint4))),
-        places(reinterpret_cast<Place*>(memory + bytes(experts))),
+        places(reinterpret_cast<Place*>(memory + bytes(experts, stay_near))),
         room(room),
         near(places + room),
         skips(reinterpret_cast<uint32_t*>(near + room)),
-        expert_of(reinterpret_cast<uint16_t*>(skips + room)) {}
+        expert_of(reinterpret_cast<uint16_t*>(skips + room)),
+        ends(reinterpret_cast<uint16_t*>(heads + Shared::padded(experts))) {}
   __device__ uint32_t used() const { return *num_used; }
 };
 
@@ -120,7 +122,11 @@ class MadePart {
 #pragma unroll 1
     for (uint32_t i = threadIdx.x; i < used_; i += blockDim.x) {
       wide.places[i].share = i == threadIdx.x ? first_ : made.shares[i];
-      if constexpr (kNear) wide.expert_of[i] = static_cast<uint16_t>(made.expert_of[i]);
+      if constexpr (kNear) {
+        const int e = made.expert_of[i];
+        wide.expert_of[i] = static_cast<uint16_t>(e);
+        if (i + 1 == used_ || made.expert_of[i + 1] != e) wide.ends[e] = static_cast<uint16_t>(i + 1);
+      }
     }
   }
 
@@ -131,34 +137,34 @@ class MadePart {
 
 // Makes near shares of the places' shares, which all threads have written. A thread has a place, as each step needs
 // what the one before has filled of all replicas of the expert. No step writes what it reads.
-__device__ void stay_near(const AssignShape& shape, const AssignOperands& in, int64_t batch, const Wide& wide) {
+__device__ void stay_near(const Nearby& nearby, const Wide& wide) {
   const int used = static_cast<int>(wide.used());
-  const auto for_places = [&](const Place* places, auto visit) {
+  // visit(e, first, count, i) for the places of experts all of whose places are kept.
+  const auto for_places = [&](auto visit) {
 #pragma unroll 1
     for (int i = threadIdx.x; i < used; i += blockDim.x) {
       const int e = wide.expert_of[i];
-      int first = i, end = i + 1;
-      while (first > 0 && wide.expert_of[first - 1] == e) --first;
-      while (end < used && wide.expert_of[end] == e) ++end;
-      visit(Nearby(shape, in, batch, e), [=](int j) { return places[first + j].part; }, end - first, i, first);
+      if (wide.heads[e] == kNotKept) continue;
+      const int first = static_cast<int>(place_of(wide.heads[e]));
+      visit(e, first, wide.ends[e] - first, i - first);
     }
     __syncthreads();
   };
-#pragma unroll 1
-  for (int step = 0; step < 2; ++step) {
-    const Place* from = step == 0 ? wide.places : wide.near;
-    Place* to = step == 0 ? wide.near : wide.places;
-    for_places(from, [&](const Nearby& nearby, auto part, int count, int i, int first) {
-      Part filled = from[i].part;
-      (step == 0 ? filled.of_rank : filled.of_node) = nearby.fill(part, count, i - first, step);
-      to[i].part = filled;
-    });
-  }
-  for_places(wide.places, [&](const Nearby& nearby, auto part, int count, int i, int first) {
+  for_places([&](int e, int first, int count, int i) {
     int place;
-    const NearShare share = nearby.share(part, count, i - first, &place);
-    wide.near[first + place].share = share;
-    wide.skips[first + place] = share.skip;
+    uint32_t skip;
+    const auto share = [&](int j) { return wide.places[first + j].share; };
+    const Part part = nearby.on_rank(e, share, count, i, &place, &skip);
+    wide.near[first + place].part = part, wide.skips[first + place] = skip;
+  });
+  for_places([&](int, int first, int count, int i) {
+    const auto part = [&](int j) { return wide.near[first + j].part; };
+    wide.places[first + i].part = nearby.on_node(part, count, i, &wide.skips[first + i]);
+  });
+  for_places([&](int, int first, int count, int i) {
+    const auto part = [&](int j) { return wide.places[first + j].part; };
+    const NearShare share = nearby.share(part, count, i, wide.skips[first + i]);
+    wide.near[first + i].share = share, wide.skips[first + i] = share.skip;
   });
 }
 
@@ -236,6 +242,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
   [[maybe_unused]] Share* const rows = reinterpret_cast<Share*>(shared.end);  // elsewhere
   uint16_t* counts = shared.of_warp + warp * padded;
   for (int64_t b = blockIdx.y; b < shape.count.num_batches; b += gridDim.y) {
+    // Read this early, as all of stay_near needs it.
+    [[maybe_unused]] const int rank = kNear ? in.rank[b] : 0;
     // The slot of an expert's token.
     const auto slot_of = [&](int e, uint32_t number) {
       const auto choose = [=](auto next) { return choose_slot(next, number); };
@@ -300,7 +308,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
       if constexpr (kWide) part.store<kNear>(made, wide);
       if constexpr (kNear) {
         __syncthreads();
-        stay_near(shape, in, b, wide);
+        stay_near(Nearby(shape, in, b, rank), wide);
       }
     };
     const auto get_shares = [&] {
@@ -426,7 +434,7 @@ struct Launch {
     wide = near || shape.max_replicas > kNarrowRow ||
            Shared::bytes(shape, kLeastWarps) + in_rows * sizeof(Share) > kSharedBytes;
     const size_t wanted = wide ? shape.num_physical : in_rows, each = wide ? Wide::of_place(near) : sizeof(Share);
-    const size_t others = wide ? Wide::bytes(experts) : 0;
+    const size_t others = wide ? Wide::bytes(experts, near) : 0;
     // A thread for some ids, and for an expert of whom it reads what there is.
     const int64_t threads =
         std::max((chunk_size - 1) / (many ? kMaxIds : 1) + 1, static_cast<int64_t>(wide ? experts : 0));
