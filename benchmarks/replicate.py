@@ -54,7 +54,7 @@ def link_mb(place: lplb.Placement, rank: int, expert_bytes: int) -> float:
 def after(result: Any, tree: Any) -> Any:
     """The tree as it is, once the result is there."""
     last = jax.tree.leaves(result)[0].ravel()[-1]
-    nothing = jnp.where(last == last, 0, 1)  # 1 of what is no number, of which there is none, but who could know
+    nothing = jnp.where(last == last, 0, 1)  # XLA cannot know that nothing here is NaN, and waits
     return jax.tree.map(lambda leaf: leaf + nothing.astype(leaf.dtype), tree)
 
 
