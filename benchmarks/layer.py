@@ -16,11 +16,12 @@ in the long run: of the whole recording, or by the popularity that the batch was
 With `--baselines` also `capacity` and `gather`, layers in plain JAX on the same loads, see plain_layers.py; `dropped`
 is the share of choices that they drop.
 
-Each runs with each of `--dispatch`, and with the smallest of a few buffer factors that needs no second round; the
-smallest of all is in the column `smallest_factor`. Times are of calls in a row, as training makes them, up to 50 or
-some 80 ms: a call alone takes 0.5 to 1 ms more, until the host has launched it. Modes take turns. `share_of_even` is
-throughput over that of `even`, or `even prepared`, of the same dispatch, and of baselines over that of the fastest
-`even`; `temp_mb` is what XLA allocates beside arguments and results.
+Each runs with each of `--dispatch`, and with the smallest of a few buffer factors that needs no second round, and for
+`batch` none below the target of its copies; the smallest of all is in the column `smallest_factor`. Times are of calls
+in a row, as training makes them, up to 50 or some 80 ms: a call alone takes 0.5 to 1 ms more, until the host has
+launched it. Modes take turns. `share_of_even` is throughput over that of `even`, or `even prepared`, of the same
+dispatch, and of baselines over that of the fastest `even`; `temp_mb` is what XLA allocates beside arguments and
+results.
 
 `limit_share`, of `even` and `batch`, is the time of what no such layer is spared over the time of the layer: grouped
 matmuls of the busiest rank's slots alone, on rows that are there (`products_us`), and after them what the busiest rank
@@ -143,8 +144,10 @@ def smallest_factor(slots: np.ndarray, slots_per_rank: int, dispatch: str) -> fl
     return of_pairs.sum(axis=0).max() / owner.shape[1]
 
 
-def factor_of(smallest: float) -> float:
-    return next((factor for factor in FACTORS if factor >= smallest), float(jax.device_count()))
+def factor_of(smallest: float, placement: lplb.Placement) -> float:
+    """Who does not know the batch makes room for what its copies are chosen to reach: one factor for most loads."""
+    target = 1.0 if placement.planning is None else placement.planning.target
+    return next((factor for factor in FACTORS if factor >= max(smallest, target)), float(jax.device_count()))
 
 
 @cache
@@ -196,17 +199,10 @@ class Runner:
         """The layer, which is made once."""
         key = (placement.slots_per_rank, placement.planning)
         if key not in self.layers:
-            layer = MoE(
-                self.d_model,
-                EXPERTS,
-                self.d_expert,
-                TOP_K,
-                placement=placement,
-                mesh=self.mesh,
-                axis_name="ep",
-                rngs=nnx.Rngs(0),
-                **self.options,
-            )
+            make = partial(MoE, placement=placement, mesh=self.mesh, axis_name="ep", **self.options)
+            # Within a jit each device draws its own experts, and no device holds all.
+            sizes = self.d_model, EXPERTS, self.d_expert, TOP_K
+            layer = nnx.jit(lambda: make(*sizes, rngs=nnx.Rngs(0)))()
             router = layer.router[...]  # reads the first columns of its tokens
             layer.router[...] = jax.device_put(jnp.eye(*router.shape, dtype=router.dtype), router.sharding)
             self.layers[key] = layer
@@ -283,11 +279,11 @@ class Runner:
         return self.compiled[one.key](*one.arguments)
 
 
-def limit(runner: Runner, slots: np.ndarray, slots_per_rank: int) -> tuple[dict[str, Pass], float]:
+def limit(runner: Runner, slots: np.ndarray, placement: lplb.Placement) -> tuple[dict[str, Pass], float]:
     """The products of the busiest rank, and megabytes over links of the busiest one, of a forward pass."""
-    ranks = len(slots)
+    ranks, slots_per_rank = placement.num_ranks, placement.slots_per_rank
     sizes = np.bincount(slots.reshape(-1), minlength=ranks * slots_per_rank).reshape(ranks, -1)
-    factor = factor_of(smallest_factor(slots, slots_per_rank, "peer"))
+    factor = factor_of(smallest_factor(slots, slots_per_rank, "peer"), placement)
     rows = _dispatch.capacity_of(factor * slots[0].size, slots.size)
     row_bytes = runner.d_model * jnp.dtype(jnp.bfloat16).itemsize
     return runner.products(sizes[sizes.sum(axis=1).argmax()], rows), sum(link_mb(slots, slots_per_rank, row_bytes))
@@ -338,7 +334,7 @@ def measure(
             row = {**of_load, "mode": mode, "dispatch": dispatch, "factor": plain_layers.CAPACITY_FACTOR}
             if mode == "gather":
                 smallest = smallest_factor(slots_of(ids, placement, runner.mesh), placement.slots_per_rank, dispatch)
-                row |= {"smallest_factor": round(smallest, 4), "factor": factor_of(smallest)}
+                row |= {"smallest_factor": round(smallest, 4), "factor": factor_of(smallest, placement)}
             every = runner.plain_passes(mode, placement, row["factor"], x)
             cases.append((row, {key: every[key] for key in passes}))
         balanced = () if load.name == "even" and baseline_only else ("balanced", "batch")
@@ -352,10 +348,10 @@ def measure(
                 )
             slots = slots_of(ids, placement, runner.mesh)
             if mode in ("even", "batch"):
-                limits[load.name, mode] = limit(runner, slots, placement.slots_per_rank)
+                limits[load.name, mode] = limit(runner, slots, placement)
             for dispatch in dispatches:
                 smallest = smallest_factor(slots, placement.slots_per_rank, dispatch)
-                factor = factor_of(smallest)
+                factor = factor_of(smallest, placement)
                 for prepared in (False, True):
                     name = OF_PREPARED[mode] if prepared else mode
                     if name not in modes:

@@ -18,6 +18,7 @@ from jax_lplb._load import in_units
 from jax_lplb._placement import Placement, beyond_custom_calls, check_contents, slots_of_experts
 from jax_lplb._rows import logical_order
 from jax_lplb._solve import Solver, certified_bound, check_options, check_placement, solve_fractions
+from jax_lplb._speed import check_rank_speed, scale
 
 _AT_ONCE = 256  # loads of one call, at most
 _ELEMENTS = 2**28  # of the largest array, in pure JAX
@@ -25,6 +26,8 @@ _ELEMENTS = 2**28  # of the largest array, in pure JAX
 
 class Evaluation(NamedTuple):
     """What `evaluate` returns: the imbalance of each load, largest rank load / mean rank load, float64 [...].
+
+    With `rank_speed` rank loads are taken over speeds of mean 1 in each group, those of ranks of speed 0 as nothing.
 
     Attributes:
       contiguous: no placement: experts in logical order, as many on each rank, or one fewer on some where ranks do not
@@ -52,6 +55,7 @@ def evaluate(
     loads: ArrayLike,
     *,
     num_ranks: int | None = None,
+    rank_speed: np.ndarray | jax.Array | None = None,
     solver: Solver = "auto",
     tol: float = 1e-4,
     implementation: _ffi.Implementation = None,
@@ -68,6 +72,7 @@ def evaluate(
         [steps, layers, num_experts], all judged by the one placement. For stacked layers [..., layers, num_experts]:
         each is judged by the placement of its layer.
       num_ranks: ranks, where `placement` is an array.
+      rank_speed: float32 [num_ranks], how fast ranks are, as of `solve`; of all loads and layers.
       solver: as of `solve`.
       tol: as of `solve`.
       implementation: as of `solve`; by default pure JAX, too, where a placement is beyond the custom calls' limits.
@@ -78,9 +83,10 @@ def evaluate(
       imbalance 1.
 
     Raises:
-      TypeError: `loads` does not hold numbers or the array no integers, or they are traced.
+      TypeError: `loads` does not hold numbers or the array no integers, they are traced, or `rank_speed` has another
+        dtype.
       ValueError: shapes do not fit, a load is negative or not a whole number, loads sum to 2**31 or more, an expert has
-        no slot, or the solver cannot solve the placement.
+        no slot, a speed is wrong, or the solver cannot solve the placement.
     """
     _check_concrete("loads", loads)
     loads = _whole(np.asarray(loads))
@@ -106,6 +112,10 @@ def evaluate(
         implementation = "xla"
     check_placement(alone, implementation)
     check_options(alone, solver, tol, None)
+    _check_concrete("rank_speed", rank_speed)
+    check_rank_speed(np.asarray(rank_speed) if isinstance(rank_speed, jax.Array) else rank_speed, alone)
+    speed = scale(rank_speed, alone)
+    inverse = np.ones(ranks) if speed is None else np.divide(1, speed, out=np.zeros(ranks), where=np.asarray(speed) > 0)
 
     in_order, home = logical_order(experts, ranks)[None], stacked.home_order
 
@@ -120,15 +130,18 @@ def evaluate(
         layer = (first + np.arange(len(padded))) % num_layers
         of_layer = jax.tree.map(lambda leaf, layer=layer: leaf[layer], stacked)
         here = slice(first, first + len(part))
-        most[here], assigned[here], gap[here], phy2log = (
-            np.asarray(result)[: len(part)] for result in _balance_all(padded, of_layer, solver, tol, implementation)
+        most[here], rank_loads, gap[here], phy2log = (
+            np.asarray(result)[: len(part)]
+            for result in _balance_all(padded, of_layer, speed, solver, tol, implementation)
         )
         copies[here] = np.sum(phy2log >= 0, axis=1) - experts
-        contiguous[here] = even_imbalance(part, in_order, ranks)
-        at_home[here] = even_imbalance(part, home[layer[: len(part)]], ranks)
-        even[here] = even_imbalance(part, phy2log, ranks)
-        most[here], assigned[here] = (_imbalance(largest, part, ranks) for largest in (most[here], assigned[here]))
-    results = (contiguous, at_home, even, np.maximum(most, 1), assigned, gap, copies.astype(np.int64))
+        contiguous[here] = even_imbalance(part, in_order, ranks, inverse)
+        at_home[here] = even_imbalance(part, home[layer[: len(part)]], ranks, inverse)
+        even[here] = even_imbalance(part, phy2log, ranks, inverse)
+        most[here] = _imbalance(most[here], part, ranks)
+        assigned[here] = _imbalance((rank_loads * inverse).max(axis=1), part, ranks)
+    optimum = np.clip(most, 1, assigned)  # no largest is below the mean, unless ranks of speed 0 keep some load
+    results = (contiguous, at_home, even, optimum, assigned, gap, copies.astype(np.int64))
     return Evaluation(*(result.reshape(loads.shape[:-1]) for result in results))
 
 
@@ -138,9 +151,14 @@ def _imbalance(largest: np.ndarray, loads: np.ndarray, num_ranks: int) -> np.nda
     return np.where(totals > 0, largest / (np.maximum(totals, 1) / num_ranks), 1.0)
 
 
-def even_imbalance(loads: np.ndarray, phy2log: np.ndarray, num_ranks: int) -> np.ndarray:
-    """The imbalance of each load [loads, experts], split evenly over slots [loads, slots], or [1, slots] for all."""
-    return _imbalance(even_loads(loads, phy2log, num_ranks).max(axis=1), loads, num_ranks)
+def even_imbalance(
+    loads: np.ndarray, phy2log: np.ndarray, num_ranks: int, inverse: np.ndarray | float = 1.0
+) -> np.ndarray:
+    """The imbalance of each load [loads, experts], split evenly over slots [loads, slots], or [1, slots] for all.
+
+    `inverse`: 1 / speed of each rank.
+    """
+    return _imbalance((even_loads(loads, phy2log, num_ranks) * inverse).max(axis=1), loads, num_ranks)
 
 
 def even_loads(loads: np.ndarray, phy2log: np.ndarray, num_ranks: int) -> np.ndarray:
@@ -157,21 +175,29 @@ def even_loads(loads: np.ndarray, phy2log: np.ndarray, num_ranks: int) -> np.nda
 
 @partial(jax.jit, static_argnames=("solver", "tol", "implementation"))
 def _balance_all(
-    loads: jax.Array, placements: Placement, solver: Solver, tol: float, implementation: _ffi.Implementation
+    loads: jax.Array,
+    placements: Placement,
+    speed: jax.Array | None,
+    solver: Solver,
+    tol: float,
+    implementation: _ffi.Implementation,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Of each load, by its own placement: a bound on the largest rank load, that in whole tokens, the gap; phy2log."""
+    """Of each load, by its own placement: a bound on the largest rank load, those in whole tokens, the gap; phy2log."""
 
     def balance(load: jax.Array, placement: Placement) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         options = check_options(placement, solver, tol, None)
-        if placement.planning is None:
-            fraction, rank_load, gap, _, _ = solve_fractions(load, placement, options, implementation)
-        else:
-            least = in_units(placement.planning.min_tokens, None)
-            planned = _plan.plan(load, least, placement, options.tol, options.threshold, implementation)
-            fraction, rank_load, gap = planned.fraction, planned.rank_load, planned.gap
+        planned = None
+        if placement.planning is not None:
+            least, limits = in_units(placement.planning.min_tokens, None), (options.tol, options.threshold)
+            planned = _plan.plan(load, least, placement, *limits, implementation, solve=speed is None, speed=speed)
             placement = dataclasses.replace(placement, phy2log=planned.phy2log, log2phy=planned.log2phy)
-        assigned = jnp.max(quota_rank_load(fraction, load, placement))
-        return jnp.max(certified_bound(rank_load, gap, placement)), assigned, jnp.max(gap), placement.phy2log
+        if planned is not None and speed is None:
+            fraction, rank_load, gap = planned.fraction, planned.rank_load, planned.gap
+        else:
+            fraction, rank_load, gap, _, _ = solve_fractions(load, placement, options, implementation, speed)
+        assigned = quota_rank_load(fraction, load, placement)
+        bound = jnp.max(certified_bound(rank_load, gap, placement, speed))
+        return bound, assigned, jnp.max(gap), placement.phy2log
 
     return jax.vmap(balance)(loads, placements)
 

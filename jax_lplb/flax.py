@@ -26,6 +26,7 @@ from jax_lplb._replicate import TRANSPORTS, Transport, replicate
 from jax_lplb._reverse_only import reverse_only
 from jax_lplb._router import Router
 from jax_lplb._rows import has_padding, rows_of_experts
+from jax_lplb._speed import check_rank_speed, in_time, scale
 from jax_lplb._status import Status
 from jax_lplb._swiglu import dense_swiglu, swiglu
 
@@ -43,7 +44,7 @@ class Metrics(NamedTuple):
     """What a layer's step was like; the same on all ranks.
 
     Imbalances are the largest rank load over the mean, 1 where there is no load; on a mesh with other token axes those
-    of the worst row.
+    of the worst row. With `rank_speed` loads are taken over speeds of mean 1, those of ranks of speed 0 as nothing.
 
     Attributes:
       contiguous: float32 [], imbalance without any placement: experts in logical order, as many on each rank, or one
@@ -225,7 +226,7 @@ class MoE(nnx.Module):
         self.dispatch, self.buffer_factor, self.grouped_matmul = dispatch, buffer_factor, grouped_matmul
         self.transport, self.balance_options = transport, options
         init = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=0)
-        scale = nnx.initializers.lecun_normal()
+        scaled = nnx.initializers.lecun_normal()
 
         def experts(*shape: int) -> nnx.Param:
             # Drawn in logical order: an expert starts out the same in every placement.
@@ -236,7 +237,7 @@ class MoE(nnx.Module):
             return jax.device_put(tree, jax.NamedSharding(mesh, jax.P()))
 
         def dense(*shape: int) -> nnx.Param:
-            return nnx.Param(everywhere(scale(rngs.params(), shape, param_dtype)))
+            return nnx.Param(everywhere(scaled(rngs.params(), shape, param_dtype)))
 
         self.placement = PlacementState(everywhere(placement))
         self.router = dense(d_model, num_experts)
@@ -272,7 +273,12 @@ class MoE(nnx.Module):
         return run(reverse_only(self._home_weights(), message), self.placement.get_value())
 
     def __call__(
-        self, x: jax.Array, slots: dict[str, jax.Array] | None = None, *, mask: jax.Array | None = None
+        self,
+        x: jax.Array,
+        slots: dict[str, jax.Array] | None = None,
+        *,
+        mask: jax.Array | None = None,
+        rank_speed: jax.Array | np.ndarray | None = None,
     ) -> tuple[jax.Array, Metrics]:
         """Runs the layer.
 
@@ -283,15 +289,19 @@ class MoE(nnx.Module):
           mask: bool [tokens, ...], the shape of `x` without its last axis: True for a token, False for padding. Padding
             goes to no expert and counts in no metric, whatever `x` holds there; its results and gradients are 0. By
             default all are tokens.
+          rank_speed: float32 [num_ranks], how fast the ranks of `axis_name` are, constant or traced, as `balance` has
+            it. A rank that is faster than the mean gets more rows by as much: where all are to fit in one round, so
+            much larger a `buffer_factor` is needed. By default all are equally fast.
 
         Returns:
           The result, of the shape and dtype of `x`, and `Metrics`.
 
         Raises:
-          TypeError, ValueError: `x`, `slots` or `mask` has another dtype or shape.
+          TypeError, ValueError: `x`, `slots`, `mask` or `rank_speed` has another dtype or shape, or a speed is wrong.
           NotImplementedError: it is differentiated in forward mode or twice, and dispatch is not "dense".
         """
         self._check_call(x, slots, mask)
+        check_rank_speed(rank_speed, self.placement.get_value())
         if x.size == 0:  # for GPUs, jax 0.11.2 crashes as it compiles a shard_map over empty arrays
             return x, self._metrics_of_nothing()
         if slots is None:
@@ -309,7 +319,7 @@ class MoE(nnx.Module):
         num_rows = math.prod(x.shape[: x.ndim - row_axes])
         run = self._on_each_device(
             partial(self._on_rank, has_copies),
-            (jax.P(self.token_axes), jax.P(self.token_axes), jax.P(axes), jax.P(), jax.P(), jax.P()),
+            (jax.P(self.token_axes), jax.P(self.token_axes), jax.P(axes), jax.P(), jax.P(), jax.P(), jax.P()),
             (jax.P(self.token_axes), jax.P()),
         )
 
@@ -327,7 +337,7 @@ class MoE(nnx.Module):
 
         layer = partial(with_auto_axes, padded, (spec_of(x), jax.P()))
         mask = None if mask is None else jnp.asarray(mask)
-        operands = (x, mask, weights, dense, bias, self.placement.get_value())
+        operands = (x, mask, weights, dense, bias, self.placement.get_value(), rank_speed)
         if self.dispatch != "dense":
             operands = reverse_only(
                 operands,
@@ -427,6 +437,7 @@ class MoE(nnx.Module):
         dense: dict[str, jax.Array],
         bias: jax.Array | None,
         placement: Placement,
+        rank_speed: jax.Array | None,
     ) -> tuple[jax.Array, Metrics]:
         def of_tokens(array: jax.Array, padding: int = 0) -> jax.Array:
             return array if mask is None else jnp.where(mask.reshape(-1, 1), array, padding)
@@ -443,9 +454,10 @@ class MoE(nnx.Module):
         expert_ids, gates, probability = self.route(logits_of(tokens, dense["router"]), bias)
         expert_ids, probability = of_tokens(expert_ids, -1), of_tokens(probability)
 
-        out = balance(expert_ids, placement, axis_name=self.axis_name, **dict(self.balance_options))
+        options = dict(self.balance_options)
+        out = balance(expert_ids, placement, axis_name=self.axis_name, rank_speed=rank_speed, **options)
         placement = out.placement
-        metrics = self._metrics(out, expert_ids, probability, mask, placement)
+        metrics = self._metrics(out, expert_ids, probability, mask, placement, scale(rank_speed, placement))
         tokens = tokens.astype(self.dtype)
         if self.dispatch == "dense":
             result, rounds = self._every_expert(tokens, expert_ids, gates, weights, placement), jnp.int32(1)
@@ -526,6 +538,7 @@ class MoE(nnx.Module):
         probability: jax.Array,
         mask: jax.Array | None,
         placement: Placement,
+        speed: jax.Array | None,
     ) -> Metrics:
         """Over all ranks, and the worst or the mean over other token axes; `rounds` is left to the caller."""
         others, ranks = self.other_axes, placement.num_ranks
@@ -545,14 +558,17 @@ class MoE(nnx.Module):
         def worst(value: jax.Array) -> jax.Array:
             return lax.pmax(value, others) if others else value
 
-        def imbalance(rank_load: jax.Array) -> jax.Array:
-            return worst(jnp.where(jnp.any(rank_load > 0), jnp.max(rank_load).astype(jnp.float32) / mean, 1))
+        def imbalance(largest: jax.Array) -> jax.Array:
+            return worst(jnp.where(largest > 0, largest / mean, 1))
 
-        balanced = imbalance(out.rank_load)
+        def of_ranks(rank_load: jax.Array) -> jax.Array:
+            return imbalance(jnp.max(in_time(rank_load.astype(jnp.float32), speed)))
+
+        balanced = of_ranks(out.rank_load)
         return Metrics(
-            contiguous=imbalance(contiguous),
-            home=imbalance(home),
-            optimum=jnp.clip(imbalance(out.lower_bound), 1, balanced),  # no largest is below the mean
+            contiguous=of_ranks(contiguous),
+            home=of_ranks(home),
+            optimum=jnp.clip(imbalance(jnp.max(out.lower_bound)), 1, balanced),  # no largest is below the mean
             balanced=balanced,
             moved=moved / (num_tokens * self.route.top_k),
             gap=worst(jnp.max(out.gap)),

@@ -59,6 +59,32 @@ def test_each_number(rng, loads, kind):
         np.testing.assert_array_equal(result.home, result.contiguous)
 
 
+@pytest.mark.parametrize("kind", ["cube", "per batch"])
+def test_ranks_of_different_speeds(loads, kind):
+    """Loads are taken over speeds; copies are chosen by speed, and a rank of speed 0 counts for nothing."""
+    place = cube() if kind == "cube" else lplb.Placement.per_batch(num_experts=64, num_ranks=8, redundants_per_rank=2)
+    speed = np.array([2, 1, 1, 0, 1, 1, 0.5, 1], np.float32)
+    loads = loads[1:30]
+    inverse = np.where(speed > 0, np.mean(speed) / np.where(speed > 0, speed, 1), 0)
+    result = lplb.evaluate(place, loads, rank_speed=jax.numpy.asarray(speed))
+    for step in range(0, 29, 4):
+        load, mean = loads[step], loads[step].sum() / 8
+        chosen = place
+        if kind == "per batch":
+            chosen = jax.tree.map(np.asarray, place.choose(load.astype(np.int32), rank_speed=speed))
+        rank = np.arange(chosen.num_physical) // chosen.slots_per_rank
+        held = chosen.phy2log >= 0
+        home = np.bincount(chosen.home_rank, load, 8)
+        even = np.bincount(rank[held], (load / np.bincount(chosen.phy2log[held]))[chosen.phy2log[held]], 8)
+        got = [result.home[step], result.even[step], result.copies[step]]
+        expected = [(home * inverse).max() / mean, (even * inverse).max() / mean, held.sum() - 64]
+        np.testing.assert_allclose(got, expected, rtol=1e-6)
+        best = optimum(load, chosen, speed).max() / mean
+        assert best * (1 - 2e-4) <= result.optimum[step] <= max(best * (1 + 1e-9), 1)
+        assert result.gap[step] <= 1e-4
+        assert result.optimum[step] <= result.assigned[step] <= result.optimum[step] * (1 + 2e-4) + 40 / mean
+
+
 @pytest.mark.parametrize("solver", ["ipm", "auto"])
 @pytest.mark.parametrize("kind", ["cube", "two groups", "eplb", "many"])
 def test_optimum_is_a_lower_bound(rng, kind, solver):
@@ -220,6 +246,8 @@ def test_a_placement_of_device_arrays(loads):
             ValueError,
             r"loads must have shape \[..., layers, num_experts\] = \[..., 3, 64\], got \(2, 64\)",
         ),
+        ({"rank_speed": np.ones(7, np.float32)}, ValueError, r"rank_speed must have shape \[num_ranks\] = \[8\]"),
+        ({"rank_speed": jax.numpy.ones(8) * -1}, ValueError, "rank_speed must be finite and not negative, got -1.0"),
         ({"implementation": "cuda"}, ValueError, "implementation must be None, 'ffi' or 'xla', got 'cuda'"),
         ({"loads": -np.ones((2, 64), int)}, ValueError, "loads must not be negative, got -1"),
         ({"loads": np.full((2, 64), 2**26)}, ValueError, "loads must have sums below 2"),

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import optimum, topology
+from helpers import optimum, scaled_speed, topology
 from hypothesis.extra.numpy import arrays
 from jax.experimental import multihost_utils
 
@@ -96,11 +96,11 @@ def run(layer: MoE, x: jax.Array):
 
 
 @partial(nnx.jit, static_argnames="prepared")
-def value_and_grads(layer: MoE, x: jax.Array, weight: jax.Array, prepared: bool = False):
+def value_and_grads(layer: MoE, x: jax.Array, weight: jax.Array, prepared: bool = False, rank_speed=None):
     """Result, metrics, and the gradients of a weighted sum by parameters and input."""
 
     def loss(layer, x):
-        result, metrics = layer(x, layer.prepare() if prepared else None)
+        result, metrics = layer(x, layer.prepare() if prepared else None, rank_speed=rank_speed)
         return jnp.sum(result * weight), (result, metrics)
 
     (_, aux), grads = nnx.value_and_grad(loss, argnums=(nnx.DiffState(0, nnx.Param), 1), has_aux=True)(layer, x)
@@ -124,8 +124,10 @@ def whole(tree):
     return tree if jax.process_count() == 1 else multihost_utils.process_allgather(tree, tiled=True)
 
 
-def check_against_dense(layer: MoE, x, weight, prepared: bool = False, **options) -> lplb.flax.Metrics:
-    (result, metrics), (grads, x_grad) = whole(value_and_grads(layer, x, weight, prepared))
+def check_against_dense(
+    layer: MoE, x, weight, prepared: bool = False, rank_speed: jax.Array | None = None, **options
+) -> lplb.flax.Metrics:
+    (result, metrics), (grads, x_grad) = whole(value_and_grads(layer, x, weight, prepared, rank_speed))
     x, weight, params = whole((x, weight, params_of(layer)))
     place = layer.placement.get_value()
 
@@ -318,6 +320,28 @@ def test_copies_of_a_batch_are_kept_where_they_are_no_longer_planned(rng):
     layer.placement.set_value(dataclasses.replace(chosen, planning=None))
     metrics = check_against_dense(layer, x, weight, prepared=True)
     assert metrics.balanced < metrics.home
+
+
+@pytest.mark.parametrize("name", ["cube", None])
+def test_ranks_of_different_speeds(rng, name):
+    """Metrics are of load / speed; other speeds, another balance, and results stay those of the dense layer."""
+    place = None if name is None else placements()[name]
+    layer = make(place, mesh_of((RANKS, "ep")), dispatch="all_to_all" if name else "peer", buffer_factor=4.0)
+    x, weight = inputs(rng)
+    for speed in ([2, 1, 1, 1, 1, 1, 1, 0.5], [1, 1, 1, 0, 1, 1, 1, 1]):
+        speed = np.array(speed, np.float32)
+        metrics = check_against_dense(layer, x, weight, rank_speed=jnp.asarray(speed))
+        chosen = jax.tree.map(np.asarray, layer.placement.get_value())
+        if name is None:
+            chosen = jax.tree.map(np.asarray, chosen.choose(metrics.load, rank_speed=speed))
+        load, scaled = np.asarray(metrics.load), scaled_speed(speed, chosen)
+        mean = load.sum() / RANKS
+        at_home = np.bincount(chosen.home_rank, load, minlength=RANKS)
+        assert metrics.home == pytest.approx(np.max(at_home[scaled > 0] / scaled[scaled > 0]) / mean)
+        best = optimum(load, chosen, speed).item() / mean
+        assert metrics.optimum == pytest.approx(max(best, 1), rel=3e-4)
+        whole_tokens = chosen.slots_per_rank / scaled[scaled > 0].min() / mean
+        assert metrics.optimum <= metrics.balanced <= max(best, 1.01) + whole_tokens
 
 
 @pytest.mark.parametrize("dispatch", ["peer", "all_to_all"])
@@ -671,6 +695,14 @@ def test_refuses_slots():
         layer(x, layer._home_weights())
     with pytest.raises(ValueError, match="dispatch = 'dense' uses no copies; leave slots out"):
         make(placements()["cube"], mesh_of((8, "ep")), dispatch="dense")(x, {})
+
+
+def test_refuses_speeds():
+    layer, x = make(placements()["cube"], mesh_of((8, "ep"))), np.zeros((16, D_MODEL), np.float32)
+    with pytest.raises(ValueError, match=r"rank_speed must have shape \[num_ranks\] = \[8\], got shape \(4,\)"):
+        layer(x, rank_speed=np.ones(4, np.float32))
+    with pytest.raises(ValueError, match=r"rank_speed must be finite and not negative, got -1\.0 for rank 0"):
+        layer(x, rank_speed=-np.ones(8, np.float32))
 
 
 def test_update_bias_needs_one():
