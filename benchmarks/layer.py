@@ -109,7 +109,7 @@ def placement_for(past: np.ndarray, redundants: int) -> lplb.Placement:
     placement = lplb.Placement.from_topology(
         common.topology_of(ranks), num_experts=EXPERTS, num_ranks=ranks, redundants_per_rank=redundants
     )
-    return placement.select(past)
+    return jax.tree.map(np.asarray, placement.select(past))
 
 
 def inputs(ids: np.ndarray, d_model: int, sharding: jax.NamedSharding) -> jax.Array:
@@ -200,7 +200,7 @@ class Runner:
         key = (placement.slots_per_rank, placement.planning)
         if key not in self.layers:
             make = partial(MoE, placement=placement, mesh=self.mesh, axis_name="ep", **self.options)
-            # Within a jit each device draws its own experts, and no device holds all.
+            # Within a jit each device draws its own experts.
             sizes = self.d_model, EXPERTS, self.d_expert, TOP_K
             layer = nnx.jit(lambda: make(*sizes, rngs=nnx.Rngs(0)))()
             router = layer.router[...]  # reads the first columns of its tokens

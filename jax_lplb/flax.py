@@ -228,9 +228,15 @@ class MoE(nnx.Module):
         init = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=0)
         scaled = nnx.initializers.lecun_normal()
 
+        order = placement.home_order
+        in_logical_order = isinstance(order, np.ndarray) and np.array_equal(order, np.arange(num_experts))
+
         def experts(*shape: int) -> nnx.Param:
-            # Drawn in logical order: an expert starts out the same in every placement.
-            drawn = from_logical(init(rngs.params(), (num_experts, *shape), param_dtype), placement)
+            # Drawn in logical order: an expert starts out the same in every placement. Where that is the order of the
+            # rows, too, nothing comes between, and under jit each device draws its own: a permutation needs them all.
+            drawn = init(rngs.params(), (num_experts, *shape), param_dtype)
+            if not in_logical_order:
+                drawn = from_logical(drawn, placement)
             return nnx.Param(shard(drawn, mesh, jax.P(axis_name)))
 
         def everywhere(tree: Any) -> Any:

@@ -922,6 +922,17 @@ def test_experts_are_sharded_however_layers_are_made(how, layers, kind):
         assert leaf.sharding.device_set == set(mesh.devices.flat)
 
 
+def test_each_device_draws_its_own_experts():
+    """Under jit: not even one device holds all of the weights while they are drawn."""
+    mesh = mesh_of((RANKS, "ep"))
+
+    def parameters():
+        return nnx.state(MoE(128, 64, 128, 2, mesh=mesh, axis_name="ep", rngs=nnx.Rngs(0)), nnx.Param)
+
+    memory = jax.jit(parameters).lower().compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 64 * 128 * 2 * 128 * 4
+
+
 def test_a_stack_runs_as_its_layers(rng):
     """Made by nnx.vmap, run by nnx.scan and nnx.vmap, on a mesh of default axes: against the dense layers."""
     mesh, place = jax.make_mesh((RANKS,), ("ep",)), placements()["rings by load"]
