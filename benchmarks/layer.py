@@ -109,7 +109,7 @@ def placement_for(past: np.ndarray, redundants: int) -> lplb.Placement:
     placement = lplb.Placement.from_topology(
         common.topology_of(ranks), num_experts=EXPERTS, num_ranks=ranks, redundants_per_rank=redundants
     )
-    return jax.tree.map(np.asarray, placement.select(past))
+    return jax.tree.map(np.asarray, placement.select(past))  # whose order is known within a jit
 
 
 def inputs(ids: np.ndarray, d_model: int, sharding: jax.NamedSharding) -> jax.Array:

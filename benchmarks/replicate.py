@@ -61,13 +61,13 @@ def after(result: Any, tree: Any) -> Any:
 def median_us(run, repeats: int) -> float:
     """Of a call of a program that makes CALLS, in five groups."""
     jax.block_until_ready(run())
-    times = []
+    times, programs = [], max(1, repeats // CALLS)
     for _ in range(5):
         start = time.perf_counter()
-        for _ in range(max(1, repeats // CALLS)):
+        for _ in range(programs):
             result = run()
         jax.block_until_ready(result)
-        times.append((time.perf_counter() - start) / max(1, repeats // CALLS) / CALLS * 1e6)
+        times.append((time.perf_counter() - start) / (programs * CALLS) * 1e6)
     return round(float(np.median(times)), 1)
 
 

@@ -11,14 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from jax_lplb import _ffi, _plan
+from jax_lplb import _ffi, _plan, _speed
 from jax_lplb._assign import quota_rank_load
 from jax_lplb._checks import check_count
 from jax_lplb._load import in_units
 from jax_lplb._placement import Placement, beyond_custom_calls, check_contents, slots_of_experts
 from jax_lplb._rows import logical_order
 from jax_lplb._solve import Solver, certified_bound, check_options, check_placement, solve_fractions
-from jax_lplb._speed import check_rank_speed, scale
 
 _AT_ONCE = 256  # loads of one call, at most
 _ELEMENTS = 2**28  # of the largest array, in pure JAX
@@ -113,9 +112,9 @@ def evaluate(
     check_placement(alone, implementation)
     check_options(alone, solver, tol, None)
     _check_concrete("rank_speed", rank_speed)
-    check_rank_speed(np.asarray(rank_speed) if isinstance(rank_speed, jax.Array) else rank_speed, alone)
-    speed = scale(rank_speed, alone)
-    inverse = np.ones(ranks) if speed is None else np.divide(1, speed, out=np.zeros(ranks), where=np.asarray(speed) > 0)
+    _speed.check_rank_speed(np.asarray(rank_speed) if isinstance(rank_speed, jax.Array) else rank_speed, alone)
+    speed = _speed.scale(rank_speed, alone)
+    inverse = np.asarray(_speed.in_time(jnp.ones(ranks, jnp.float32), speed))
 
     in_order, home = logical_order(experts, ranks)[None], stacked.home_order
 
@@ -186,14 +185,12 @@ def _balance_all(
 
     def balance(load: jax.Array, placement: Placement) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         options = check_options(placement, solver, tol, None)
-        planned = None
         if placement.planning is not None:
             least, limits = in_units(placement.planning.min_tokens, None), (options.tol, options.threshold)
             planned = _plan.plan(load, least, placement, *limits, implementation, solve=speed is None, speed=speed)
-            placement = dataclasses.replace(placement, phy2log=planned.phy2log, log2phy=planned.log2phy)
-        if planned is not None and speed is None:
             fraction, rank_load, gap = planned.fraction, planned.rank_load, planned.gap
-        else:
+            placement = dataclasses.replace(placement, phy2log=planned.phy2log, log2phy=planned.log2phy)
+        if placement.planning is None or speed is not None:  # with speeds the plan is of the contents only
             fraction, rank_load, gap, _, _ = solve_fractions(load, placement, options, implementation, speed)
         assigned = quota_rank_load(fraction, load, placement)
         bound = jnp.max(certified_bound(rank_load, gap, placement, speed))

@@ -32,7 +32,8 @@ def permute_experts(tree: Any, old: Placement, new: Placement, *, axis_name: Axi
         [rows_per_rank, ...], and no rank ever holds more than one row of each rank beside its own rows.
 
     Returns:
-      The tree, with row i of its leaves belonging to expert `new.home_order[i]`.
+      The tree, with row i of its leaves belonging to expert `new.home_order[i]`; where all rows stay, and placements
+      are of NumPy arrays, the leaves themselves.
 
     Raises:
       TypeError: `old` or `new` is not a Placement.
@@ -86,6 +87,8 @@ def _take_rows(tree: Any, source: Any, num_rows: int, axis_name: AxisName | None
                 "out, and call this outside of shard_map, with whole arrays"
             )
     rows = num_rows // ranks
+    # Where all rows stay, XLA is not asked to move them, which keeps it from sharding what comes before.
+    all_stay = axis_name is None and isinstance(source, np.ndarray) and np.array_equal(source, np.arange(num_rows))
     source = jnp.asarray(source)
     if axis_name is not None:
         own = len(source) // ranks
@@ -93,7 +96,7 @@ def _take_rows(tree: Any, source: Any, num_rows: int, axis_name: AxisName | None
 
     def take(path: Any, leaf: Any) -> jax.Array:
         leaf = with_rows(leaf, rows, f"tree{jax.tree_util.keystr(path)}")
-        return _take_bits(leaf, source, axis_name)
+        return leaf if all_stay else _take_bits(leaf, source, axis_name)
 
     with jax.named_scope("lplb_permute"):
         return jax.tree_util.tree_map_with_path(take, tree)

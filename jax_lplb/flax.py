@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from jax_lplb import _ffi
+from jax_lplb import _ffi, _speed
 from jax_lplb._balance import Balanced, balance, check_balance_options
 from jax_lplb._checks import check_choice, check_count, check_positive
 from jax_lplb._expert_parallel import Home, expert_parallel
@@ -26,7 +26,6 @@ from jax_lplb._replicate import TRANSPORTS, Transport, replicate
 from jax_lplb._reverse_only import reverse_only
 from jax_lplb._router import Router
 from jax_lplb._rows import has_padding, rows_of_experts
-from jax_lplb._speed import check_rank_speed, in_time, scale
 from jax_lplb._status import Status
 from jax_lplb._swiglu import dense_swiglu, swiglu
 
@@ -226,24 +225,19 @@ class MoE(nnx.Module):
         self.dispatch, self.buffer_factor, self.grouped_matmul = dispatch, buffer_factor, grouped_matmul
         self.transport, self.balance_options = transport, options
         init = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=0)
-        scaled = nnx.initializers.lecun_normal()
-
-        order = placement.home_order
-        in_logical_order = isinstance(order, np.ndarray) and np.array_equal(order, np.arange(num_experts))
+        scale = nnx.initializers.lecun_normal()
 
         def experts(*shape: int) -> nnx.Param:
             # Drawn in logical order: an expert starts out the same in every placement. Where that is the order of the
-            # rows, too, nothing comes between, and under jit each device draws its own: a permutation needs them all.
-            drawn = init(rngs.params(), (num_experts, *shape), param_dtype)
-            if not in_logical_order:
-                drawn = from_logical(drawn, placement)
+            # rows, too, each device draws its own under jit: a permutation needs them all.
+            drawn = from_logical(init(rngs.params(), (num_experts, *shape), param_dtype), placement)
             return nnx.Param(shard(drawn, mesh, jax.P(axis_name)))
 
         def everywhere(tree: Any) -> Any:
             return jax.device_put(tree, jax.NamedSharding(mesh, jax.P()))
 
         def dense(*shape: int) -> nnx.Param:
-            return nnx.Param(everywhere(scaled(rngs.params(), shape, param_dtype)))
+            return nnx.Param(everywhere(scale(rngs.params(), shape, param_dtype)))
 
         self.placement = PlacementState(everywhere(placement))
         self.router = dense(d_model, num_experts)
@@ -306,8 +300,7 @@ class MoE(nnx.Module):
           TypeError, ValueError: `x`, `slots`, `mask` or `rank_speed` has another dtype or shape, or a speed is wrong.
           NotImplementedError: it is differentiated in forward mode or twice, and dispatch is not "dense".
         """
-        self._check_call(x, slots, mask)
-        check_rank_speed(rank_speed, self.placement.get_value())
+        self._check_call(x, slots, mask, rank_speed)
         if x.size == 0:  # for GPUs, jax 0.11.2 crashes as it compiles a shard_map over empty arrays
             return x, self._metrics_of_nothing()
         if slots is None:
@@ -395,7 +388,7 @@ class MoE(nnx.Module):
         """Over the other axes too, so that gradients are added up over those in the parameters' dtype."""
         return jax.tree.map(lambda leaf: _ffi.vary(leaf, frozenset(self.other_axes)), weights)
 
-    def _check_call(self, x: Any, slots: Any, mask: Any) -> None:
+    def _check_call(self, x: Any, slots: Any, mask: Any, rank_speed: Any) -> None:
         if self.router.ndim != 2:
             raise ValueError(
                 f"the layer is a stack of layers, with a router of shape {self.router.shape}: run them one by one, "
@@ -412,11 +405,13 @@ class MoE(nnx.Module):
                 raise TypeError(f"mask must be a bool array, True for a token and False for padding, got {kind}")
             if mask.shape != x.shape[:-1]:
                 raise ValueError(f"mask must have the shape of x without d_model, {x.shape[:-1]}, got {mask.shape}")
+        placement = self.placement.get_value()
+        _speed.check_rank_speed(rank_speed, placement)
         if slots is None:
             return
         if self.dispatch == "dense":
             raise ValueError("slots: a layer with dispatch = 'dense' uses no copies; leave slots out")
-        placement, home = self.placement.get_value(), self._home_weights()
+        home = self._home_weights()
         rows = placement.rows_per_rank if placement.planning is not None else placement.slots_per_rank
         expected = {name: (self._num_shards * rows, *leaf.shape[1:]) for name, leaf in home.items()}
         got = jax.tree.map(jnp.shape, slots)
@@ -463,7 +458,7 @@ class MoE(nnx.Module):
         options = dict(self.balance_options)
         out = balance(expert_ids, placement, axis_name=self.axis_name, rank_speed=rank_speed, **options)
         placement = out.placement
-        metrics = self._metrics(out, expert_ids, probability, mask, placement, scale(rank_speed, placement))
+        metrics = self._metrics(out, expert_ids, probability, mask, placement, _speed.scale(rank_speed, placement))
         tokens = tokens.astype(self.dtype)
         if self.dispatch == "dense":
             result, rounds = self._every_expert(tokens, expert_ids, gates, weights, placement), jnp.int32(1)
@@ -568,7 +563,7 @@ class MoE(nnx.Module):
             return worst(jnp.where(largest > 0, largest / mean, 1))
 
         def of_ranks(rank_load: jax.Array) -> jax.Array:
-            return imbalance(jnp.max(in_time(rank_load.astype(jnp.float32), speed)))
+            return imbalance(jnp.max(_speed.in_time(rank_load.astype(jnp.float32), speed)))
 
         balanced = of_ranks(out.rank_load)
         return Metrics(
