@@ -10,6 +10,7 @@ namespace {
 
 constexpr int kWarp = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
+constexpr int kNarrowRow = 4;                   // replicas of an expert whose shares a thread makes
 constexpr int kMaxWarps = 16, kLeastWarps = 4;  // powers of two
 constexpr int kMaxIds = 4;                      // of a thread at once, where there are many
 constexpr size_t kSharedBytes = 98 * 1024;      // what every device has
@@ -459,7 +460,10 @@ cudaError_t launch_both(cudaStream_t stream, const AssignShape& shape, const Ass
 
 }  // namespace
 
-cudaError_t prepare_assign_cuda() { return allow_shared_bytes(kKernels, kSharedBytes); }
+cudaError_t prepare_assign_cuda() {
+  const cudaError_t error = prepare_shares_cuda(kSharedBytes);
+  return error != cudaSuccess ? error : allow_shared_bytes(kKernels, kSharedBytes);
+}
 
 uint32_t room_for_shares(const AssignShape& shape) {
   const Launch of(shape);

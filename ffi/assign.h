@@ -70,7 +70,8 @@ cudaError_t shares_cuda(cudaStream_t stream, const AssignShape& shape, const Ass
                         const AssignResults& out, bool ahead);
 cudaError_t assign_by_shares_cuda(cudaStream_t stream, const AssignShape& shape, const AssignOperands& in,
                                   const AssignResults& out, bool ahead);
-// Shares, of which there is room for so many.
+// Shares, of which there is room for so many; once before, as prepare_solve_cuda, with shared memory for the most.
+cudaError_t prepare_shares_cuda(size_t most_bytes);
 cudaError_t make_shares_cuda(cudaStream_t stream, const AssignShape& shape, const AssignOperands& in, int32_t* shares,
                              uint32_t room, bool ahead);
 #endif
@@ -119,6 +120,21 @@ LPLB_INLINE uint32_t ratio(uint32_t quota, uint32_t left) {
   return high + static_cast<uint32_t>(static_cast<float>(rest) * (inverse * kDown));
 }
 
+// a / b, correctly rounded. 0 <= a <= b < 2^32, b > 0, whole.
+LPLB_INLINE float quotient(uint32_t a, uint32_t b) {
+  const float numerator = static_cast<float>(a), denominator = static_cast<float>(b);
+#ifdef __CUDA_ARCH__
+  // The steps of the compiler's own division, without those for tiny, infinite and zero operands, to which it branches.
+  float inverse = inverse_of(b);
+  inverse = fmaf(inverse, fmaf(-denominator, inverse, 1.0f), inverse);
+  float value = numerator * inverse;
+  value = fmaf(inverse, fmaf(-denominator, value, numerator), value);
+  return fmaf(inverse, fmaf(-denominator, value, numerator), value);
+#else
+  return numerator / denominator;
+#endif
+}
+
 // The split's parts as integers, the largest of an expert's of 24 bits, unless it is tiny, or of fewer, so that 32 bits
 // hold the sum of all: these add up exactly, in any order.
 struct Weigher {
@@ -142,7 +158,7 @@ struct Weigher {
 // units of 2^-30, rounded to whole tokens, so that quotas sum to the load whatever the split's unit and rounding.
 LPLB_INLINE uint32_t tokens_upto(uint32_t sum, uint32_t total, uint32_t load) {
   constexpr uint32_t kOne = 1u << 30;
-  const float share = static_cast<float>(sum) / static_cast<float>(total);
+  const float share = quotient(sum, total);
   const uint32_t fraction = share < 1.0f ? static_cast<uint32_t>(share * static_cast<float>(kOne)) : kOne;
   return static_cast<uint32_t>((static_cast<uint64_t>(fraction) * load + kOne / 2) >> 30);
 }

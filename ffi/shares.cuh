@@ -1,12 +1,12 @@
 // The shares of all experts, made once by one thread block: all blocks that assign tokens read them.
 #pragma once
 
+#include <cuda_pipeline_primitives.h>
+
 #include "assign.h"
 
 namespace lplb {
 namespace {
-
-constexpr int kNarrowRow = 4;  // replicas of an expert whose shares a thread makes
 
 // What there is of an expert: the slot of its only replica, or kNoSlot, or, negative too, the place of the first of its
 // shares, or that there was no room for them.
@@ -49,148 +49,138 @@ struct Rows {
         num_experts(num_experts),
         max_replicas(max_replicas),
         num_physical(num_physical) {}
+  __device__ int64_t row(int e) const { return static_cast<int64_t>(e) * max_replicas; }
   // None beyond the row's end.
-  __device__ Replica replica(int e, int r) const {
-    if (r >= max_replicas) return {0.0f, kNoSlot};
-    const int64_t entry = static_cast<int64_t>(e) * max_replicas + r;
-    return {split[entry], log2phy[entry]};
-  }
-  // The first kNarrowRow of an expert's row, all loads before the first use of any.
-  __device__ void first_replicas(int e, Replica (&row)[kNarrowRow]) const {
-    const int64_t entry = static_cast<int64_t>(e) * max_replicas;
+  __device__ int32_t slot(int e, int r) const { return r < max_replicas ? log2phy[row(e) + r] : kNoSlot; }
+  __device__ Replica replica(int e, int r) const { return {r < max_replicas ? split[row(e) + r] : 0.0f, slot(e, r)}; }
+  // From the row's entry r on, which is even, all loads before the first use of any.
+  template <int kSlots>
+  __device__ void slots(int e, int r, int32_t (&slots)[kSlots]) const {
 #pragma unroll
-    for (int r = 0; r < kNarrowRow; r += 2) {
-      if (max_replicas % 2 == 0 && r < max_replicas) {
-        const int2 slots = *reinterpret_cast<const int2*>(log2phy + entry + r);
-        const float2 parts = *reinterpret_cast<const float2*>(split + entry + r);
-        row[r] = {parts.x, slots.x}, row[r + 1] = {parts.y, slots.y};
+    for (int k = 0; k < kSlots; k += 2) {
+      if (max_replicas % 2 == 0 && r + k < max_replicas) {
+        const int2 two = *reinterpret_cast<const int2*>(log2phy + row(e) + r + k);
+        slots[k] = two.x, slots[k + 1] = two.y;
       } else {
-        row[r] = replica(e, r), row[r + 1] = replica(e, r + 1);
+        slots[k] = slot(e, r + k), slots[k + 1] = slot(e, r + k + 1);
       }
     }
   }
 };
 
-// Makes them, by `num_threads` threads of the block, whole warps, which are all that have not left. `used`: in shared
-// memory. `room`: for so many shares, num_physical at most.
+// Makes them, by `num_threads` threads of the block, which are all that have not left. A thread has an expert, and
+// finds places for its shares; then one has a share.
 class ShareMaker {
  public:
-  __device__ ShareMaker(const Rows& in, const MadeShares& out, uint32_t room, uint32_t* used)
-      : in_(in), out_(out), room_(room), used_(used), lane_(threadIdx.x % kWarp) {}
+  // Of shared memory, for `room` shares, num_physical at most and fewer than 2^16.
+  __host__ __device__ static size_t bytes(uint32_t room) { return room * (sizeof(Place) + sizeof(float)); }
+  // `used`: in shared memory too, beside `memory`.
+  __device__ ShareMaker(const Rows& in, const MadeShares& out, uint32_t room, void* memory, uint32_t* used)
+      : in_(in),
+        out_(out),
+        room_(room),
+        places_(static_cast<Place*>(memory)),
+        parts_(reinterpret_cast<float*>(places_ + room)),
+        used_(used) {}
 
-  // A lane makes the shares of an expert with few replicas; then the warp those of the others, a replica a lane.
-  __device__ void run(int num_threads) const {
-    const int num_warps = num_threads / kWarp, warp = threadIdx.x / kWarp;
-    const int each = min((in_.num_experts - 1) / num_warps + 1, kWarp);
+  __device__ void run(uint32_t num_threads) const {
     if (threadIdx.x == 0) *used_ = 0;
-    __syncthreads();
+    __syncthreads();  // all of the split is written; what was in the memory is read
 #pragma unroll 1
-    for (int first = warp * each; first < in_.num_experts; first += num_warps * each) {
-      const bool is_expert = lane_ < each && first + lane_ < in_.num_experts;
-      const bool is_long = is_expert && !make_narrow_row(first + lane_);
-      // The next row is read while one is worked on.
-      const auto read = [&](unsigned left) {
-        return left != 0 ? in_.replica(first + __ffs(left) - 1, lane_) : Replica{};
-      };
-      unsigned left = __ballot_sync(kFullWarp, is_long);
-      Replica next = read(left);
-#pragma unroll 1
-      while (left != 0) {
-        const int e = first + __ffs(left) - 1;
-        const Replica replica = next;
-        left &= left - 1;
-        next = read(left);
-        make_row(e, replica);
-      }
-    }
+    for (int e = threadIdx.x; e < in_.num_experts; e += num_threads) find_places(e);
+    __pipeline_commit();
+    __pipeline_wait_prior(0);
     __syncthreads();
-    if (threadIdx.x == 0) *out_.used = min(*used_, room_);
+    const uint32_t used = min(*used_, room_);
+    if (threadIdx.x == 0) *out_.used = used;
+#pragma unroll 1
+    for (uint32_t i = threadIdx.x; i < used; i += num_threads) make_share_at(i);
   }
 
  private:
-  static constexpr int kWarp = 32;
-  static constexpr unsigned kFullWarp = 0xffffffffu;
+  static constexpr int kSlots = 8;  // that a thread reads at once
+  static constexpr int kParts = 4;
 
-  // The place of an expert's first share.
-  __device__ uint32_t find_place(int e, uint32_t count) const {
-    const uint32_t place = atomicAdd(used_, count);
-    out_.heads[e] = head_of(place, count, room_);
-    return place;
-  }
-  // Share r of `count`. Where there is no room for all of an expert's, those that there is room for take nothing.
-  __device__ void store(int e, uint32_t place, uint32_t r, uint32_t count, const Share& share) const {
-    const uint32_t i = place + r;
-    if (i >= room_) return;
-    out_.shares[i] = place + count <= room_ ? share : Share{share.slot, 0, 0, 0};
-    out_.expert_of[i] = e;
-  }
-  // Unless its row goes on.
-  __device__ bool make_narrow_row(int e) const {
-    Replica row[kNarrowRow];
-    in_.first_replicas(e, row);
-    const int32_t load = in_.load[e];
-    uint32_t count = 0;
-#pragma unroll
-    for (int r = 0; r < kNarrowRow && row[r].is_slot(in_.num_physical); ++r) ++count;
+  // Whose share has a place: expert's shares have `count` places from `first` on; 0: there is no room for all of them.
+  struct alignas(8) Place {
+    int32_t expert;
+    uint16_t first, count;
+  };
+
+  // Parts of the split are on their way when this returns.
+  __device__ void find_places(int e) const {
+    int32_t slots[kSlots];
+    in_.slots(e, 0, slots);
+    const int32_t first = slots[0];
+    uint32_t count = leading(slots);
+    for (uint32_t more = count; more == kSlots; count += more) {
+      in_.slots(e, count, slots);
+      more = leading(slots);
+    }
     if (count <= 1) {
-      out_.heads[e] = count > 0 ? row[0].slot : kNoSlot;
-      return true;
+      out_.heads[e] = count > 0 ? first : kNoSlot;
+      return;
     }
-    if (count == kNarrowRow && in_.max_replicas > kNarrowRow) return false;
-    const uint32_t place = find_place(e, count);
-    const auto read = [&](int r) { return row[r]; };
-    Shares<decltype(read), kNarrowRow> shares(read, in_.max_replicas, in_.num_physical, load);
-#pragma unroll
-    for (uint32_t r = 0; r < kNarrowRow; ++r) {
-      if (r < count) store(e, place, r, count, shares.next(r));
+    const uint32_t place = atomicAdd(used_, count);
+    const bool fits = place + count <= room_;
+    out_.heads[e] = head_of(place, count, room_);
+    const Place own = {e, static_cast<uint16_t>(place), static_cast<uint16_t>(fits ? count : 0)};
+    const float* row = in_.split + in_.row(e);
+    for (uint32_t r = 0; r < count && place + r < room_; ++r) {
+      places_[place + r] = own;
+      __pipeline_memcpy_async(&parts_[place + r], &row[r], sizeof(float));
     }
-    return true;
   }
-  // The warp makes an expert's shares. `first`: the lane's replica of the first so many.
-  __device__ void make_row(int e, const Replica& first) const {
-    const uint32_t load = static_cast<uint32_t>(max(in_.load[e], 0));
-    const auto replica = [&](uint32_t r) { return r < kWarp ? first : in_.replica(e, r); };
+  // How many of these slots are replicas' that come before all that are not.
+  __device__ uint32_t leading(const int32_t (&slots)[kSlots]) const {
     uint32_t count = 0;
-    float largest = 0.0f;
-    for (int leading = kWarp; leading == kWarp; count += leading) {
-      const Replica own = replica(count + lane_);
-      const unsigned none = ~__ballot_sync(kFullWarp, own.is_slot(in_.num_physical));
-      leading = none == 0 ? kWarp : __ffs(none) - 1;
-      if (lane_ < leading) largest = fmaxf(largest, own.positive());
-    }
-    const uint32_t place = __shfl_sync(kFullWarp, lane_ == 0 ? find_place(e, count) : 0, 0);
-    largest = __uint_as_float(__reduce_max_sync(kFullWarp, __float_as_uint(largest)));  // not negative
-    const Weigher weigher(largest, in_.max_replicas);
-    uint32_t total = 0;
-    for (uint32_t r = lane_; r < count; r += kWarp) total += weigher.weight(replica(r));
-    total = __reduce_add_sync(kFullWarp, total);
-    const bool is_even = total == 0;  // nothing for any of them
-    if (is_even) total = count;
-    uint32_t before = 0;  // the sum of weights
-#pragma unroll 1
-    for (uint32_t begin = 0; begin < count; begin += kWarp) {
-      const uint32_t r = begin + lane_;
-      const Replica own = replica(r);
-      const uint32_t weight = r >= count ? 0 : is_even ? 1 : weigher.weight(own);
-      uint32_t upto = weight;
+    bool leads = true;
 #pragma unroll
-      for (int step = 1; step < kWarp; step *= 2) {
-        const uint32_t other = __shfl_up_sync(kFullWarp, upto, step);
-        if (lane_ >= step) upto += other;
-      }
-      upto += before;
-      before = __shfl_sync(kFullWarp, upto, kWarp - 1);
-      if (r >= count) continue;
-      const uint32_t from = tokens_upto(upto - weight, total, load), to = tokens_upto(upto, total, load);
-      store(e, place, r, count, make_share(own.slot, from, to, load));
+    for (int k = 0; k < kSlots; ++k) count += leads &= Replica{0.0f, slots[k]}.is_slot(in_.num_physical);
+    return count;
+  }
+  __device__ void make_share_at(uint32_t i) const {
+    const Place own = places_[i];
+    const int32_t slot = in_.slot(own.expert, i - own.first);
+    const uint32_t load = static_cast<uint32_t>(max(in_.load[own.expert], 0));
+    out_.expert_of[i] = own.expert;
+    if (own.count == 0) {
+      out_.shares[i] = {slot, 0, 0, 0};
+      return;
     }
+    // visit(j, replica), several loads before the first use of any.
+    const uint32_t end = own.first + own.count;
+    const auto for_row = [&](auto visit) {
+#pragma unroll 1
+      for (uint32_t first = own.first; first < end; first += kParts) {
+        Replica replicas[kParts];
+#pragma unroll
+        for (uint32_t k = 0; k < kParts; ++k) replicas[k] = {first + k < end ? parts_[first + k] : 0.0f, kNoSlot};
+#pragma unroll
+        for (uint32_t k = 0; k < kParts; ++k) visit(first + k, replicas[k]);
+      }
+    };
+    float largest = 0.0f;
+    for_row([&](uint32_t, const Replica& replica) { largest = fmaxf(largest, replica.positive()); });
+    const Weigher weigher(largest, in_.max_replicas);
+    uint32_t total = 0, before = 0, weight = 1;  // of weights, `before` those of the replicas before this one
+    for_row([&](uint32_t j, const Replica& replica) {
+      const uint32_t other = weigher.weight(replica);
+      total += other;
+      if (j < i) before += other;
+      if (j == i) weight = other;
+    });
+    if (total == 0) total = own.count, before = i - own.first, weight = 1;  // nothing for any of them
+    out_.shares[i] =
+        make_share(slot, tokens_upto(before, total, load), tokens_upto(before + weight, total, load), load);
   }
 
   const Rows& in_;
   const MadeShares& out_;
   const uint32_t room_;
+  Place* const places_;
+  float* const parts_;
   uint32_t* const used_;
-  const int lane_;
 };
 
 }  // namespace

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <utility>
 
 #include "count.h"
@@ -32,7 +33,7 @@ __global__ void __launch_bounds__(Block::kSetupThreads, 1)
     const Rows rows(out.fraction, in.log2phy, shares.load, blockIdx.y, shape.num_experts, shape.max_replicas,
                     shape.num_physical);
     const MadeShares made(shares.memory, blockIdx.y, shape.num_experts, shape.num_physical);
-    ShareMaker(rows, made, shares.room, &scratch.num_shares).run(threads);  // which waits for all of the split
+    ShareMaker(rows, made, shares.room, memory, &scratch.num_shares).run(threads);
   }
 }
 
@@ -72,8 +73,9 @@ cudaError_t launch_solve(cudaStream_t stream, const SolveShape& shape, const Sol
                          const SolveShares& shares, bool ahead) {
   const auto run = [&](auto block) {
     using Block = decltype(block);
-    return launch(stream, dim3(shape.num_groups, shape.num_batches), Block::kSetupThreads,
-                  carve_shared(nullptr, shape, nullptr), ahead, solve_kernel<Block>, shape, in, out, shares);
+    const size_t bytes = std::max(carve_shared(nullptr, shape, nullptr), ShareMaker::bytes(shares.room));
+    return launch(stream, dim3(shape.num_groups, shape.num_batches), Block::kSetupThreads, bytes, ahead,
+                  solve_kernel<Block>, shape, in, out, shares);
   };
   return shape.by_speed ? with_block<true>(shape.group_size, shape.max_variables, shape.max_replicas, run)
                         : with_block<false>(shape.group_size, shape.max_variables, shape.max_replicas, run);
