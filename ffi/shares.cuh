@@ -58,8 +58,9 @@ struct Rows {
   __device__ void slots(int e, int r, int32_t (&slots)[kSlots]) const {
 #pragma unroll
     for (int k = 0; k < kSlots; k += 2) {
-      if (max_replicas % 2 == 0 && r + k < max_replicas) {
-        const int2 two = *reinterpret_cast<const int2*>(log2phy + row(e) + r + k);
+      if (max_replicas % 2 == 0) {
+        int2 two = {kNoSlot, kNoSlot};
+        if (r + k < max_replicas) two = *reinterpret_cast<const int2*>(log2phy + row(e) + r + k);
         slots[k] = two.x, slots[k + 1] = two.y;
       } else {
         slots[k] = slot(e, r + k), slots[k + 1] = slot(e, r + k + 1);
@@ -73,47 +74,62 @@ struct Rows {
 class ShareMaker {
  public:
   // Of shared memory, for `room` shares, num_physical at most and fewer than 2^16.
-  __host__ __device__ static size_t bytes(uint32_t room) { return room * (sizeof(Place) + sizeof(float)); }
+  __host__ __device__ static size_t bytes(uint32_t room) {
+    return room * (sizeof(Place) + sizeof(float) + sizeof(uint32_t));
+  }
   // `used`: in shared memory too, beside `memory`.
   __device__ ShareMaker(const Rows& in, const MadeShares& out, uint32_t room, void* memory, uint32_t* used)
       : in_(in),
         out_(out),
-        room_(room),
+        room_(static_cast<int>(room)),
         places_(static_cast<Place*>(memory)),
         parts_(reinterpret_cast<float*>(places_ + room)),
+        weights_(reinterpret_cast<uint32_t*>(parts_ + room)),
         used_(used) {}
 
-  __device__ void run(uint32_t num_threads) const {
-    if (threadIdx.x == 0) *used_ = 0;
+  __device__ void run(int num_threads) const {
+    const int thread = threadIdx.x;
+    if (thread == 0) *used_ = 0;
     __syncthreads();  // all of the split is written; what was in the memory is read
 #pragma unroll 1
-    for (int e = threadIdx.x; e < in_.num_experts; e += num_threads) find_places(e);
+    for (int e = thread; e < in_.num_experts; e += num_threads) find_places(e);
+    __syncthreads();
+    const int used = static_cast<int>(min(*used_, static_cast<uint32_t>(room_)));
+    if (thread == 0) *out_.used = used;
+#pragma unroll 1
+    for (int i = thread; i < used; i += num_threads) {
+      const Place own = places_[i];
+      __pipeline_memcpy_async(parts_ + i, in_.split + in_.row(own.expert) + (i - own.first), sizeof(float));
+    }
     __pipeline_commit();
     __pipeline_wait_prior(0);
     __syncthreads();
-    const uint32_t used = min(*used_, room_);
-    if (threadIdx.x == 0) *out_.used = used;
 #pragma unroll 1
-    for (uint32_t i = threadIdx.x; i < used; i += num_threads) make_share_at(i);
+    for (int i = thread; i < used; i += num_threads) weights_[i] = weight_at(places_[i], i);
+    __syncthreads();
+#pragma unroll 1
+    for (int i = thread; i < used; i += num_threads) {
+      const Place own = places_[i];
+      out_.shares[i] = share_at(own, i);
+      out_.expert_of[i] = own.expert;
+    }
   }
 
  private:
-  static constexpr int kSlots = 8;  // that a thread reads at once
-  static constexpr int kParts = 4;
+  static constexpr int kAtOnce = 8;  // values that a thread reads before the first use of any
 
-  // Whose share has a place: expert's shares have `count` places from `first` on; 0: there is no room for all of them.
+  // Whose share has a place: those of the expert have `count` places from `first` on; 0: there is no room for all.
   struct alignas(8) Place {
     int32_t expert;
     uint16_t first, count;
   };
 
-  // Parts of the split are on their way when this returns.
   __device__ void find_places(int e) const {
-    int32_t slots[kSlots];
+    int32_t slots[kAtOnce];
     in_.slots(e, 0, slots);
     const int32_t first = slots[0];
-    uint32_t count = leading(slots);
-    for (uint32_t more = count; more == kSlots; count += more) {
+    int count = leading(slots);
+    for (int more = count; more == kAtOnce; count += more) {
       in_.slots(e, count, slots);
       more = leading(slots);
     }
@@ -121,65 +137,60 @@ class ShareMaker {
       out_.heads[e] = count > 0 ? first : kNoSlot;
       return;
     }
-    const uint32_t place = atomicAdd(used_, count);
-    const bool fits = place + count <= room_;
-    out_.heads[e] = head_of(place, count, room_);
-    const Place own = {e, static_cast<uint16_t>(place), static_cast<uint16_t>(fits ? count : 0)};
-    const float* row = in_.split + in_.row(e);
-    for (uint32_t r = 0; r < count && place + r < room_; ++r) {
-      places_[place + r] = own;
-      __pipeline_memcpy_async(&parts_[place + r], &row[r], sizeof(float));
-    }
+    const uint32_t place = atomicAdd(used_, static_cast<uint32_t>(count));
+    const int32_t head = head_of(place, count, room_);
+    out_.heads[e] = head;
+    if (place >= static_cast<uint32_t>(room_)) return;
+    const Place own = {e, static_cast<uint16_t>(place), static_cast<uint16_t>(head == kNotKept ? 0 : count)};
+    const int kept = min(count, room_ - static_cast<int>(place));
+    for (int r = 0; r < kept; ++r) places_[place + r] = own;
   }
   // How many of these slots are replicas' that come before all that are not.
-  __device__ uint32_t leading(const int32_t (&slots)[kSlots]) const {
-    uint32_t count = 0;
+  __device__ int leading(const int32_t (&slots)[kAtOnce]) const {
+    int count = 0;
     bool leads = true;
 #pragma unroll
-    for (int k = 0; k < kSlots; ++k) count += leads &= Replica{0.0f, slots[k]}.is_slot(in_.num_physical);
+    for (int k = 0; k < kAtOnce; ++k) count += leads &= Replica{0.0f, slots[k]}.is_slot(in_.num_physical);
     return count;
   }
-  __device__ void make_share_at(uint32_t i) const {
-    const Place own = places_[i];
-    const int32_t slot = in_.slot(own.expert, i - own.first);
-    const uint32_t load = static_cast<uint32_t>(max(in_.load[own.expert], 0));
-    out_.expert_of[i] = own.expert;
-    if (own.count == 0) {
-      out_.shares[i] = {slot, 0, 0, 0};
-      return;
-    }
-    // visit(j, replica), several loads before the first use of any.
-    const uint32_t end = own.first + own.count;
-    const auto for_row = [&](auto visit) {
+  // visit(j, value) for all places of an expert; beyond them the value is 0.
+  template <class Value, class Visit>
+  __device__ static void for_row(const Place& own, const Value* values, Visit visit) {
+    const int end = own.first + own.count;
 #pragma unroll 1
-      for (uint32_t first = own.first; first < end; first += kParts) {
-        Replica replicas[kParts];
+    for (int first = own.first; first < end; first += kAtOnce) {
+      Value read[kAtOnce];
 #pragma unroll
-        for (uint32_t k = 0; k < kParts; ++k) replicas[k] = {first + k < end ? parts_[first + k] : 0.0f, kNoSlot};
+      for (int k = 0; k < kAtOnce; ++k) read[k] = first + k < end ? values[first + k] : Value{};
 #pragma unroll
-        for (uint32_t k = 0; k < kParts; ++k) visit(first + k, replicas[k]);
-      }
-    };
+      for (int k = 0; k < kAtOnce; ++k) visit(first + k, read[k]);
+    }
+  }
+  __device__ uint32_t weight_at(const Place& own, int i) const {
     float largest = 0.0f;
-    for_row([&](uint32_t, const Replica& replica) { largest = fmaxf(largest, replica.positive()); });
-    const Weigher weigher(largest, in_.max_replicas);
-    uint32_t total = 0, before = 0, weight = 1;  // of weights, `before` those of the replicas before this one
-    for_row([&](uint32_t j, const Replica& replica) {
-      const uint32_t other = weigher.weight(replica);
+    for_row(own, parts_, [&](int, float part) { largest = fmaxf(largest, part); });  // never NaN
+    return Weigher(largest, in_.max_replicas).weight({parts_[i], kNoSlot});
+  }
+  __device__ Share share_at(const Place& own, int i) const {
+    const int r = i - own.first;
+    const int32_t slot = in_.log2phy[in_.row(own.expert) + r];
+    const uint32_t load = static_cast<uint32_t>(max(in_.load[own.expert], 0));
+    if (own.count == 0) return {slot, 0, 0, 0};
+    uint32_t total = 0, before = 0, weight = weights_[i];
+    for_row(own, weights_, [&](int j, uint32_t other) {
       total += other;
       if (j < i) before += other;
-      if (j == i) weight = other;
     });
-    if (total == 0) total = own.count, before = i - own.first, weight = 1;  // nothing for any of them
-    out_.shares[i] =
-        make_share(slot, tokens_upto(before, total, load), tokens_upto(before + weight, total, load), load);
+    if (total == 0) total = own.count, before = r, weight = 1;  // nothing for any of them
+    return make_share(slot, tokens_upto(before, total, load), tokens_upto(before + weight, total, load), load);
   }
 
   const Rows& in_;
   const MadeShares& out_;
-  const uint32_t room_;
+  const int room_;
   Place* const places_;
   float* const parts_;
+  uint32_t* const weights_;
   uint32_t* const used_;
 };
 
