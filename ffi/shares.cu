@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(kMostThreads)
   cudaTriggerProgrammaticLaunchCompletion();  // see assign_after_solve_cuda
   cudaGridDependencySynchronize();
 #endif
-  extern __shared__ uint2 places[];
+  extern __shared__ uint4 places[];
   __shared__ uint32_t used;
   for (int64_t b = blockIdx.x; b < shape.count.num_batches; b += gridDim.x) {
     const Rows rows(shape, in, b);

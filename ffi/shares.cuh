@@ -1,8 +1,6 @@
 // The shares of all experts, made once by one thread block: all blocks that assign tokens read them.
 #pragma once
 
-#include <cuda_pipeline_primitives.h>
-
 #include "assign.h"
 
 namespace lplb {
@@ -50,42 +48,41 @@ struct Rows {
         max_replicas(max_replicas),
         num_physical(num_physical) {}
   __device__ int64_t row(int e) const { return static_cast<int64_t>(e) * max_replicas; }
+  __device__ int64_t entry(int e, int r) const { return static_cast<int64_t>(e) * max_replicas + r; }
   // None beyond the row's end.
-  __device__ int32_t slot(int e, int r) const { return r < max_replicas ? log2phy[row(e) + r] : kNoSlot; }
-  __device__ Replica replica(int e, int r) const { return {r < max_replicas ? split[row(e) + r] : 0.0f, slot(e, r)}; }
-  // From the row's entry r on, which is even, all loads before the first use of any.
-  template <int kSlots>
-  __device__ void slots(int e, int r, int32_t (&slots)[kSlots]) const {
+  __device__ Replica replica(int e, int r) const {
+    if (r >= max_replicas) return {0.0f, kNoSlot};
+    return {split[entry(e, r)], log2phy[entry(e, r)]};
+  }
+  // From the row's entry r on, which is even: all loads before the first use of any.
+  template <int kCount>
+  __device__ void replicas(int e, int r, Replica (&row)[kCount]) const {
 #pragma unroll
-    for (int k = 0; k < kSlots; k += 2) {
+    for (int k = 0; k < kCount; k += 2) {
       if (max_replicas % 2 == 0) {
-        int2 two = {kNoSlot, kNoSlot};
-        if (r + k < max_replicas) two = *reinterpret_cast<const int2*>(log2phy + row(e) + r + k);
-        slots[k] = two.x, slots[k + 1] = two.y;
+        int2 slots = {kNoSlot, kNoSlot};
+        float2 parts = {0.0f, 0.0f};
+        if (r + k < max_replicas) {
+          slots = *reinterpret_cast<const int2*>(log2phy + entry(e, r + k));
+          parts = *reinterpret_cast<const float2*>(split + entry(e, r + k));
+        }
+        row[k] = {parts.x, slots.x}, row[k + 1] = {parts.y, slots.y};
       } else {
-        slots[k] = slot(e, r + k), slots[k + 1] = slot(e, r + k + 1);
+        row[k] = replica(e, r + k), row[k + 1] = replica(e, r + k + 1);
       }
     }
   }
 };
 
-// Makes them, by `num_threads` threads of the block, which are all that have not left. A thread has an expert, and
-// finds places for its shares; then one has a share.
+// Makes them, by `num_threads` threads of the block, which are all that have not left: first a thread has an expert,
+// and finds places for its shares, then one has a share.
 class ShareMaker {
  public:
-  // Of shared memory, for `room` shares, num_physical at most and fewer than 2^16.
-  __host__ __device__ static size_t bytes(uint32_t room) {
-    return room * (sizeof(Place) + sizeof(float) + sizeof(uint32_t));
-  }
-  // `used`: in shared memory too, beside `memory`.
+  // Of shared memory.
+  __host__ __device__ static size_t bytes(uint32_t room) { return room * sizeof(Place); }
+  // `room`: for so many shares, num_physical at most and fewer than 2^16. `used`: in shared memory, as `memory`.
   __device__ ShareMaker(const Rows& in, const MadeShares& out, uint32_t room, void* memory, uint32_t* used)
-      : in_(in),
-        out_(out),
-        room_(static_cast<int>(room)),
-        places_(static_cast<Place*>(memory)),
-        parts_(reinterpret_cast<float*>(places_ + room)),
-        weights_(reinterpret_cast<uint32_t*>(parts_ + room)),
-        used_(used) {}
+      : in_(in), out_(out), room_(static_cast<int>(room)), places_(static_cast<Place*>(memory)), used_(used) {}
 
   __device__ void run(int num_threads) const {
     const int thread = threadIdx.x;
@@ -99,98 +96,77 @@ class ShareMaker {
 #pragma unroll 1
     for (int i = thread; i < used; i += num_threads) {
       const Place own = places_[i];
-      __pipeline_memcpy_async(parts_ + i, in_.split + in_.row(own.expert) + (i - own.first), sizeof(float));
-    }
-    __pipeline_commit();
-    __pipeline_wait_prior(0);
-    __syncthreads();
-#pragma unroll 1
-    for (int i = thread; i < used; i += num_threads) weights_[i] = weight_at(places_[i], i);
-    __syncthreads();
-#pragma unroll 1
-    for (int i = thread; i < used; i += num_threads) {
-      const Place own = places_[i];
-      out_.shares[i] = share_at(own, i);
+      out_.shares[i] = make_share_at(own, i);
       out_.expert_of[i] = own.expert;
     }
   }
 
  private:
-  static constexpr int kAtOnce = 8;  // values that a thread reads before the first use of any
+  static constexpr int kAtOnce = 8;  // replicas that a thread reads before the first use of any
 
-  // Whose share has a place: those of the expert have `count` places from `first` on; 0: there is no room for all.
-  struct alignas(8) Place {
+  // Of a share. Those of its expert have `count` places from `first` on; 0: there is no room for all of them.
+  struct alignas(16) Place {
+    uint32_t upto;  // the sum of weights
+    uint32_t load;
     int32_t expert;
     uint16_t first, count;
   };
 
   __device__ void find_places(int e) const {
-    int32_t slots[kAtOnce];
-    in_.slots(e, 0, slots);
-    const int32_t first = slots[0];
-    int count = leading(slots);
+    Replica row[kAtOnce];
+    in_.replicas(e, 0, row);
+    const uint32_t load = static_cast<uint32_t>(max(in_.load[e], 0));
+    const int32_t only = row[0].slot;
+    float largest = 0.0f;
+    int count = add_leading(row, &largest);
     for (int more = count; more == kAtOnce; count += more) {
-      in_.slots(e, count, slots);
-      more = leading(slots);
+      Replica next[kAtOnce];
+      in_.replicas(e, count, next);
+      more = add_leading(next, &largest);
     }
     if (count <= 1) {
-      out_.heads[e] = count > 0 ? first : kNoSlot;
+      out_.heads[e] = count > 0 ? only : kNoSlot;
       return;
     }
-    const uint32_t place = atomicAdd(used_, static_cast<uint32_t>(count));
-    const int32_t head = head_of(place, count, room_);
+    const int first = static_cast<int>(atomicAdd(used_, static_cast<uint32_t>(count)));
+    const int32_t head = head_of(first, count, room_);
     out_.heads[e] = head;
-    if (place >= static_cast<uint32_t>(room_)) return;
-    const Place own = {e, static_cast<uint16_t>(place), static_cast<uint16_t>(head == kNotKept ? 0 : count)};
-    const int kept = min(count, room_ - static_cast<int>(place));
-    for (int r = 0; r < kept; ++r) places_[place + r] = own;
+    const Weigher weigher(largest, in_.max_replicas);
+    Place own = {0, load, e, static_cast<uint16_t>(first), static_cast<uint16_t>(head == kNotKept ? 0 : count)};
+    const int end = min(first + count, room_);
+    for (int i = first; i < end; i += kAtOnce) {
+      if (i > first) in_.replicas(e, i - first, row);
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) {
+        own.upto += weigher.weight(row[k]);
+        if (i + k < end) places_[i + k] = own;
+      }
+    }
   }
-  // How many of these slots are replicas' that come before all that are not.
-  __device__ int leading(const int32_t (&slots)[kAtOnce]) const {
+  // How many of them are replicas that come before all that are not, and the largest of these' parts.
+  __device__ int add_leading(const Replica (&row)[kAtOnce], float* largest) const {
     int count = 0;
     bool leads = true;
 #pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) count += leads &= Replica{0.0f, slots[k]}.is_slot(in_.num_physical);
+    for (int k = 0; k < kAtOnce; ++k) {
+      leads &= row[k].is_slot(in_.num_physical);
+      if (leads) ++count, *largest = fmaxf(*largest, row[k].part);  // never NaN
+    }
     return count;
   }
-  // visit(j, value) for all places of an expert; beyond them the value is 0.
-  template <class Value, class Visit>
-  __device__ static void for_row(const Place& own, const Value* values, Visit visit) {
-    const int end = own.first + own.count;
-#pragma unroll 1
-    for (int first = own.first; first < end; first += kAtOnce) {
-      Value read[kAtOnce];
-#pragma unroll
-      for (int k = 0; k < kAtOnce; ++k) read[k] = first + k < end ? values[first + k] : Value{};
-#pragma unroll
-      for (int k = 0; k < kAtOnce; ++k) visit(first + k, read[k]);
-    }
-  }
-  __device__ uint32_t weight_at(const Place& own, int i) const {
-    float largest = 0.0f;
-    for_row(own, parts_, [&](int, float part) { largest = fmaxf(largest, part); });  // never NaN
-    return Weigher(largest, in_.max_replicas).weight({parts_[i], kNoSlot});
-  }
-  __device__ Share share_at(const Place& own, int i) const {
-    const int r = i - own.first;
-    const int32_t slot = in_.log2phy[in_.row(own.expert) + r];
-    const uint32_t load = static_cast<uint32_t>(max(in_.load[own.expert], 0));
+  __device__ Share make_share_at(const Place& own, int i) const {
+    const int32_t slot = in_.log2phy[in_.entry(own.expert, i - own.first)];
     if (own.count == 0) return {slot, 0, 0, 0};
-    uint32_t total = 0, before = 0, weight = weights_[i];
-    for_row(own, weights_, [&](int j, uint32_t other) {
-      total += other;
-      if (j < i) before += other;
-    });
-    if (total == 0) total = own.count, before = r, weight = 1;  // nothing for any of them
-    return make_share(slot, tokens_upto(before, total, load), tokens_upto(before + weight, total, load), load);
+    const int r = i - own.first;
+    uint32_t before = r > 0 ? places_[i - 1].upto : 0, upto = own.upto, total = places_[own.first + own.count - 1].upto;
+    if (total == 0) before = r, upto = r + 1, total = own.count;  // nothing for any of them
+    return make_share(slot, tokens_upto(before, total, own.load), tokens_upto(upto, total, own.load), own.load);
   }
 
   const Rows& in_;
   const MadeShares& out_;
   const int room_;
   Place* const places_;
-  float* const parts_;
-  uint32_t* const weights_;
   uint32_t* const used_;
 };
 
