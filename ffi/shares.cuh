@@ -47,7 +47,6 @@ struct Rows {
         num_experts(num_experts),
         max_replicas(max_replicas),
         num_physical(num_physical) {}
-  __device__ int64_t row(int e) const { return static_cast<int64_t>(e) * max_replicas; }
   __device__ int64_t entry(int e, int r) const { return static_cast<int64_t>(e) * max_replicas + r; }
   // None beyond the row's end.
   __device__ Replica replica(int e, int r) const {
@@ -74,8 +73,9 @@ struct Rows {
   }
 };
 
-// Makes them, by `num_threads` threads of the block, which are all that have not left: first a thread has an expert,
-// and finds places for its shares, then one has a share.
+// Makes them, by `num_threads` threads of the block, which are all that have not left. First a thread has an expert: it
+// finds places for its shares, and sums up the weights of its replicas. Then one has a share, which two of these sums
+// make.
 class ShareMaker {
  public:
   // Of shared memory.
@@ -106,7 +106,7 @@ class ShareMaker {
 
   // Of a share. Those of its expert have `count` places from `first` on; 0: there is no room for all of them.
   struct alignas(16) Place {
-    uint32_t upto;  // the sum of weights
+    uint32_t upto;  // the sum of the weights of the expert's replicas up to this one
     uint32_t load;
     int32_t expert;
     uint16_t first, count;
@@ -155,9 +155,10 @@ class ShareMaker {
     return count;
   }
   __device__ Share make_share_at(const Place& own, int i) const {
-    const int32_t slot = in_.log2phy[in_.entry(own.expert, i - own.first)];
-    if (own.count == 0) return {slot, 0, 0, 0};
     const int r = i - own.first;
+    const int32_t slot = in_.log2phy[in_.entry(own.expert, r)];
+    if (own.count == 0) return {slot, 0, 0, 0};
+    // Weights of the replicas before this one, of those up to it, and of all.
     uint32_t before = r > 0 ? places_[i - 1].upto : 0, upto = own.upto, total = places_[own.first + own.count - 1].upto;
     if (total == 0) before = r, upto = r + 1, total = own.count;  // nothing for any of them
     return make_share(slot, tokens_upto(before, total, own.load), tokens_upto(upto, total, own.load), own.load);
