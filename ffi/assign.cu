@@ -111,22 +111,31 @@ __device__ void store_shares(const AssignShape& shape, const AssignOperands& in,
 }
 
 // A thread's part of the shares that were made once: read before the first use of any, unless they are many.
+template <bool kNear>
 class MadePart {
  public:
   MadePart() = default;
   __device__ MadePart(const MadeShares& made, uint32_t room) : used_(*made.used) {
-    if (threadIdx.x < room) first_ = made.shares[threadIdx.x];
+    if (threadIdx.x < room) {
+      first_ = made.shares[threadIdx.x];
+      if constexpr (kNear) {
+        expert_ = made.expert_of[threadIdx.x];
+        next_expert_ = made.expert_of[min(threadIdx.x + 1, room - 1)];
+      }
+    }
   }
-  template <bool kNear>
   __device__ void store(const MadeShares& made, const Wide& wide) const {
     if (threadIdx.x == 0) *wide.num_used = used_;
 #pragma unroll 1
     for (uint32_t i = threadIdx.x; i < used_; i += blockDim.x) {
-      wide.places[i].share = i == threadIdx.x ? first_ : made.shares[i];
+      const bool is_first = i == threadIdx.x;
+      wide.places[i].share = is_first ? first_ : made.shares[i];
       if constexpr (kNear) {
-        const int e = made.expert_of[i];
+        const int e = is_first ? expert_ : made.expert_of[i];
         wide.expert_of[i] = static_cast<uint16_t>(e);
-        if (i + 1 == used_ || made.expert_of[i + 1] != e) wide.ends[e] = static_cast<uint16_t>(i + 1);
+        if (i + 1 == used_ || (is_first ? next_expert_ : made.expert_of[i + 1]) != e) {
+          wide.ends[e] = static_cast<uint16_t>(i + 1);
+        }
       }
     }
   }
@@ -134,6 +143,8 @@ class MadePart {
  private:
   uint32_t used_;
   Share first_;
+  // Where kNear:
+  int32_t expert_, next_expert_;
 };
 
 // Makes near shares of the places' shares, which all threads have written. A thread has a place, as each step needs
@@ -294,9 +305,9 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
     };
     // Shares are read in three steps, the second one for each expert.
     [[maybe_unused]] const MadeShares made(out.shares, b, experts, shape.num_physical);
-    [[maybe_unused]] MadePart part;
+    [[maybe_unused]] MadePart<kNear> part;
     const auto begin_shares = [&] {
-      if constexpr (kWide) part = MadePart(made, room);
+      if constexpr (kWide) part = MadePart<kNear>(made, room);
     };
     const auto store = [&](int e) {
       if constexpr (kWide) {
@@ -306,7 +317,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
       }
     };
     const auto finish_shares = [&] {
-      if constexpr (kWide) part.store<kNear>(made, wide);
+      if constexpr (kWide) part.store(made, wide);
       if constexpr (kNear) {
         __syncthreads();
         stay_near(Nearby(shape, in, b, rank), wide);

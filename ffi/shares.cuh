@@ -103,6 +103,7 @@ class ShareMaker {
 
  private:
   static constexpr int kAtOnce = 8;  // replicas that a thread reads before the first use of any
+  static constexpr int kMore = 16;   // and where there are more
 
   // Of a share. Those of its expert have `count` places from `first` on; 0: there is no room for all of them.
   struct alignas(16) Place {
@@ -119,8 +120,8 @@ class ShareMaker {
     const int32_t only = row[0].slot;
     float largest = 0.0f;
     int count = add_leading(row, &largest);
-    for (int more = count; more == kAtOnce; count += more) {
-      Replica next[kAtOnce];
+    for (int more = count, read = kAtOnce; more == read; read = kMore, count += more) {
+      Replica next[kMore];
       in_.replicas(e, count, next);
       more = add_leading(next, &largest);
     }
@@ -144,11 +145,12 @@ class ShareMaker {
     }
   }
   // How many of them are replicas that come before all that are not, and the largest of these' parts.
-  __device__ int add_leading(const Replica (&row)[kAtOnce], float* largest) const {
+  template <int kCount>
+  __device__ int add_leading(const Replica (&row)[kCount], float* largest) const {
     int count = 0;
     bool leads = true;
 #pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) {
+    for (int k = 0; k < kCount; ++k) {
       leads &= row[k].is_slot(in_.num_physical);
       if (leads) ++count, *largest = fmaxf(*largest, row[k].part);  // never NaN
     }
