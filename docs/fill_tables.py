@@ -47,14 +47,17 @@ def shared(row: Row) -> str:
     return f"{row['median_us'] / 1000:.2f} ms, {int(100 * row['share_of_even'] + 0.5)} %"
 
 
-def pretraining() -> list[str]:
+def pretraining(file: str) -> list[str]:
     titles = {
         "even": "even routing",
         "batch-peer": "copies per batch",
+        "batch-all_to_all": "copies per batch, tokens by all_to_all",
+        "past": "copies by past load",
         "none": "no copies",
         "aux-loss": "balancing loss 0.01, no copies",
+        "router-bias": "router's bias, no copies",
     }
-    rows = sorted(rows_of("pretrain_h100x4"), key=lambda row: -row["tokens_per_s"])
+    rows = sorted(rows_of(file), key=lambda row: -row["tokens_per_s"])
     (loss,) = {row["common_loss"] for row in rows if "common_loss" in row}
     header = "tokens/s", "share of even", "MFU", "imbalance, median and p95 of the worst layer", "rounds, at most"
     lines = table("", *header, "loss, last 20 steps", f"seconds to a loss of {loss:.3f}")
@@ -232,7 +235,9 @@ def tokens() -> list[str]:
 
 
 TABLES = {
-    "pretraining": pretraining,
+    "pretrain_h100x4": partial(pretraining, "pretrain_h100x4"),
+    "pretrain_h200x2": partial(pretraining, "pretrain_h200x2"),
+    "pretrain_32_experts_h200x2": partial(pretraining, "pretrain_32_experts_h200x2"),
     "solves": solves,
     "steps": steps,
     "mathdx": mathdx,
