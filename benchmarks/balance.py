@@ -36,7 +36,7 @@ CHAIN = 16
 KERNELS = {
     "count": ("histogram_kernel", "scan_kernel", "count_kernel"),
     "solve": ("solve_kernel", "edge_balance_kernel"),
-    "assign": ("share_kernel", "assign_kernel"),
+    "assign": ("shares_kernel", "assign_kernel"),
 }
 LAUNCHES = {"lplb_count": 1, "lplb_solve_assign": 2}  # kernels of each custom call
 

@@ -3,15 +3,16 @@
 
 #include "assign.h"
 #include "launch.cuh"
+#include "shares.cuh"
 
 namespace lplb {
 namespace {
 
 constexpr int kWarp = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
+constexpr int kNarrowRow = 4;                   // replicas of an expert whose shares a thread makes
 constexpr int kMaxWarps = 16, kLeastWarps = 4;  // powers of two
 constexpr int kMaxIds = 4;                      // of a thread at once, where there are many
-constexpr int kNarrowRow = 4;                   // replicas of an expert whose shares a thread writes
 constexpr size_t kSharedBytes = 98 * 1024;      // what every device has
 
 // A block's shared memory. Experts are padded so that each warp's counts can be stored eight at a time.
@@ -33,63 +34,40 @@ struct Shared {
         end(static_cast<char*>(memory) + bytes(shape, num_warps)) {}
 };
 
-// What a share is computed from.
-struct alignas(16) Open {
-  int32_t slot;
-  uint32_t number, count;  // which of the expert's replicas, and how many these are
-  int32_t load;            // of the expert
-};
 union Place {
-  Open open;
   Share share;
   Part part;  // where tokens stay near where they are
 };
 
 // What follows the counts: where experts have few replicas, and all fit, a row of shares for each; else this (kWide).
 struct Wide {
-  struct alignas(16) Totals {
-    uint32_t used;       // how many places were asked for
-    uint32_t long_rows;  // of experts with kNarrowRow replicas and, it may be, more
-  };
-  Totals* totals;
-  int32_t* heads;      // [padded experts] see head_of
-  uint16_t* long_row;  // [padded experts] those of long rows, in any order
-  Place* places;       // of experts with several replicas: next to each other, experts in any order, it does not show
-  uint32_t* weights;   // of each place
-  uint32_t room;       // how many places there are
+  uint32_t* num_used;
+  int32_t* heads;  // [padded experts] see head_of
+  Place* places;   // of shares, see MadeShares
+  uint32_t room;   // how many places there are
   // Where tokens stay near where they are, for each place:
   Place* near;      // shares, an expert's next to each other, in the order in which tokens go through them
-  uint32_t* skips;  // of these; where the weights were
+  uint32_t* skips;  // of these
   uint16_t* expert_of;
+  uint16_t* ends;  // [padded experts] behind the last place of each expert that has any
 
   static constexpr size_t of_place(bool near) {
-    return sizeof(Place) + sizeof(uint32_t) + (near ? sizeof(Place) + sizeof(uint16_t) : 0);
+    return sizeof(Place) + (near ? sizeof(Place) + sizeof(uint32_t) + sizeof(uint16_t) : 0);
   }
   // Of all but the places.
-  __host__ __device__ static size_t bytes(int experts) {
-    return sizeof(Totals) + Shared::padded(experts) * (sizeof(int32_t) + sizeof(uint16_t));
+  __host__ __device__ static size_t bytes(int experts, bool near) {
+    return sizeof(uint4) + Shared::padded(experts) * (sizeof(int32_t) + (near ? sizeof(uint16_t) : 0));
   }
   __device__ Wide(char* memory, int experts, uint32_t room, bool stay_near)
-      : totals(reinterpret_cast<Totals*>(memory)),
-        heads(reinterpret_cast<int32_t*>(totals + 1)),
-        long_row(reinterpret_cast<uint16_t*>(heads + Shared::padded(experts))),
-        places(reinterpret_cast<Place*>(memory + bytes(experts))),
-        weights(reinterpret_cast<uint32_t*>(places + (stay_near ? 2 : 1) * room)),
+      : num_used(reinterpret_cast<uint32_t*>(memory)),
+        heads(reinterpret_cast<int32_t*>(memory + sizeof(uint4))),
+        places(reinterpret_cast<Place*>(memory + bytes(experts, stay_near))),
         room(room),
         near(places + room),
-        skips(weights),
-        expert_of(reinterpret_cast<uint16_t*>(skips + room)) {}
-  __device__ uint32_t used() const { return min(totals->used, room); }
-  // A place of a replica, `first` being its expert's first. Where there is no room for all of an expert's, those that
-  // there is room for take nothing.
-  template <bool kNear>
-  __device__ void open(int e, uint32_t first, const Open& open, uint32_t weight) const {
-    const uint32_t i = first + open.number;
-    if (i >= room) return;
-    if constexpr (kNear) expert_of[i] = static_cast<uint16_t>(e);
-    places[i].open = first + open.count <= room ? open : Open{open.slot, open.number, 0, 0};
-    weights[i] = weight;
-  }
+        skips(reinterpret_cast<uint32_t*>(near + room)),
+        expert_of(reinterpret_cast<uint16_t*>(skips + room)),
+        ends(reinterpret_cast<uint16_t*>(heads + Shared::padded(experts))) {}
+  __device__ uint32_t used() const { return *num_used; }
 };
 
 // Waits for the launch before this one, where this kernel was launched ahead of its end.
@@ -132,170 +110,73 @@ __device__ void store_shares(const AssignShape& shape, const AssignOperands& in,
   write_shares<kNarrowRow>(read, replicas, shape.num_physical, load, shares);
 }
 
-// What kWide has of each expert: the slot of its only replica, or kNoSlot, or, negative too, its first place, or that
-// there was no room.
-constexpr int32_t kNoSlot = -1, kNotKept = INT32_MIN;
-__device__ bool is_only_slot(int32_t head) { return head >= kNoSlot; }
-__device__ int32_t head_of(uint32_t place, int count, uint32_t room) {
-  return place + count <= room ? kNoSlot - 1 - static_cast<int32_t>(place) : kNotKept;
-}
-__device__ uint32_t place_of(int32_t head) { return static_cast<uint32_t>(kNoSlot - 1 - head); }
-
-// What the shares of a batch element's experts are made of.
-struct Rows {
-  const float* split;
-  const int32_t* log2phy;
-  const int32_t* load;
-  int num_experts, max_replicas, num_physical;
-
-  __device__ Rows(const AssignShape& shape, const AssignOperands& in, int64_t batch)
-      : split(in.split + batch * shape.count.num_experts * shape.max_replicas),
-        log2phy(in.log2phy + batch * shape.count.num_experts * shape.max_replicas),
-        load(in.load + batch * shape.count.num_experts),
-        num_experts(shape.count.num_experts),
-        max_replicas(shape.max_replicas),
-        num_physical(shape.num_physical) {}
-  // None beyond the row's end.
-  __device__ Replica replica(int e, int r) const {
-    if (r >= max_replicas) return {0.0f, kNoSlot};
-    const int64_t entry = static_cast<int64_t>(e) * max_replicas + r;
-    return {split[entry], log2phy[entry]};
-  }
-  // The first of an expert's row, all loads before the first use of any.
-  __device__ void first_replicas(int e, Replica (&row)[kNarrowRow]) const {
-    const int64_t entry = static_cast<int64_t>(e) * max_replicas;
-#pragma unroll
-    for (int r = 0; r < kNarrowRow; r += 2) {
-      if (max_replicas % 2 == 0 && r < max_replicas) {
-        const int2 slots = *reinterpret_cast<const int2*>(log2phy + entry + r);
-        const float2 parts = *reinterpret_cast<const float2*>(split + entry + r);
-        row[r] = {parts.x, slots.x}, row[r + 1] = {parts.y, slots.y};
-      } else {
-        row[r] = replica(e, r), row[r + 1] = replica(e, r + 1);
+// A thread's part of the shares that were made once: read before the first use of any, unless they are many.
+template <bool kNear>
+class MadePart {
+ public:
+  MadePart() = default;
+  __device__ MadePart(const MadeShares& made, uint32_t room) : used_(*made.used) {
+    if (threadIdx.x < room) {
+      first_ = made.shares[threadIdx.x];
+      if constexpr (kNear) {
+        expert_ = made.expert_of[threadIdx.x];
+        next_expert_ = made.expert_of[min(threadIdx.x + 1, room - 1)];
       }
     }
   }
+  __device__ void store(const MadeShares& made, const Wide& wide) const {
+    if (threadIdx.x == 0) *wide.num_used = used_;
+#pragma unroll 1
+    for (uint32_t i = threadIdx.x; i < used_; i += blockDim.x) {
+      const bool is_first = i == threadIdx.x;
+      wide.places[i].share = is_first ? first_ : made.shares[i];
+      if constexpr (kNear) {
+        const int e = is_first ? expert_ : made.expert_of[i];
+        wide.expert_of[i] = static_cast<uint16_t>(e);
+        if (i + 1 == used_ || (is_first ? next_expert_ : made.expert_of[i + 1]) != e) {
+          wide.ends[e] = static_cast<uint16_t>(i + 1);
+        }
+      }
+    }
+  }
+
+ private:
+  uint32_t used_;
+  Share first_;
+  // Where kNear:
+  int32_t expert_, next_expert_;
 };
-
-// Writes an expert's head and opens its places, or puts it among those whose rows are long.
-template <bool kNear>
-__device__ void open_row(const Rows& in, const Wide& wide, int e) {
-  Replica row[kNarrowRow];
-  in.first_replicas(e, row);
-  const int32_t load = in.load[e];
-  uint32_t count = 0;
-  float largest = 0.0f;
-#pragma unroll
-  for (int r = 0; r < kNarrowRow && row[r].is_slot(in.num_physical); ++r) {
-    ++count;
-    largest = fmaxf(largest, row[r].positive());
-  }
-  if (count <= 1) {
-    wide.heads[e] = count > 0 ? row[0].slot : kNoSlot;
-    return;
-  }
-  if (count == kNarrowRow && in.max_replicas > kNarrowRow) {
-    wide.long_row[atomicAdd(&wide.totals->long_rows, 1u)] = static_cast<uint16_t>(e);
-    return;
-  }
-  const uint32_t place = atomicAdd(&wide.totals->used, count);
-  wide.heads[e] = head_of(place, count, wide.room);
-  const Weigher weigher(largest, in.max_replicas);
-#pragma unroll
-  for (uint32_t r = 0; r < kNarrowRow; ++r) {
-    if (r < count) wide.open<kNear>(e, place, {row[r].slot, r, count, load}, weigher.weight(row[r]));
-  }
-}
-
-// Does so for long rows, a warp for each, which loads the next one ahead.
-template <bool kNear>
-__device__ void open_long_rows(const Rows& in, const Wide& wide) {
-  const int lane = threadIdx.x % kWarp, num_warps = blockDim.x / kWarp, num_rows = wide.totals->long_rows;
-  const auto load_first = [&](int i) { return i < num_rows ? in.replica(wide.long_row[i], lane) : Replica{}; };
-  int i = threadIdx.x / kWarp;
-  Replica next = load_first(i);
-#pragma unroll 1
-  for (; i < num_rows; i += num_warps) {
-    const int e = wide.long_row[i];
-    const int32_t load = in.load[e];
-    Replica replica = next;
-    next = load_first(i + num_warps);
-    uint32_t count = 0;
-    float largest = 0.0f;
-    for (int leading = kWarp; leading == kWarp;) {
-      const unsigned none = ~__ballot_sync(kFullWarp, replica.is_slot(in.num_physical));
-      leading = none == 0 ? kWarp : __ffs(none) - 1;
-      if (lane < leading) largest = fmaxf(largest, replica.positive());
-      count += leading;
-      if (leading == kWarp) replica = in.replica(e, count + lane);
-    }
-    largest = __uint_as_float(__reduce_max_sync(kFullWarp, __float_as_uint(largest)));  // not negative
-    uint32_t place = 0;
-    if (lane == 0) {
-      place = atomicAdd(&wide.totals->used, count);
-      wide.heads[e] = head_of(place, count, wide.room);
-    }
-    place = __shfl_sync(kFullWarp, place, 0);
-    const Weigher weigher(largest, in.max_replicas);
-#pragma unroll 1
-    for (uint32_t r = lane; r < count; r += kWarp) {
-      const Replica again = in.replica(e, r);
-      wide.open<kNear>(e, place, {again.slot, r, count, load}, weigher.weight(again));
-    }
-  }
-}
-
-// Makes the share of each place.
-__device__ void close_places(const Wide& wide) {
-  const int used = static_cast<int>(wide.used());
-#pragma unroll 1
-  for (int i = threadIdx.x; i < used; i += blockDim.x) {
-    const Open open = wide.places[i].open;
-    const uint32_t* weights = wide.weights + i - open.number;
-    uint32_t before = 0, total = 0;
-#pragma unroll 4
-    for (uint32_t r = 0; r < open.count; ++r) {
-      before = r == open.number ? total : before;
-      total += weights[r];
-    }
-    uint32_t upto = before + weights[open.number];
-    if (total == 0) before = open.number, upto = before + 1, total = open.count;  // nothing for any of them: evenly
-    const uint32_t tokens = static_cast<uint32_t>(max(open.load, 0));
-    const uint32_t begin = tokens_upto(before, total, tokens);
-    wide.places[i].share = make_share(open.slot, begin, tokens_upto(upto, total, tokens), tokens);
-  }
-}
 
 // Makes near shares of the places' shares, which all threads have written. A thread has a place, as each step needs
 // what the one before has filled of all replicas of the expert. No step writes what it reads.
-__device__ void stay_near(const AssignShape& shape, const AssignOperands& in, int64_t batch, const Wide& wide) {
+__device__ void stay_near(const Nearby& nearby, const Wide& wide) {
   const int used = static_cast<int>(wide.used());
-  const auto for_places = [&](const Place* places, auto visit) {
+  // visit(e, first, count, i) for the places of experts all of whose places are kept.
+  const auto for_places = [&](auto visit) {
 #pragma unroll 1
     for (int i = threadIdx.x; i < used; i += blockDim.x) {
       const int e = wide.expert_of[i];
-      int first = i, end = i + 1;
-      while (first > 0 && wide.expert_of[first - 1] == e) --first;
-      while (end < used && wide.expert_of[end] == e) ++end;
-      visit(Nearby(shape, in, batch, e), [=](int j) { return places[first + j].part; }, end - first, i, first);
+      if (wide.heads[e] == kNotKept) continue;
+      const int first = static_cast<int>(place_of(wide.heads[e]));
+      visit(e, first, wide.ends[e] - first, i - first);
     }
     __syncthreads();
   };
-#pragma unroll 1
-  for (int step = 0; step < 2; ++step) {
-    const Place* from = step == 0 ? wide.places : wide.near;
-    Place* to = step == 0 ? wide.near : wide.places;
-    for_places(from, [&](const Nearby& nearby, auto part, int count, int i, int first) {
-      Part filled = from[i].part;
-      (step == 0 ? filled.of_rank : filled.of_node) = nearby.fill(part, count, i - first, step);
-      to[i].part = filled;
-    });
-  }
-  for_places(wide.places, [&](const Nearby& nearby, auto part, int count, int i, int first) {
+  for_places([&](int e, int first, int count, int i) {
     int place;
-    const NearShare share = nearby.share(part, count, i - first, &place);
-    wide.near[first + place].share = share;
-    wide.skips[first + place] = share.skip;
+    uint32_t skip;
+    const auto share = [&](int j) { return wide.places[first + j].share; };
+    const Part part = nearby.on_rank(e, share, count, i, &place, &skip);
+    wide.near[first + place].part = part, wide.skips[first + place] = skip;
+  });
+  for_places([&](int, int first, int count, int i) {
+    const auto part = [&](int j) { return wide.near[first + j].part; };
+    wide.places[first + i].part = nearby.on_node(part, count, i, &wide.skips[first + i]);
+  });
+  for_places([&](int, int first, int count, int i) {
+    const auto part = [&](int j) { return wide.places[first + j].part; };
+    const NearShare share = nearby.share(part, count, i, wide.skips[first + i]);
+    wide.near[first + i].share = share, wide.skips[first + i] = share.skip;
   });
 }
 
@@ -357,11 +238,11 @@ __device__ void add_ranks(const AssignShape& shape, ForQuotas for_quotas, uint32
 }
 
 // Blocks go through the chunks, the ranks' sums before them, and assign a chunk tile by tile: kIds ids a thread. Each
-// block writes the shares of all experts to its shared memory. Where experts have few replicas, and rows of shares fit,
-// a thread writes an expert's row. Else (kWide) most experts still have one replica, and a head is all that is kept of
-// them; the shares of the others are next to each other, and a thread computes each. Those that do not fit are computed
-// anew for each token. The split and log2phy come last, see assign_after_solve_cuda. Where tokens stay near where they
-// are (kNear, which is kWide, too), they go through near shares, and all of these fit.
+// block has the shares of all experts in its shared memory. Where experts have few replicas, and rows of shares fit, a
+// thread writes an expert's row. Else (kWide) they come from a kernel before this one, see shares.cuh. Those that do
+// not fit are computed anew for each token. The split and log2phy, or the shares, come last, see
+// assign_after_solve_cuda. Where tokens stay near where they are (kNear, which is kWide, too), they go through near
+// shares, and all of these fit.
 template <int kIds, bool kWide, bool kAhead, bool kNear = false>
 __global__ void __launch_bounds__(kMaxWarps* kWarp)
     assign_kernel(const AssignShape shape, const AssignOperands in, const AssignResults out, const uint32_t room) {
@@ -373,6 +254,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
   [[maybe_unused]] Share* const rows = reinterpret_cast<Share*>(shared.end);  // elsewhere
   uint16_t* counts = shared.of_warp + warp * padded;
   for (int64_t b = blockIdx.y; b < shape.count.num_batches; b += gridDim.y) {
+    // Read this early, as all of stay_near needs it.
+    [[maybe_unused]] const int rank = kNear ? in.rank[b] : 0;
     // The slot of an expert's token.
     const auto slot_of = [&](int e, uint32_t number) {
       const auto choose = [=](auto next) { return choose_slot(next, number); };
@@ -420,36 +303,33 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
         }
       }
     };
-    // An expert's shares; where kWide, what finish_shares makes them of, after the block's threads have met.
+    // Shares are read in three steps, the second one for each expert.
+    [[maybe_unused]] const MadeShares made(out.shares, b, experts, shape.num_physical);
+    [[maybe_unused]] MadePart<kNear> part;
+    const auto begin_shares = [&] {
+      if constexpr (kWide) part = MadePart<kNear>(made, room);
+    };
     const auto store = [&](int e) {
       if constexpr (kWide) {
-        open_row<kNear>(Rows(shape, in, b), wide, e);
+        wide.heads[e] = made.heads[e];
       } else {
         store_shares(shape, in, b, e, rows + e * shape.max_replicas);
       }
     };
     const auto finish_shares = [&] {
-      if constexpr (kWide) {
-        open_long_rows<kNear>(Rows(shape, in, b), wide);
-        __syncthreads();
-        close_places(wide);
-      }
+      if constexpr (kWide) part.store(made, wide);
       if constexpr (kNear) {
         __syncthreads();
-        stay_near(shape, in, b, wide);
+        stay_near(Nearby(shape, in, b, rank), wide);
       }
     };
     const auto get_shares = [&] {
       wait_for_launch<kAhead>();
+      begin_shares();
 #pragma unroll 1
       for (int e = threadIdx.x; e < experts; e += threads) store(e);
-      if (kWide) __syncthreads();
       finish_shares();
     };
-    if constexpr (kWide) {
-      if (threadIdx.x == 0) *wide.totals = {};
-      __syncthreads();
-    }
     bool has_shares = false;
     for (int item = blockIdx.x; item <= shape.count.num_chunks; item += gridDim.x) {
       if (item == 0) {
@@ -486,6 +366,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
         __syncwarp();
       };
       load_ids(0);
+      if (!kAhead && !has_shares) begin_shares();
       clear_counts();
       for (int e = threadIdx.x; e < experts; e += threads) {
         // All loads before the first use of any.
@@ -548,46 +429,85 @@ constexpr std::array<std::array<Kernel, 2>, 3> kKernelsOf = {
      {{assign_kernel<kIds, true, false, true>, assign_kernel<kIds, true, true, true>}}}};
 constexpr std::array kKernels = {kKernelsOf<1>, kKernelsOf<kMaxIds>};
 
-cudaError_t launch_assign(cudaStream_t stream, const AssignShape& shape, const AssignOperands& in,
-                          const AssignResults& out, bool ahead) {
-  const int64_t chunk_size = shape.count.chunk_size;
-  const int experts = shape.count.num_experts;
-  const bool many = chunk_size > kMaxWarps * kWarp;
-  // Rows where they fit. Else shares are no more than slots, unless log2phy is not a placement's.
-  const size_t in_rows = static_cast<size_t>(experts) * shape.max_replicas;
-  const bool near = shape.ranks_per_node > 0;
-  const bool wide = near || shape.max_replicas > kNarrowRow ||
-                    Shared::bytes(shape, kLeastWarps) + in_rows * sizeof(Share) > kSharedBytes;
-  const size_t wanted = wide ? shape.num_physical : in_rows, each = wide ? Wide::of_place(near) : sizeof(Share);
-  const size_t others = wide ? Wide::bytes(experts) : 0;
-  // A thread for some ids, and for an expert whose row is wide.
-  const int64_t threads =
-      std::max((chunk_size - 1) / (many ? kMaxIds : 1) + 1, static_cast<int64_t>(wide ? experts : 0));
-  int warps = kLeastWarps;  // leaves room for some shares
-  while (warps < kMaxWarps && warps * kWarp < threads &&
-         Shared::bytes(shape, 2 * warps) + others + wanted * each <= kSharedBytes) {
-    warps *= 2;
+// How a shape is assigned.
+struct Launch {
+  bool many, near, wide;
+  int warps;
+  uint32_t room;  // for shares
+  size_t bytes;   // of shared memory
+
+  explicit Launch(const AssignShape& shape) {
+    const int64_t chunk_size = shape.count.chunk_size;
+    const int experts = shape.count.num_experts;
+    many = chunk_size > kMaxWarps * kWarp;
+    // Rows where they fit. Else shares are no more than slots, unless log2phy is not a placement's.
+    const size_t in_rows = static_cast<size_t>(experts) * shape.max_replicas;
+    near = shape.ranks_per_node > 0;
+    wide = near || shape.max_replicas > kNarrowRow ||
+           Shared::bytes(shape, kLeastWarps) + in_rows * sizeof(Share) > kSharedBytes;
+    const size_t wanted = wide ? shape.num_physical : in_rows, each = wide ? Wide::of_place(near) : sizeof(Share);
+    const size_t others = wide ? Wide::bytes(experts, near) : 0;
+    // A thread for some ids, and for an expert of whom it reads what there is.
+    const int64_t threads =
+        std::max((chunk_size - 1) / (many ? kMaxIds : 1) + 1, static_cast<int64_t>(wide ? experts : 0));
+    warps = kLeastWarps;  // leaves room for some shares
+    while (warps < kMaxWarps && warps * kWarp < threads &&
+           Shared::bytes(shape, 2 * warps) + others + wanted * each <= kSharedBytes) {
+      warps *= 2;
+    }
+    const size_t before = Shared::bytes(shape, warps) + others, most = (kSharedBytes - before) / each;
+    room = static_cast<uint32_t>(wanted < most ? wanted : most);
+    bytes = before + room * each;
   }
-  const size_t before = Shared::bytes(shape, warps) + others, most = (kSharedBytes - before) / each;
-  const uint32_t room = static_cast<uint32_t>(wanted < most ? wanted : most);
-  return launch(stream, grid_of(shape.count, shape.count.num_chunks + 1), warps * kWarp, before + room * each, ahead,
-                kKernels[many][wide + near][ahead], shape, in, out, room);
+};
+
+// `follows`: the launch of the solve.
+cudaError_t launch_both(cudaStream_t stream, const AssignShape& shape, const AssignOperands& in,
+                        const AssignResults& out, bool follows) {
+  const cudaError_t error = shares_cuda(stream, shape, in, out, follows);
+  if (error != cudaSuccess) return error;
+  return assign_by_shares_cuda(stream, shape, in, out, follows || Launch(shape).wide);
 }
 
 }  // namespace
 
-cudaError_t prepare_assign_cuda() { return allow_shared_bytes(kKernels, kSharedBytes); }
+cudaError_t prepare_assign_cuda() {
+  const cudaError_t error = prepare_shares_cuda(kSharedBytes);
+  return error != cudaSuccess ? error : allow_shared_bytes(kKernels, kSharedBytes);
+}
+
+uint32_t room_for_shares(const AssignShape& shape) {
+  const Launch of(shape);
+  return of.wide ? of.room : 0;
+}
+
+cudaError_t shares_cuda(cudaStream_t stream, const AssignShape& shape, const AssignOperands& in,
+                        const AssignResults& out, bool ahead) {
+  const uint32_t room = room_for_shares(shape);
+  if (room == 0) return cudaSuccess;
+  bool hopper;
+  const cudaError_t error = runs_hopper_code(&hopper);
+  return error != cudaSuccess ? error : make_shares_cuda(stream, shape, in, out.shares, room, ahead && hopper);
+}
+
+cudaError_t assign_by_shares_cuda(cudaStream_t stream, const AssignShape& shape, const AssignOperands& in,
+                                  const AssignResults& out, bool ahead) {
+  const Launch of(shape);
+  bool hopper;
+  if (const cudaError_t error = runs_hopper_code(&hopper); error != cudaSuccess) return error;
+  ahead = ahead && hopper;
+  return launch(stream, grid_of(shape.count, shape.count.num_chunks + 1), of.warps * kWarp, of.bytes, ahead,
+                kKernels[of.many][of.wide + of.near][ahead], shape, in, out, of.room);
+}
 
 cudaError_t assign_cuda(cudaStream_t stream, const AssignShape& shape, const AssignOperands& in,
                         const AssignResults& out) {
-  return launch_assign(stream, shape, in, out, false);
+  return launch_both(stream, shape, in, out, false);
 }
 
 cudaError_t assign_after_solve_cuda(cudaStream_t stream, const AssignShape& shape, const AssignOperands& in,
                                     const AssignResults& out) {
-  bool hopper;
-  const cudaError_t error = runs_hopper_code(&hopper);
-  return error != cudaSuccess ? error : launch_assign(stream, shape, in, out, hopper);
+  return launch_both(stream, shape, in, out, true);
 }
 
 }  // namespace lplb

@@ -39,9 +39,16 @@ struct AssignOperands {
 };
 
 struct AssignResults {
-  int32_t* physical_ids;  // [batch, num_ids]
-  int32_t* rank_load;     // [batch, num_ranks] the sum of the quotas of each rank's slots
+  int32_t* physical_ids;      // [batch, num_ids]
+  int32_t* rank_load;         // [batch, num_ranks] the sum of the quotas of each rank's slots
+  int32_t* shares = nullptr;  // [batch, shares_rows(), 4] to work in, on CUDA; what it is left with means nothing
 };
+
+// What one thread block makes of a batch element, for all blocks, where experts may have many replicas: how many shares
+// there are, these, what there is of each expert, and each share's expert; in rows of 16 bytes. See shares.cuh.
+LPLB_INLINE int64_t shares_rows(int num_experts, int num_physical) {
+  return 1 + static_cast<int64_t>(num_physical) + (num_experts + 3) / 4 + (num_physical + 3) / 4;
+}
 
 void assign_cpu(const AssignShape& shape, const AssignOperands& in, const AssignResults& out);
 
@@ -55,6 +62,18 @@ cudaError_t assign_cuda(cudaStream_t stream, const AssignShape& shape, const Ass
 // dependent launch).
 cudaError_t assign_after_solve_cuda(cudaStream_t stream, const AssignShape& shape, const AssignOperands& in,
                                     const AssignResults& out);
+// For how many shares these need room; 0: they make none ahead, as experts have few replicas.
+uint32_t room_for_shares(const AssignShape& shape);
+// The two launches that these consist of, for drivers, and the second alone where the solve has made the shares.
+// `ahead`: of the end of the launch before, on devices that can.
+cudaError_t shares_cuda(cudaStream_t stream, const AssignShape& shape, const AssignOperands& in,
+                        const AssignResults& out, bool ahead);
+cudaError_t assign_by_shares_cuda(cudaStream_t stream, const AssignShape& shape, const AssignOperands& in,
+                                  const AssignResults& out, bool ahead);
+// Shares, of which there is room for so many; once before, as prepare_solve_cuda, with shared memory for the most.
+cudaError_t prepare_shares_cuda(size_t most_bytes);
+cudaError_t make_shares_cuda(cudaStream_t stream, const AssignShape& shape, const AssignOperands& in, int32_t* shares,
+                             uint32_t room, bool ahead);
 #endif
 
 // ---- Shares: what each replica takes --------------------------------------------------------------------------------
@@ -80,19 +99,40 @@ struct Replica {
   LPLB_INLINE float positive() const { return part > 0.0f ? part : 0.0f; }
 };
 
+// 1 / value, to within two roundings.
+LPLB_INLINE float inverse_of(uint32_t value) {
+#ifdef __CUDA_ARCH__
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(static_cast<float>(value)));
+  return inverse;
+#else
+  return 1.0f / static_cast<float>(value);
+#endif
+}
+
 // 2^32 quota / left, rounded down, or less by one: in two steps of 20 bits, each rounded down, where a division of 64
 // bits would take longer than all else. 0 <= quota <= left < 2^31, left > 0.
 LPLB_INLINE uint32_t ratio(uint32_t quota, uint32_t left) {
   constexpr float kDown = 1.0f - 0x1p-20f;  // more than four roundings of 2^-23
-#ifdef __CUDA_ARCH__
-  float inverse;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(static_cast<float>(left)));
-#else
-  const float inverse = 1.0f / static_cast<float>(left);
-#endif
+  const float inverse = inverse_of(left);
   const uint32_t high = static_cast<uint32_t>(static_cast<float>(quota) * inverse * (0x1p32f * kDown));
   const uint64_t rest = (static_cast<uint64_t>(quota) << 32) - static_cast<uint64_t>(high) * left;
   return high + static_cast<uint32_t>(static_cast<float>(rest) * (inverse * kDown));
+}
+
+// a / b, correctly rounded. 0 <= a <= b < 2^32, b > 0, whole.
+LPLB_INLINE float quotient(uint32_t a, uint32_t b) {
+  const float numerator = static_cast<float>(a), denominator = static_cast<float>(b);
+#ifdef __CUDA_ARCH__
+  // The steps of the compiler's own division, without those for tiny, infinite and zero operands, to which it branches.
+  float inverse = inverse_of(b);
+  inverse = fmaf(inverse, fmaf(-denominator, inverse, 1.0f), inverse);
+  float value = numerator * inverse;
+  value = fmaf(inverse, fmaf(-denominator, value, numerator), value);
+  return fmaf(inverse, fmaf(-denominator, value, numerator), value);
+#else
+  return numerator / denominator;
+#endif
 }
 
 // The split's parts as integers, the largest of an expert's of 24 bits, unless it is tiny, or of fewer, so that 32 bits
@@ -118,7 +158,7 @@ struct Weigher {
 // units of 2^-30, rounded to whole tokens, so that quotas sum to the load whatever the split's unit and rounding.
 LPLB_INLINE uint32_t tokens_upto(uint32_t sum, uint32_t total, uint32_t load) {
   constexpr uint32_t kOne = 1u << 30;
-  const float share = static_cast<float>(sum) / static_cast<float>(total);
+  const float share = quotient(sum, total);
   const uint32_t fraction = share < 1.0f ? static_cast<uint32_t>(share * static_cast<float>(kOne)) : kOne;
   return static_cast<uint32_t>((static_cast<uint64_t>(fraction) * load + kOne / 2) >> 30);
 }
@@ -199,11 +239,12 @@ struct NearShare : Share {
 LPLB_INLINE uint32_t skip_to(const Share&) { return 0; }
 LPLB_INLINE uint32_t skip_to(const NearShare& share) { return share.skip; }
 
-// A replica's quota, and how many tokens of its rank are in it, and how many of its node, its rank's among them.
+// A replica while the steps below fill its quota.
 struct alignas(16) Part {
   int32_t slot;
   uint32_t quota;
-  uint32_t of_rank, of_node;
+  uint32_t taken;  // of the quota, by the steps so far; once the rank's tokens have come here, in that step alone
+  uint32_t left;   // in that step, tokens that no replica before this one takes; before it, all tokens of its node
 };
 
 // Which tokens fill an expert's quotas: in three steps, for groups of 1, ranks_per_node and all ranks next to each
@@ -211,106 +252,137 @@ struct alignas(16) Part {
 // quotas of the group's replicas, one replica after the other. No rank and no node could keep more.
 //
 // What is left after a step is tokens or quotas of a group, never both. So a rank's tokens go through each replica
-// once: those on their rank, those on other ranks of their node, and those elsewhere.
+// once: those on their rank, those on other ranks of their node, and those elsewhere. The first step brings the
+// replicas into this order. Among those of the rank's own node it may differ from the row's: where that shows in what
+// they take, the rank has no tokens left, and nothing is read of it.
 class Nearby {
  public:
-  static constexpr int kSteps = 3;
-
-  LPLB_INLINE Nearby(const AssignShape& shape, const AssignOperands& in, int64_t batch, int expert)
-      : loads_(in.loads + batch * shape.num_ranks * shape.count.num_experts + expert),
-        before_(static_cast<uint32_t>(in.offset[batch * shape.count.num_experts + expert])),
-        rank_(in.rank[batch]),
+  LPLB_INLINE Nearby(const AssignShape& shape, const AssignOperands& in, int64_t batch, int rank)
+      : loads_(in.loads + batch * shape.num_ranks * shape.count.num_experts),
+        offset_(in.offset + batch * shape.count.num_experts),
         num_experts_(shape.count.num_experts),
-        num_ranks_(shape.num_ranks),
         ranks_per_node_(shape.ranks_per_node),
-        slots_per_rank_(shape.num_physical / shape.num_ranks) {}
-  // What is filled of replica i after the first step, or the second. part(j) gives replica j of `count`.
+        slots_per_rank_(divide(shape.num_physical, inverse_of(shape.num_ranks))),
+        of_rank_(inverse_of(slots_per_rank_)),
+        of_node_(inverse_of(ranks_per_node_ * slots_per_rank_)),
+        rank_(rank),
+        node_(node_of(rank * slots_per_rank_)) {}
+
+  // The first step, for replica i of `count`, whose slots and quotas part(j) gives. `place` is where it is in the order
+  // above, and `skip` that of its share, but for what the steps take.
   template <class Parts>
-  LPLB_INLINE uint32_t fill(Parts part, int count, int i, int step) const {
-    const Part own = part(i);
-    const Ranks group = group_of(step, own.slot / slots_per_rank_);
-    uint32_t left = tokens(group);
-    LPLB_UNROLL_BY(1)
+  LPLB_INLINE Part on_rank(int expert, Parts part, int count, int i, int* place, uint32_t* skip) const {
+    const auto own = part(i);
+    const int rank = divide(own.slot, of_rank_), step = step_of(own.slot);
+    const Tokens tokens = tokens_of(expert, rank, node_of(own.slot));
+    uint32_t left = tokens.on_rank;
+    int closer = 0, earlier = 0;  // replicas of the steps before, and those of this step before this one
+    bool has_middle = false;      // whether there are any of the second step
+    LPLB_UNROLL_BY(2)
     for (int j = 0; j < count; ++j) {
-      const Part other = part(j);
-      if (is_on(group, other)) left -= j < i ? other.quota : filled(other, step);
+      const auto other = part(j);
+      const int of_other = step_of(other.slot);
+      closer += of_other < step;
+      earlier += of_other == step && j < i;
+      has_middle |= of_other == 1;
+      if (j < i && is_on(rank, 1, other.slot)) left -= other.quota;
     }
-    const uint32_t most = own.quota - filled(own, step), here = static_cast<int32_t>(left) > 0 ? left : 0;
-    return filled(own, step) + (here < most ? here : most);
+    *place = closer + earlier;
+    // The first of a step goes on from numbers among the tokens of a group to those among the next larger one's.
+    *skip = 0;
+    if (step > 0 && earlier == 0) *skip = step == 1 ? tokens.before : tokens.offset - (has_middle ? tokens.before : 0);
+    const uint32_t here = positive(left), takes = here < own.quota ? here : own.quota;
+    return {own.slot, own.quota, takes, step == 0 ? here : tokens.on_node};
   }
-  // Replica i's share of the rank's tokens, and its place among those that they go through.
+  // The second, for replica i in that order.
   template <class Parts>
-  LPLB_INLINE NearShare share(Parts part, int count, int i, int* place) const {
+  LPLB_INLINE Part on_node(Parts part, int count, int i, uint32_t* skip) const {
     const Part own = part(i);
-    const int step = step_of(own);
-    const bool is_last = step + 1 == kSteps;  // which takes all that is left
-    uint32_t left = is_last ? 0 : tokens(group_of(step, rank_));
-    int earlier = 0, index = 0;  // the step of the share before this one, and how many there are
-    LPLB_UNROLL_BY(1)
+    const int step = step_of(own.slot);
+    if (step == 0) return own;
+    const int node = node_of(own.slot);
+    const bool is_first = i == 0 || step_of(part(i - 1).slot) < step;
+    uint32_t left = own.left, before = 0;
+    LPLB_UNROLL_BY(2)
     for (int j = 0; j < count; ++j) {
       const Part other = part(j);
-      const int of_other = step_of(other);
-      const uint32_t takes = filled(other, step + 1) - filled(other, step);
-      if (is_last) {
-        left += takes;
-      } else if (of_other <= step) {
-        left -= filled(other, step);
-      }
-      if (of_other > step || (of_other == step && j >= i)) continue;
-      if (of_other == step) left -= takes;
-      earlier = of_other > earlier ? of_other : earlier;
-      ++index;
+      if (is_on(node, ranks_per_node_, other.slot)) left -= j < i ? other.quota : other.taken;
+      if (is_on(node_, rank_ - node_, other.slot)) before += other.taken;
     }
-    *place = index;
-    NearShare result = {make_share(own.slot, 0, filled(own, step + 1) - filled(own, step), left), 0};
-    if (index + 1 == count) result.left = result.quota;  // as it is; whatever the operands hold, here is the end
-    // Numbers go on from those among the tokens of a group to those among the next larger one's.
-    for (int s = earlier + 1; s <= step; ++s) {
-      const int first = group_of(s, rank_).first, end = group_of(s - 1, rank_).first;
-      const Ranks ranks = {first, end - first};
-      result.skip += s + 1 == kSteps ? before_ - tokens({end, rank_ - end}) : tokens(ranks);
-      LPLB_UNROLL_BY(1)
-      for (int j = 0; j < count; ++j) {
-        if (is_on(ranks, part(j))) result.skip -= filled(part(j), s);
+    const uint32_t here = positive(left), rest = own.quota - own.taken, takes = here < rest ? here : rest;
+    if (step == 2) return {own.slot, own.quota, own.taken + takes, 0};
+    if (is_first) *skip -= before;
+    return {own.slot, own.quota, takes, here};
+  }
+  // The third: what the rank's tokens go through.
+  template <class Parts>
+  LPLB_INLINE NearShare share(Parts part, int count, int i, uint32_t skip) const {
+    Part own = part(i);
+    if (step_of(own.slot) == 2) {
+      const bool is_first = i == 0 || step_of(part(i - 1).slot) < 2;
+      own.left = 0;
+      LPLB_UNROLL_BY(2)
+      for (int j = i; j < count; ++j) {
+        const Part other = part(j);
+        own.left += other.quota - other.taken;  // all tokens that are left
+        if (is_first && is_on(0, node_, other.slot)) skip -= other.taken;
       }
+      own.taken = own.quota - own.taken;
     }
-    return result;
+    if (i + 1 == count) own.left = own.taken;  // as it is; whatever the operands hold, here is the end
+    return {make_share(own.slot, 0, own.taken, own.left), skip};
   }
 
  private:
-  // Ranks next to each other.
-  struct Ranks {
-    int first, size;
+  struct Tokens {
+    uint32_t on_rank, on_node;  // of a replica
+    uint32_t before, offset;    // on the ranks before this one: on its node, and all
   };
 
-  LPLB_INLINE Ranks group_of(int step, int rank) const {
-    if (step == 0) return {rank, 1};
-    return step == 1 ? Ranks{rank - rank % ranks_per_node_, ranks_per_node_} : Ranks{0, num_ranks_};
-  }
-  LPLB_INLINE bool is_on(Ranks ranks, const Part& part) const {
-    return static_cast<uint32_t>(part.slot - ranks.first * slots_per_rank_) <
-           static_cast<uint32_t>(ranks.size * slots_per_rank_);
+  // Whether a slot is on ranks next to each other, so many from `first` on.
+  LPLB_INLINE bool is_on(int first, int ranks, int32_t slot) const {
+    return static_cast<uint32_t>(slot - first * slots_per_rank_) < static_cast<uint32_t>(ranks * slots_per_rank_);
   }
   // In which the rank's tokens may go to a replica.
-  LPLB_INLINE int step_of(const Part& part) const {
-    return is_on(group_of(0, rank_), part) ? 0 : is_on(group_of(1, rank_), part) ? 1 : 2;
+  LPLB_INLINE int step_of(int32_t slot) const {
+    return (is_on(rank_, 1, slot) ? 0 : 1) + (is_on(node_, ranks_per_node_, slot) ? 0 : 1);
   }
-  LPLB_INLINE uint32_t tokens(Ranks ranks) const {
-    const int32_t* load = loads_ + static_cast<int64_t>(ranks.first) * num_experts_;
-    uint32_t sum = 0;
-    LPLB_UNROLL_BY(4)
-    for (int g = 0; g < ranks.size; ++g) sum += static_cast<uint32_t>(load[static_cast<int64_t>(g) * num_experts_]);
-    return sum;
+  LPLB_INLINE Tokens tokens_of(int expert, int rank, int node) const {
+    constexpr int kAtOnce = 8;  // loads of so many ranks before the first use of any
+    const int32_t *there = loads_ + expert + node * num_experts_, *here = loads_ + expert + node_ * num_experts_;
+    Tokens tokens = {0, 0, 0, static_cast<uint32_t>(offset_[expert])};
+    LPLB_UNROLL_BY(1)
+    for (int first = 0; first < ranks_per_node_; first += kAtOnce) {
+      int32_t loads[kAtOnce], own[kAtOnce];
+      LPLB_UNROLL
+      for (int k = 0; k < kAtOnce; ++k) {
+        const int g = first + k;
+        loads[k] = g < ranks_per_node_ ? *there : 0;
+        own[k] = g < rank_ - node_ ? *here : 0;
+        there += num_experts_, here += num_experts_;
+      }
+      LPLB_UNROLL
+      for (int k = 0; k < kAtOnce; ++k) {
+        tokens.on_node += static_cast<uint32_t>(loads[k]);
+        tokens.on_rank += node + first + k == rank ? static_cast<uint32_t>(loads[k]) : 0;
+        tokens.before += static_cast<uint32_t>(own[k]);
+      }
+    }
+    return tokens;
   }
-  // What the steps before one have filled of a quota.
-  LPLB_INLINE static uint32_t filled(const Part& part, int step) {
-    return step == 0 ? 0 : step == 1 ? part.of_rank : step == 2 ? part.of_node : part.quota;
+  // An integer that is far below 2^20, divided: quicker than integers are.
+  LPLB_INLINE static int divide(int value, float inverse) {
+    return static_cast<int>((static_cast<float>(value) + 0.5f) * inverse);
   }
+  // The first rank of a slot's node.
+  LPLB_INLINE int node_of(int32_t slot) const { return divide(slot, of_node_) * ranks_per_node_; }
+  LPLB_INLINE static uint32_t positive(uint32_t left) { return static_cast<int32_t>(left) > 0 ? left : 0; }
 
-  const int32_t* loads_;  // tokens of the expert on a rank, those of the next one num_experts_ behind
-  uint32_t before_;       // of these, those on the ranks before this one
-  int rank_;              // whose tokens are assigned
-  int num_experts_, num_ranks_, ranks_per_node_, slots_per_rank_;
+  const int32_t* loads_;   // [num_ranks, num_experts]
+  const int32_t* offset_;  // [num_experts]
+  int num_experts_, ranks_per_node_, slots_per_rank_;
+  float of_rank_, of_node_;  // a slot's part of them
+  int rank_, node_;          // whose tokens are assigned, and the first of its node
 };
 
 // ---- Choice ---------------------------------------------------------------------------------------------------------

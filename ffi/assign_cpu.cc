@@ -8,18 +8,22 @@ namespace lplb {
 namespace {
 
 // What a rank's tokens go through of an expert's shares, of which there are several.
-void append_near(const Nearby& nearby, const std::vector<Share>& row, int count, std::vector<NearShare>* shares) {
-  std::vector<Part> parts;
-  for (int i = 0; i < count; ++i) parts.push_back({row[i].slot, row[i].quota, 0, 0});
-  const auto part = [&](int j) { return parts[j]; };
-  for (int i = 0; i < count; ++i) parts[i].of_rank = nearby.fill(part, count, i, 0);
-  for (int i = 0; i < count; ++i) parts[i].of_node = nearby.fill(part, count, i, 1);
-  const size_t first = shares->size();
-  shares->resize(first + count);
+void append_near(const Nearby& nearby, int expert, const std::vector<Share>& row, int count,
+                 std::vector<NearShare>* shares) {
+  std::vector<Part> parts(count);
+  std::vector<uint32_t> skips(count);
   for (int i = 0; i < count; ++i) {
     int place;
-    const NearShare share = nearby.share(part, count, i, &place);
-    (*shares)[first + place] = share;
+    uint32_t skip;
+    const Part part = nearby.on_rank(expert, [&](int j) { return row[j]; }, count, i, &place, &skip);
+    parts[place] = part, skips[place] = skip;
+  }
+  const std::vector<Part> on_rank = parts;
+  for (int i = 0; i < count; ++i) {
+    parts[i] = nearby.on_node([&](int j) { return on_rank[j]; }, count, i, &skips[i]);
+  }
+  for (int i = 0; i < count; ++i) {
+    shares->push_back(nearby.share([&](int j) { return parts[j]; }, count, i, skips[i]));
   }
 }
 
@@ -54,7 +58,7 @@ void assign_by(const AssignShape& shape, const AssignOperands& in, const AssignR
                      });
       if constexpr (kNear) {
         if (count > 1) {
-          append_near(Nearby(shape, in, batch, e), row, count, &shares);
+          append_near(Nearby(shape, in, batch, in.rank[batch]), e, row, count, &shares);
         } else {
           shares.push_back({row[0], 0});
         }

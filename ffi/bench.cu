@@ -92,7 +92,7 @@ int main(int argc, char** argv) {
   const std::vector<int32_t> offset(experts, 0), least(1, 0);
   Device<int32_t> d_least(least);
   Device<int32_t> d_offset(offset);
-  std::vector<double> empty_us, count_us, assign_us, assign_local_us;
+  std::vector<double> empty_us, count_us, shares_us, assign_us, assign_local_us;
   // With locality, as if each rank had as many tokens of each expert, on nodes of up to 4 ranks.
   const bool has_local = problem.num_physical <= lplb::kMaxNearSlots;
   lplb::AssignShape local_shape = assign_shape;
@@ -112,14 +112,15 @@ int main(int argc, char** argv) {
     const std::vector<int32_t> load = slice(problem.loads, instance, experts);
     const std::vector<int32_t> mine = slice(problem.ids, instance, num_ids);
     Device<int32_t> d_load(load), d_ids(mine), d_count(experts), d_starts(chunk_cells), d_iterations(groups),
-        d_status(groups), d_physical(num_ids), d_assigned(ranks);
+        d_status(groups), d_physical(num_ids), d_assigned(ranks),
+        d_shares(4 * lplb::shares_rows(problem.num_experts, problem.num_physical));
     Device<float> d_fraction(cells), d_rank_load(ranks), d_gap(groups);
     const lplb::SolveOperands solve_in = {d_load.get(), d_log2phy.get()};
     const lplb::SolveResults solve_out = {d_fraction.get(), d_rank_load.get(), d_gap.get(), d_iterations.get(),
                                           d_status.get()};
     const lplb::AssignOperands assign_in = {d_ids.get(),  d_starts.get(), d_fraction.get(),
                                             d_load.get(), d_offset.get(), d_log2phy.get()};
-    const lplb::AssignResults assign_out = {d_physical.get(), d_assigned.get()};
+    const lplb::AssignResults assign_out = {d_physical.get(), d_assigned.get(), d_shares.get()};
     const auto count = [&](cudaStream_t s) {
       return lplb::count_cuda(s, count_shape, d_ids.get(), d_count.get(), d_starts.get());
     };
@@ -142,15 +143,18 @@ int main(int argc, char** argv) {
       const lplb::PlanOperands plan_in = {d_load.get(), d_least.get()};
       const lplb::PlanResults plan_out = {d_phy2log.get(), d_log2phy.get(), solve_out};
       const auto plan = [&](cudaStream_t s) { return lplb::plan_cuda(s, problem.plan, plan_in, plan_out); };
-      const auto solve = [&](cudaStream_t s) {
-        if (planned) return lplb::plan_solve_cuda(s, problem.plan, plan_in, plan_out);
-        return solver.plain ? lplb::solve_plain_cuda(s, shape, solve_in, solve_out)
-                            : lplb::solve_cuda(s, shape, solver.edges, solve_in, solve_out);
+      const auto solve_with = [&](cudaStream_t s, const lplb::SolveShares& shares) {
+        if (planned) return lplb::plan_solve_cuda(s, problem.plan, plan_in, plan_out, shares);
+        return solver.plain ? lplb::solve_plain_cuda(s, shape, solve_in, solve_out, shares)
+                            : lplb::solve_cuda(s, shape, solver.edges, solve_in, solve_out, shares);
       };
+      const auto solve = [&](cudaStream_t s) { return solve_with(s, {}); };
       const auto all = [&](cudaStream_t s) {
         if (const cudaError_t error = count(s); error != cudaSuccess) return error;
-        if (const cudaError_t error = solve(s); error != cudaSuccess) return error;
-        return lplb::assign_after_solve_cuda(s, assign_shape, assign_in, assign_out);
+        const bool makes_shares =
+            solver.edges == nullptr && lplb::makes_shares(planned ? lplb::after_plan(problem.plan) : shape);
+        return lplb::assign_after_cuda([&](const lplb::SolveShares& shares) { return solve_with(s, shares); },
+                                       makes_shares, s, assign_shape, assign_in, assign_out);
       };
       LPLB_CHECK(cudaMemsetAsync(d_fraction.get(), 0x7f, cells * sizeof(float), stream));
       LPLB_CHECK(all(stream));
@@ -243,8 +247,18 @@ int main(int argc, char** argv) {
         return cudaGetLastError();
       }));
       count_us.push_back(time_us(stream, repeats, count));
-      assign_us.push_back(time_us(stream, repeats, assign));
-      if (has_local) assign_local_us.push_back(time_us(stream, repeats, assign_local));
+      // Shares alone, which are nothing where experts have few replicas, and assigning alone, given these.
+      const auto time_assign = [&](const lplb::AssignShape& shape, const lplb::AssignOperands& in,
+                                   std::vector<double>* of_shares, std::vector<double>* of_assign) {
+        const double us = time_us(stream, repeats,
+                                  [&](cudaStream_t s) { return lplb::shares_cuda(s, shape, in, assign_out, false); });
+        if (of_shares != nullptr) of_shares->push_back(us);
+        of_assign->push_back(time_us(stream, repeats, [&](cudaStream_t s) {
+          return lplb::assign_by_shares_cuda(s, shape, in, assign_out, false);
+        }));
+      };
+      time_assign(assign_shape, assign_in, &shares_us, &assign_us);
+      if (has_local) time_assign(local_shape, local_in, nullptr, &assign_local_us);
     }
   }
   std::fclose(fractions);
@@ -252,6 +266,7 @@ int main(int argc, char** argv) {
   std::printf("{");
   print("empty_us", empty_us, "%.3f", ", ");
   print("count_us", count_us, "%.3f", ", ");
+  print("shares_us", shares_us, "%.3f", ", ");
   print("assign_us", assign_us, "%.3f", ", ");
   print("assign_local_us", assign_local_us, "%.3f", ", \"solvers\": {");
   for (const Solver& solver : solvers) {

@@ -88,6 +88,7 @@ class Balancer {
         load_(slice(problem.loads, instance, problem.num_experts)),
         ids_(slice(problem.ids, instance, problem.num_ids)),
         offset_(std::vector<int32_t>(problem.num_experts, 0)),
+        shares_(4 * lplb::shares_rows(problem.num_experts, problem.num_physical)),
         results_(layout(problem)) {
     assign_.count.num_sms = num_sms;
     if (along_edges) solve_.max_iterations = kMostSweeps;
@@ -105,7 +106,7 @@ class Balancer {
         stream, solve_, edges_, {load_.get(), log2phy_.get()},
         {fraction, part<float>(kRankLoad), part<float>(kGap), part<int32_t>(kIterations), part<int32_t>(kStatus)},
         assign_, {ids_.get(), starts, fraction, load_.get(), offset_.get(), log2phy_.get()},
-        {part<int32_t>(kPhysicalIds), part<int32_t>(kAssigned)});
+        {part<int32_t>(kPhysicalIds), part<int32_t>(kAssigned), shares_.get()});
   }
 
   // All results, one after the other.
@@ -140,7 +141,7 @@ class Balancer {
   lplb::SolveShape solve_;
   const lplb::EdgeColouring* edges_;  // of the problem
   lplb::AssignShape assign_;
-  Device<int32_t> log2phy_, load_, ids_, offset_;
+  Device<int32_t> log2phy_, load_, ids_, offset_, shares_;
   Device<uint32_t> results_;
 };
 

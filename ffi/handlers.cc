@@ -268,7 +268,8 @@ struct Assignment {
 
 Assignment read_assign(Shapes& shapes, const Ids& expert_ids, const Ids& starts, const Reals& split, const Ids& load,
                        const Ids& offset, const Ids& log2phy, ffi::Result<Ids>& physical_ids,
-                       ffi::Result<Ids>& rank_load, int64_t num_physical, int64_t chunk_size, int64_t num_sms) {
+                       ffi::Result<Ids>& rank_load, ffi::Result<Ids>& memory, int64_t num_physical, int64_t chunk_size,
+                       int64_t num_sms) {
   Assignment assignment;
   AssignShape& shape = assignment.shape;
   shape.count = count_shape(shapes, expert_ids, starts, chunk_size, num_sms);
@@ -289,9 +290,12 @@ Assignment read_assign(Shapes& shapes, const Ids& expert_ids, const Ids& starts,
   });
   shape.num_ranks = static_cast<int>(ranks);
   shape.num_physical = static_cast<int>(num_physical);
+  const int64_t* shares = shapes.last("shares", *memory, 2);
+  shapes.expect("shares", "rows", shares_rows(experts, shape.num_physical), shares[0]);
+  shapes.expect("shares", "words", 4, shares[1]);
   assignment.in = {expert_ids.typed_data(), starts.typed_data(), split.typed_data(),
                    load.typed_data(),       offset.typed_data(), log2phy.typed_data()};
-  assignment.out = {physical_ids->typed_data(), rank_load->typed_data()};
+  assignment.out = {physical_ids->typed_data(), rank_load->typed_data(), memory->typed_data()};
   return assignment;
 }
 
@@ -324,11 +328,11 @@ void read_nearby(Shapes& shapes, const ffi::RemainingArgs& rest, size_t first, i
 
 template <class Launch>
 ffi::Error assign(Launch launch, Ids expert_ids, Ids starts, Reals split, Ids load, Ids offset, Ids log2phy,
-                  ffi::Result<Ids> physical_ids, ffi::Result<Ids> rank_load, int64_t num_physical, int64_t chunk_size,
-                  int64_t num_sms) {
+                  ffi::Result<Ids> physical_ids, ffi::Result<Ids> rank_load, ffi::Result<Ids> shares,
+                  int64_t num_physical, int64_t chunk_size, int64_t num_sms) {
   Shapes shapes("assign");
   const Assignment assignment = read_assign(shapes, expert_ids, starts, split, load, offset, log2phy, physical_ids,
-                                            rank_load, num_physical, chunk_size, num_sms);
+                                            rank_load, shares, num_physical, chunk_size, num_sms);
   if (!shapes.ok()) return shapes.error();
   return launch(assignment.shape, assignment.in, assignment.out);
 }
@@ -337,17 +341,18 @@ ffi::Error assign(Launch launch, Ids expert_ids, Ids starts, Reals split, Ids lo
 template <class Launch>
 ffi::Error solve_assign(Launch launch, Ids expert_ids, Ids starts, Ids predicted, Ids load, Ids offset, Ids log2phy,
                         ffi::RemainingArgs rest, ffi::Result<Ids> physical_ids, ffi::Result<Ids> rank_load,
-                        ffi::Result<Reals> fraction, ffi::Result<Reals> solved_rank_load, ffi::Result<Reals> gap,
-                        ffi::Result<Ids> iterations, ffi::Result<Ids> status, int64_t num_physical, float tol,
-                        float threshold, int64_t max_iterations, ffi::Span<const int32_t> partners, int64_t chunk_size,
-                        int64_t num_sms, int64_t ranks_per_node) {
+                        ffi::Result<Ids> shares, ffi::Result<Reals> fraction, ffi::Result<Reals> solved_rank_load,
+                        ffi::Result<Reals> gap, ffi::Result<Ids> iterations, ffi::Result<Ids> status,
+                        int64_t num_physical, float tol, float threshold, int64_t max_iterations,
+                        ffi::Span<const int32_t> partners, int64_t chunk_size, int64_t num_sms,
+                        int64_t ranks_per_node) {
   Shapes shapes("solve_assign");
   Solve solve = read_solve(shapes, predicted, log2phy, fraction, solved_rank_load, gap, iterations, status,
                            num_physical, tol, threshold, max_iterations, partners);
   const size_t speeds = rest.size() % 2;
   solve.in.speed = read_speed(shapes, rest, speeds, solve.shape);
   Assignment assignment = read_assign(shapes, expert_ids, starts, *fraction, load, offset, log2phy, physical_ids,
-                                      rank_load, num_physical, chunk_size, num_sms);
+                                      rank_load, shares, num_physical, chunk_size, num_sms);
   read_nearby(shapes, rest, speeds, ranks_per_node, &assignment);
   if (!shapes.ok()) return shapes.error();
   return launch(solve.shape, solve.edges(), solve.in, solve.out, assignment.shape, assignment.in, assignment.out);
@@ -357,16 +362,17 @@ ffi::Error solve_assign(Launch launch, Ids expert_ids, Ids starts, Ids predicted
 template <class Launch>
 ffi::Error plan_assign(Launch launch, Ids expert_ids, Ids starts, Ids load, Ids offset, Ids predicted, Ids least,
                        ffi::RemainingArgs nearby, ffi::Result<Ids> physical_ids, ffi::Result<Ids> assigned_rank_load,
-                       ffi::Result<Ids> phy2log, ffi::Result<Ids> log2phy, ffi::Result<Reals> fraction,
-                       ffi::Result<Reals> rank_load, ffi::Result<Reals> gap, ffi::Result<Ids> iterations,
-                       ffi::Result<Ids> status, float tol, float threshold, int64_t max_iterations, float slack,
-                       int64_t max_sends, ffi::Span<const float> slacks, ffi::Span<const int32_t> rules,
-                       int64_t chunk_size, int64_t num_sms, int64_t ranks_per_node) {
+                       ffi::Result<Ids> shares, ffi::Result<Ids> phy2log, ffi::Result<Ids> log2phy,
+                       ffi::Result<Reals> fraction, ffi::Result<Reals> rank_load, ffi::Result<Reals> gap,
+                       ffi::Result<Ids> iterations, ffi::Result<Ids> status, float tol, float threshold,
+                       int64_t max_iterations, float slack, int64_t max_sends, ffi::Span<const float> slacks,
+                       ffi::Span<const int32_t> rules, int64_t chunk_size, int64_t num_sms, int64_t ranks_per_node) {
   Shapes shapes("plan_assign");
   const Plan plan = read_plan(shapes, predicted, least, phy2log, log2phy, fraction, rank_load, gap, iterations, status,
                               tol, threshold, max_iterations, slack, max_sends, slacks, rules);
-  Assignment assignment = read_assign(shapes, expert_ids, starts, *fraction, load, offset, *log2phy, physical_ids,
-                                      assigned_rank_load, shapes.last("phy2log", *phy2log, 1)[0], chunk_size, num_sms);
+  Assignment assignment =
+      read_assign(shapes, expert_ids, starts, *fraction, load, offset, *log2phy, physical_ids, assigned_rank_load,
+                  shares, shapes.last("phy2log", *phy2log, 1)[0], chunk_size, num_sms);
   read_nearby(shapes, nearby, 0, ranks_per_node, &assignment);
   if (!shapes.ok()) return shapes.error();
   return launch(plan.shape, plan.in, plan.out, assignment.shape, assignment.in, assignment.out);
@@ -804,7 +810,7 @@ auto bind_six_ids(Binding&& binding) {
 }
 template <class Binding>
 auto bind_assigned(Binding&& binding) {
-  return std::move(binding).template Ret<Ids>().template Ret<Ids>();
+  return std::move(binding).template Ret<Ids>().template Ret<Ids>().template Ret<Ids>();
 }
 template <class Binding>
 auto bind_solve_assign(Binding binding) {
@@ -828,15 +834,13 @@ auto bind_plan_assign(Binding binding) {
 }
 template <class Binding>
 auto bind_assign(Binding binding) {
-  return bind_chunks(std::move(binding)
-                         .template Arg<Ids>()
-                         .template Arg<Ids>()
-                         .template Arg<Reals>()
-                         .template Arg<Ids>()
-                         .template Arg<Ids>()
-                         .template Arg<Ids>()
-                         .template Ret<Ids>()
-                         .template Ret<Ids>()
+  return bind_chunks(bind_assigned(std::move(binding)
+                                       .template Arg<Ids>()
+                                       .template Arg<Ids>()
+                                       .template Arg<Reals>()
+                                       .template Arg<Ids>()
+                                       .template Arg<Ids>()
+                                       .template Arg<Ids>())
                          .template Attr<int64_t>("num_physical"));
 }
 

@@ -148,13 +148,14 @@ class InteriorPoint {
     first_slot_ = group * num_slots_;
   }
 
-  LPLB_DEVICE void run() {
-    if (shape_.planned && *status_ != kMaxIterations) return;
+  // False where there was nothing to do: else only the first kThreads have stayed to the end.
+  LPLB_DEVICE bool run() {
+    if (shape_.planned && *status_ != kMaxIterations) return false;
     find_variables();
-    if (thread_ >= Block::kThreads) return;
+    if (thread_ >= Block::kThreads) return true;
     if (num_variables_ == 0 || *shared_.total == 0) {
       finish_unsolved();
-      return;
+      return true;
     }
     start();
     int iteration = 0;
@@ -165,6 +166,7 @@ class InteriorPoint {
       ++iteration;
     }
     finish(iteration);
+    return true;
   }
 
  private:

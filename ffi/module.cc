@@ -144,6 +144,7 @@ NB_MODULE(_handlers, m) {
   m.attr("max_experts") = lplb::kMaxExperts;
   m.attr("max_group_ranks") = lplb::kMaxGroupRanks;
   m.attr("max_group_slots") = lplb::kMaxGroupSlots;
+  m.def("shares_rows", &lplb::shares_rows);
   m.attr("max_near_slots") = lplb::kMaxNearSlots;
   m.attr("max_edge_ranks") = lplb::kMaxEdgeRanks;
   m.attr("max_colours") = lplb::kMaxColours;

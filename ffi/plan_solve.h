@@ -27,17 +27,20 @@ inline void plan_assign_cpu(const PlanShape& plan_shape, const PlanOperands& pla
 
 #ifdef LPLB_CUDA
 inline cudaError_t plan_solve_cuda(cudaStream_t stream, const PlanShape& shape, const PlanOperands& in,
-                                   const PlanResults& out) {
+                                   const PlanResults& out, const SolveShares& shares = {}) {
   const cudaError_t error = plan_cuda(stream, shape, in, out);
   if (error != cudaSuccess || shape.solve.max_iterations == 0) return error;
-  return solve_after_plan_cuda(stream, after_plan(shape), {in.load, out.log2phy}, out.split);
+  return solve_after_plan_cuda(stream, after_plan(shape), {in.load, out.log2phy}, out.split, shares);
 }
 
 inline cudaError_t plan_assign_cuda(cudaStream_t stream, const PlanShape& plan_shape, const PlanOperands& plan_in,
                                     const PlanResults& planned, const AssignShape& shape, const AssignOperands& in,
                                     const AssignResults& out) {
-  const cudaError_t error = plan_solve_cuda(stream, plan_shape, plan_in, planned);
-  return error != cudaSuccess ? error : assign_after_solve_cuda(stream, shape, in, out);
+  const auto solve = [&](const SolveShares& shares) {
+    return plan_solve_cuda(stream, plan_shape, plan_in, planned, shares);
+  };
+  const bool solves = plan_shape.solve.max_iterations > 0;
+  return assign_after_cuda(solve, solves && makes_shares(after_plan(plan_shape)), stream, shape, in, out);
 }
 #endif
 

@@ -1,7 +1,9 @@
+#include <algorithm>
 #include <utility>
 
 #include "count.h"
 #include "launch.cuh"
+#include "shares.cuh"
 #include "solve_block.cuh"
 #ifdef LPLB_MATHDX
 #include "solve_mathdx.h"
@@ -12,7 +14,7 @@ namespace {
 
 template <class Block>
 __global__ void __launch_bounds__(Block::kSetupThreads, 1)
-    solve_kernel(const SolveShape shape, const SolveOperands in, const SolveResults out) {
+    solve_kernel(const SolveShape shape, const SolveOperands in, const SolveResults out, const SolveShares shares) {
 #if __CUDA_ARCH__ >= 900
   cudaTriggerProgrammaticLaunchCompletion();  // see assign_after_solve_cuda
   if (shape.planned) cudaGridDependencySynchronize();
@@ -24,7 +26,15 @@ __global__ void __launch_bounds__(Block::kSetupThreads, 1)
   Block block;
   block.scratch = &scratch;
   InteriorPoint<Block> solver(block, shape, in, out, blockIdx.y, blockIdx.x, shared);
-  solver.run();
+  const bool has_solved = solver.run();
+  if constexpr (!Block::kPairs) {
+    const int threads = has_solved ? Block::kThreads : Block::kSetupThreads;
+    if (shares.memory == nullptr || threadIdx.x >= threads) return;
+    const Rows rows(out.fraction, in.log2phy, shares.load, blockIdx.y, shape.num_experts, shape.max_replicas,
+                    shape.num_physical);
+    const MadeShares made(shares.memory, blockIdx.y, shape.num_experts, shape.num_physical);
+    ShareMaker(rows, made, shares.room, memory, &scratch.num_shares).run(threads);
+  }
 }
 
 // Calls `visit` with the block type that fits the shape: pairs up to two redundant experts a rank on average have a
@@ -60,11 +70,12 @@ cudaError_t with_block(int group_size, int max_variables, int max_replicas, Visi
 
 // `ahead`: of the end of the launch before this one.
 cudaError_t launch_solve(cudaStream_t stream, const SolveShape& shape, const SolveOperands& in, const SolveResults& out,
-                         bool ahead) {
+                         const SolveShares& shares, bool ahead) {
   const auto run = [&](auto block) {
     using Block = decltype(block);
-    return launch(stream, dim3(shape.num_groups, shape.num_batches), Block::kSetupThreads,
-                  carve_shared(nullptr, shape, nullptr), ahead, solve_kernel<Block>, shape, in, out);
+    const size_t bytes = std::max(carve_shared(nullptr, shape, nullptr), ShareMaker::bytes(shares.room));
+    return launch(stream, dim3(shape.num_groups, shape.num_batches), Block::kSetupThreads, bytes, ahead,
+                  solve_kernel<Block>, shape, in, out, shares);
   };
   return shape.by_speed ? with_block<true>(shape.group_size, shape.max_variables, shape.max_replicas, run)
                         : with_block<false>(shape.group_size, shape.max_variables, shape.max_replicas, run);
@@ -93,23 +104,31 @@ cudaError_t prepare_solve_cuda() {
 #endif
 }
 
-cudaError_t solve_cuda(cudaStream_t stream, const SolveShape& shape, const SolveOperands& in, const SolveResults& out) {
+bool makes_shares(const SolveShape& shape) {
+#ifdef LPLB_MATHDX
+  if (!shape.planned && has_mathdx(shape)) return false;
+#endif
+  return shape.num_groups == 1 && shape.max_replicas > 2;  // blocks for pairs do not
+}
+
+cudaError_t solve_cuda(cudaStream_t stream, const SolveShape& shape, const SolveOperands& in, const SolveResults& out,
+                       const SolveShares& shares) {
 #ifdef LPLB_MATHDX
   if (has_mathdx(shape)) return solve_mathdx_cuda(stream, shape, in, out);
 #endif
-  return solve_plain_cuda(stream, shape, in, out);
+  return solve_plain_cuda(stream, shape, in, out, shares);
 }
 
 cudaError_t solve_plain_cuda(cudaStream_t stream, const SolveShape& shape, const SolveOperands& in,
-                             const SolveResults& out) {
-  return launch_solve(stream, shape, in, out, false);
+                             const SolveResults& out, const SolveShares& shares) {
+  return launch_solve(stream, shape, in, out, shares, false);
 }
 
 cudaError_t solve_after_plan_cuda(cudaStream_t stream, const SolveShape& shape, const SolveOperands& in,
-                                  const SolveResults& out) {
+                                  const SolveResults& out, const SolveShares& shares) {
   bool ahead;
   if (const cudaError_t error = runs_hopper_code(&ahead); error != cudaSuccess) return error;
-  return launch_solve(stream, shape, in, out, ahead);
+  return launch_solve(stream, shape, in, out, shares, ahead);
 }
 
 }  // namespace lplb

@@ -78,6 +78,13 @@ struct SolveResults {
   int32_t* status;      // [batch, num_groups] Status
 };
 
+// The shares of tokens that are assigned by the split, where the solve makes them: see AssignResults and makes_shares.
+struct SolveShares {
+  const int32_t* load = nullptr;  // [batch, num_experts] of these tokens
+  int32_t* memory = nullptr;      // nullptr: none are wanted
+  uint32_t room = 0;              // for so many
+};
+
 // nullptr where the shape can be solved, else what is wrong with it.
 inline const char* check(const SolveShape& s) {
   if (s.num_experts < 1 || s.max_replicas < 1) return "solve: log2phy has at least one row and one column";
@@ -135,14 +142,17 @@ void edge_balance_cpu(const SolveShape& shape, const EdgeColouring& colouring, c
 #ifdef LPLB_CUDA
 // Lets the kernels use more than 48 KB of shared memory; once for each device, outside of stream capture.
 cudaError_t prepare_solve_cuda();
+// Whether the solve's thread block can make shares: all of them, that is where there is one group.
+bool makes_shares(const SolveShape& shape);
 // One thread block for each group and batch.
-cudaError_t solve_cuda(cudaStream_t stream, const SolveShape& shape, const SolveOperands& in, const SolveResults& out);
+cudaError_t solve_cuda(cudaStream_t stream, const SolveShape& shape, const SolveOperands& in, const SolveResults& out,
+                       const SolveShares& shares = {});
 // As solve_cuda, of a shape that is `planned`, where the launch before this one on the stream is that of the plan.
 cudaError_t solve_after_plan_cuda(cudaStream_t stream, const SolveShape& shape, const SolveOperands& in,
-                                  const SolveResults& out);
+                                  const SolveResults& out, const SolveShares& shares = {});
 // As solve_cuda, never with a library's factorisation.
 cudaError_t solve_plain_cuda(cudaStream_t stream, const SolveShape& shape, const SolveOperands& in,
-                             const SolveResults& out);
+                             const SolveResults& out, const SolveShares& shares = {});
 cudaError_t edge_balance_cuda(cudaStream_t stream, const SolveShape& shape, const EdgeColouring& colouring,
                               const SolveOperands& in, const SolveResults& out);
 #endif

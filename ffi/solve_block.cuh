@@ -31,6 +31,7 @@ struct BlockBase {
   struct Scratch : MatrixScratch {
     float reduced[2][kWarps][kMostReduced];
     int counts[kSetupWarps];
+    uint32_t num_shares;  // see ShareMaker
   };
   Scratch* scratch;
   int turn = 0;  // which half of Scratch::reduced comes next

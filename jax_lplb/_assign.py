@@ -139,7 +139,7 @@ def assign_with_starts(
         _, _, split, load, _, log2phy = operands
         results = ffi_results(num_ids, placement, operands, (split, load, log2phy))
         attributes = ffi_attributes(num_ids, placement, num_sms)
-        return _ffi.call("lplb_assign", results, *operands, num_physical=np.int64(num_physical), **attributes)
+        return _ffi.call("lplb_assign", results, *operands, num_physical=np.int64(num_physical), **attributes)[:2]
 
     def xla(ids: jax.Array, starts: jax.Array, *operands: Any) -> list[jax.Array]:
         del starts  # the sort numbers all tokens at once
@@ -154,10 +154,13 @@ def assign_with_starts(
 def ffi_results(
     num_ids: int, placement: Placement, ids_vary_with: Iterable[jax.Array], loads_vary_with: Iterable[jax.Array]
 ) -> list[_ffi.Result]:
-    """Physical ids and rank load, as the custom calls return them."""
+    """Physical ids and rank load, as the custom calls return them, and memory for shares to work in."""
+    loads_vary_with = tuple(loads_vary_with)
+    shares = (_ffi.shares_rows(placement.num_experts, placement.num_physical), 4)
     return [
         _ffi.Result((num_ids,), jnp.int32, ids_vary_with),
         _ffi.Result((placement.num_ranks,), jnp.int32, loads_vary_with),
+        _ffi.Result(shares, jnp.int32, loads_vary_with),
     ]
 
 

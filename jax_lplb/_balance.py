@@ -322,7 +322,7 @@ def _solve_assign(
     def ffi(*operands: Any) -> list[jax.Array]:
         _, _, predicted, load, _, log2phy, speed, nearby = operands
         arrays, by_speed = jax.tree.leaves(operands), jax.tree.leaves(speed)
-        physical_ids, rank_load, _, solved_rank_load, gap, _, status = _ffi.call(
+        physical_ids, rank_load, _, _, solved_rank_load, gap, _, status = _ffi.call(
             "lplb_solve_assign",
             [
                 *assign_results(num_ids, placement, arrays, (predicted, load, log2phy, *by_speed)),
@@ -390,7 +390,7 @@ def _plan_assign(
     def ffi(*operands: Any) -> list[jax.Array]:
         _, _, load, _, predicted, least, nearby = operands
         arrays = jax.tree.leaves(operands)
-        physical_ids, assigned, phy2log, log2phy, _, rank_load, gap, _, status = _ffi.call(
+        physical_ids, assigned, _, phy2log, log2phy, _, rank_load, gap, _, status = _ffi.call(
             "lplb_plan_assign",
             [
                 *assign_results(num_ids, placement, arrays, (predicted, least, load)),

@@ -25,6 +25,7 @@ MAX_GROUP_SLOTS: int = _handlers.max_group_slots
 MAX_NEAR_SLOTS: int = _handlers.max_near_slots
 MAX_EDGE_RANKS: int = _handlers.max_edge_ranks
 MAX_COLOURS: int = _handlers.max_colours
+shares_rows = _handlers.shares_rows
 
 
 def _runtime_api_version() -> tuple[int, int]:

@@ -540,6 +540,7 @@ def test_garbage_stays_in_bounds(platform, implementation, table, max_replicas):
         ({"offset": 4}, "offset: expected num_experts 5, got 4"),
         ({"batch": 2}, "load: expected batch 1, got 2"),
         ({"rank_load": 4}, "ranks that divide num_physical 15, got 4"),
+        ({"shares": 21}, "shares: expected rows 22, got 21"),
         ({"chunk_size": 6}, "chunk_size must be a multiple of 4 up to 1073741824, got 6"),
         ({"chunk_size": 4}, "1 chunks of 4 do not hold 12 ids"),
         ({"num_sms": -1}, "num_sms -1 is negative"),
@@ -549,11 +550,11 @@ def test_garbage_stays_in_bounds(platform, implementation, table, max_replicas):
 def test_the_custom_call_says_what_is_wrong(change, message):
     """Called as no function of the library calls it."""
     place = placements()["5 to 1"]
-    sizes = {"physical_ids": 12, "rank_load": 5, "offset": 5, "batch": 1} | change
+    sizes = {"physical_ids": 12, "rank_load": 5, "shares": 22, "offset": 5, "batch": 1} | change
     attributes = {"num_physical": 15, "chunk_size": 256, "num_sms": 0}
     attributes = {name: np.int64(change.get(name, value)) for name, value in attributes.items()}
-    names = ("physical_ids", "rank_load")
-    call = jax.ffi.ffi_call("lplb_assign", [jax.ShapeDtypeStruct((sizes[name],), np.int32) for name in names])
+    shapes = [(sizes["physical_ids"],), (sizes["rank_load"],), (sizes["shares"], 4)]
+    call = jax.ffi.ffi_call("lplb_assign", [jax.ShapeDtypeStruct(shape, np.int32) for shape in shapes])
     ids, starts, split = np.zeros(12, np.int32), np.zeros((1, 5), np.int32), np.ones((5, 5), np.float32)
     load = np.zeros((5,) if sizes["batch"] == 1 else (sizes["batch"], 5), np.int32)
     wrong = pytest.raises(Exception, match=message) if message else contextlib.nullcontext()
