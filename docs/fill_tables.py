@@ -204,16 +204,49 @@ def layer(file: str) -> list[str]:
 
 def layer_by_peers() -> list[str]:
     header = "imbalance, with copies", "dispatch", "factor", "forward", "forward+backward"
-    rows, lines = rows_of("layer_peer_h100x4"), table("load", *header)
+    names = {"even": "{}, without copies", "batch": "{}", "capacity": "{}, plain JAX", "gather": "{}, plain JAX"}
+    rows, lines = rows_of("layer_peer_h200x4"), table("load", *header)
     for load, mode, dispatch in dict.fromkeys((row["load"], row["mode"], row["dispatch"]) for row in rows):
         where = {"load": load, "mode": mode, "dispatch": dispatch}
         forward, both = (only(rows, **where, **{"pass": name}) for name in ("forward", "forward+backward"))
         assert forward
         assert both
-        imbalance = f"{forward['home']:.2f}" + (f", {forward['balanced']:.2f}" if mode == "batch" else "")
-        cells = map(shared, (forward, both))
-        name = load if mode == "batch" else f"{load}, without copies"
-        lines.append(line(name, imbalance, dispatch, f"{forward['factor']:.2f}", *cells))
+        imbalance = f"{forward['home']:.2f}" if "home" in forward else ""
+        imbalance += f", {forward['balanced']:.2f}" if mode == "batch" else ""
+        dropped = f", drops {forward['dropped']:.0%}" if forward.get("dropped") else ""
+        cells = (f"{forward['factor']:.2f}{dropped}", shared(forward), shared(both))
+        lines.append(line(names[mode].format(load), imbalance, dispatch, *cells))
+    return lines
+
+
+def layer_loads() -> list[str]:
+    modes = "batch", "batch prepared"
+    passes = "forward", "forward+backward"
+    rows = rows_of("layer_loads_h200x4")
+    lines = table("load", *(f"{mode}, {name}" for mode in modes for name in passes))
+    for load in unique(rows, "load"):
+        here = (only(rows, load=load, mode=mode, **{"pass": name}) for mode in modes for name in passes)
+        lines.append(line(load, *(f"{row['median_us'] / 1000:.2f}, {row['share_of_even']:.1%}" for row in here if row)))
+    return lines
+
+
+def layer_sizes() -> list[str]:
+    cases = {"even": "even", "batch": "sigma 0.6"}
+    dispatches = "all_to_all", "peer"
+    rows = rows_of("layer_sizes_h200x4")
+    header = (f"{title}, {dispatch}" for title in ("even, without copies", "sigma 0.6") for dispatch in dispatches)
+    lines = table("tokens a rank", *header)
+    for tokens in unique(rows, "tokens_per_rank"):
+        cells = []
+        for mode, load in cases.items():
+            for dispatch in dispatches:
+                where = {"tokens_per_rank": tokens, "mode": mode, "load": load, "dispatch": dispatch}
+                forward, both = (only(rows, **where, **{"pass": name}) for name in ("forward", "forward+backward"))
+                assert forward
+                assert both
+                share = f", {both['share_of_even']:.0%}" if mode == "batch" else ""
+                cells.append(f"{both['median_us'] / 1000:.2f}{share} ({forward['median_us'] / 1000:.2f})")
+        lines.append(line(f"{tokens:,}", *cells))
     return lines
 
 
@@ -253,6 +286,8 @@ TABLES = {
     "layer_h200x2": partial(layer, "layer_h200x2"),
     "layer_h100x4": partial(layer, "layer_h100x4"),
     "layer_by_peers": layer_by_peers,
+    "layer_loads": layer_loads,
+    "layer_sizes": layer_sizes,
     "tokens": tokens,
 }
 
