@@ -79,7 +79,7 @@ struct Rows {
 class ShareMaker {
  public:
   // Of shared memory.
-  __host__ __device__ static size_t bytes(uint32_t room) { return room * sizeof(Place); }
+  __host__ __device__ static constexpr size_t bytes(uint32_t room) { return room * sizeof(Place); }
   // `room`: for so many shares, num_physical at most and fewer than 2^16. `used`: in shared memory, as `memory`.
   __device__ ShareMaker(const Rows& in, const MadeShares& out, uint32_t room, void* memory, uint32_t* used)
       : in_(in), out_(out), room_(static_cast<int>(room)), places_(static_cast<Place*>(memory)), used_(used) {}

@@ -87,8 +87,10 @@ cudaError_t prepare_solve_cuda() {
   for (const int group_size : {8, 16, 32, 64, 72, 128}) {
     for (const auto& [variables, replicas] : {std::pair(1, 2), std::pair(1, 3), std::pair(kMaxGroupSlots, 3)}) {
       const auto prepare = [](auto block) {
-        constexpr size_t kDynamic = 99 * 1024 - sizeof(typename decltype(block)::Scratch);
-        return allow_shared_bytes(&solve_kernel<decltype(block)>, kDynamic);
+        using Block = decltype(block);
+        constexpr size_t kDynamic = 99 * 1024 - sizeof(typename Block::Scratch);
+        static_assert(Block::kPairs || ShareMaker::bytes(kMaxGroupSlots) <= kDynamic, "room for all shares");
+        return allow_shared_bytes(&solve_kernel<Block>, kDynamic);
       };
       cudaError_t error = with_block<false>(group_size, variables, replicas, prepare);
       if (error == cudaSuccess) error = with_block<true>(group_size, variables, replicas, prepare);
