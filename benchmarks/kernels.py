@@ -98,7 +98,7 @@ def main() -> None:
                 write_problem(problem, placement, loads, ids)
                 report, fractions = run([args.driver], problem, placement, args.repeats)
                 where = {"case": case, "tokens": tokens}
-                for kernel in ("empty", "count", "shares", "assign", "assign_local"):
+                for kernel in ("empty", "count", "shares", "assign", "shares_local", "assign_local"):
                     rows.append(
                         {"bench": kernel, **where, "kernel": kernel, **common.statistics(report[f"{kernel}_us"])}
                     )

@@ -53,7 +53,7 @@ def main() -> None:
                 }
                 rows.append({"bench": "plan", **where, "kernel": "plan + solve", **times(solved["solve_us"]), **worth})
                 rows.append({"bench": "plan", **where, "kernel": "plan", **times(solved["plan_us"])})
-                for kernel in ("count", "shares", "assign", "assign_local"):
+                for kernel in ("count", "shares", "assign", "shares_local", "assign_local"):
                     rows.append({"bench": kernel, **where, "kernel": kernel, **times(report[f"{kernel}_us"])})
                 rows.append(
                     {"bench": "balance", **where, "mode": "per_batch", "kernel": "all", **times(solved["all_us"])}

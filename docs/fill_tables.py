@@ -26,6 +26,14 @@ def only(rows: list[Row], **where: Any) -> Row | None:
     return found[0] if found else None
 
 
+def of_passes(rows: list[Row], **where: Any) -> tuple[Row, Row]:
+    """A layer's forward pass, and its forward and backward one."""
+    forward, both = (only(rows, **where, **{"pass": name}) for name in ("forward", "forward+backward"))
+    assert forward
+    assert both
+    return forward, both
+
+
 def unique(rows: Iterable[Row], name: str) -> list[Any]:
     return list(dict.fromkeys(row[name] for row in rows))
 
@@ -207,10 +215,7 @@ def layer_by_peers() -> list[str]:
     names = {"even": "{}, without copies", "batch": "{}", "capacity": "{}, plain JAX", "gather": "{}, plain JAX"}
     rows, lines = rows_of("layer_peer_h200x4"), table("load", *header)
     for load, mode, dispatch in dict.fromkeys((row["load"], row["mode"], row["dispatch"]) for row in rows):
-        where = {"load": load, "mode": mode, "dispatch": dispatch}
-        forward, both = (only(rows, **where, **{"pass": name}) for name in ("forward", "forward+backward"))
-        assert forward
-        assert both
+        forward, both = of_passes(rows, load=load, mode=mode, dispatch=dispatch)
         imbalance = f"{forward['home']:.2f}" if "home" in forward else ""
         imbalance += f", {forward['balanced']:.2f}" if mode == "batch" else ""
         dropped = f", drops {forward['dropped']:.0%}" if forward.get("dropped") else ""
@@ -221,31 +226,25 @@ def layer_by_peers() -> list[str]:
 
 def layer_loads() -> list[str]:
     modes = "batch", "batch prepared"
-    passes = "forward", "forward+backward"
     rows = rows_of("layer_loads_h200x4")
-    lines = table("load", *(f"{mode}, {name}" for mode in modes for name in passes))
+    lines = table("load", *(f"{mode}, {name}" for mode in modes for name in ("forward", "forward+backward")))
     for load in unique(rows, "load"):
-        here = (only(rows, load=load, mode=mode, **{"pass": name}) for mode in modes for name in passes)
-        lines.append(line(load, *(f"{row['median_us'] / 1000:.2f}, {row['share_of_even']:.1%}" for row in here if row)))
+        here = [row for mode in modes for row in of_passes(rows, load=load, mode=mode)]
+        lines.append(line(load, *(f"{row['median_us'] / 1000:.2f}, {row['share_of_even']:.1%}" for row in here)))
     return lines
 
 
 def layer_sizes() -> list[str]:
-    cases = {"even": "even", "batch": "sigma 0.6"}
-    dispatches = "all_to_all", "peer"
+    titles = {("even", "even"): "even, without copies", ("sigma 0.6", "batch"): "sigma 0.6"}
+    columns = [(load, mode, dispatch) for load, mode in titles for dispatch in ("all_to_all", "peer")]
     rows = rows_of("layer_sizes_h200x4")
-    header = (f"{title}, {dispatch}" for title in ("even, without copies", "sigma 0.6") for dispatch in dispatches)
-    lines = table("tokens a rank", *header)
+    lines = table("tokens a rank", *(f"{titles[load, mode]}, {dispatch}" for load, mode, dispatch in columns))
     for tokens in unique(rows, "tokens_per_rank"):
         cells = []
-        for mode, load in cases.items():
-            for dispatch in dispatches:
-                where = {"tokens_per_rank": tokens, "mode": mode, "load": load, "dispatch": dispatch}
-                forward, both = (only(rows, **where, **{"pass": name}) for name in ("forward", "forward+backward"))
-                assert forward
-                assert both
-                share = f", {both['share_of_even']:.0%}" if mode == "batch" else ""
-                cells.append(f"{both['median_us'] / 1000:.2f}{share} ({forward['median_us'] / 1000:.2f})")
+        for load, mode, dispatch in columns:
+            forward, both = of_passes(rows, tokens_per_rank=tokens, load=load, mode=mode, dispatch=dispatch)
+            share = f", {both['share_of_even']:.0%}" if mode == "batch" else ""
+            cells.append(f"{both['median_us'] / 1000:.2f}{share} ({forward['median_us'] / 1000:.2f})")
         lines.append(line(f"{tokens:,}", *cells))
     return lines
 

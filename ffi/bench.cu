@@ -92,7 +92,7 @@ int main(int argc, char** argv) {
   const std::vector<int32_t> offset(experts, 0), least(1, 0);
   Device<int32_t> d_least(least);
   Device<int32_t> d_offset(offset);
-  std::vector<double> empty_us, count_us, shares_us, assign_us, assign_local_us;
+  std::vector<double> empty_us, count_us, shares_us, assign_us, shares_local_us, assign_local_us;
   // With locality, as if each rank had as many tokens of each expert, on nodes of up to 4 ranks.
   const bool has_local = problem.num_physical <= lplb::kMaxNearSlots;
   lplb::AssignShape local_shape = assign_shape;
@@ -247,18 +247,18 @@ int main(int argc, char** argv) {
         return cudaGetLastError();
       }));
       count_us.push_back(time_us(stream, repeats, count));
-      // Shares alone, which are nothing where experts have few replicas, and assigning alone, given these.
+      // Shares alone, which are nothing where experts have few replicas and may go anywhere, and assigning, given
+      // these.
       const auto time_assign = [&](const lplb::AssignShape& shape, const lplb::AssignOperands& in,
-                                   std::vector<double>* of_shares, std::vector<double>* of_assign) {
-        const double us = time_us(stream, repeats,
-                                  [&](cudaStream_t s) { return lplb::shares_cuda(s, shape, in, assign_out, false); });
-        if (of_shares != nullptr) of_shares->push_back(us);
-        of_assign->push_back(time_us(stream, repeats, [&](cudaStream_t s) {
+                                   std::vector<double>& of_shares, std::vector<double>& of_assign) {
+        of_shares.push_back(time_us(
+            stream, repeats, [&](cudaStream_t s) { return lplb::shares_cuda(s, shape, in, assign_out, false); }));
+        of_assign.push_back(time_us(stream, repeats, [&](cudaStream_t s) {
           return lplb::assign_by_shares_cuda(s, shape, in, assign_out, false);
         }));
       };
-      time_assign(assign_shape, assign_in, &shares_us, &assign_us);
-      if (has_local) time_assign(local_shape, local_in, nullptr, &assign_local_us);
+      time_assign(assign_shape, assign_in, shares_us, assign_us);
+      if (has_local) time_assign(local_shape, local_in, shares_local_us, assign_local_us);
     }
   }
   std::fclose(fractions);
@@ -268,6 +268,7 @@ int main(int argc, char** argv) {
   print("count_us", count_us, "%.3f", ", ");
   print("shares_us", shares_us, "%.3f", ", ");
   print("assign_us", assign_us, "%.3f", ", ");
+  print("shares_local_us", shares_local_us, "%.3f", ", ");
   print("assign_local_us", assign_local_us, "%.3f", ", \"solvers\": {");
   for (const Solver& solver : solvers) {
     std::printf("%s\"%s\": {", &solver == solvers.data() ? "" : ", ", solver.name);

@@ -132,6 +132,7 @@ NB_MODULE(_handlers, m) {
   m.def("handlers", &handlers);
   m.def("gather_cuda", &gather_cuda);
   m.def("peers_reachable", &peers_reachable);
+  m.def("shares_rows", &lplb::shares_rows);
 #ifdef LPLB_CUDA
   m.def("join_processes", &join_processes);
   m.def("share", &share, nb::call_guard<nb::gil_scoped_release>());
@@ -144,7 +145,6 @@ NB_MODULE(_handlers, m) {
   m.attr("max_experts") = lplb::kMaxExperts;
   m.attr("max_group_ranks") = lplb::kMaxGroupRanks;
   m.attr("max_group_slots") = lplb::kMaxGroupSlots;
-  m.def("shares_rows", &lplb::shares_rows);
   m.attr("max_near_slots") = lplb::kMaxNearSlots;
   m.attr("max_edge_ranks") = lplb::kMaxEdgeRanks;
   m.attr("max_colours") = lplb::kMaxColours;
