@@ -116,8 +116,9 @@ def main() -> None:
                             "converged": solved["status"].count(lplb.Status.CONVERGED),
                         }
                     )
-                    all_three = common.statistics(solved["all_us"])
-                    rows.append({"bench": "balance", **where, "kernel": f"all, {solver}", **all_three})
+                    for name in ("all", "all_local"):
+                        all_three = common.statistics(solved[f"{name}_us"])
+                        rows.append({"bench": "balance", **where, "kernel": f"{name}, {solver}", **all_three})
                 print(f"{case}, {tokens} tokens", flush=True)
     common.write(args.out, rows)
 

@@ -55,9 +55,9 @@ def main() -> None:
                 rows.append({"bench": "plan", **where, "kernel": "plan", **times(solved["plan_us"])})
                 for kernel in ("count", "shares", "assign", "shares_local", "assign_local"):
                     rows.append({"bench": kernel, **where, "kernel": kernel, **times(report[f"{kernel}_us"])})
-                rows.append(
-                    {"bench": "balance", **where, "mode": "per_batch", "kernel": "all", **times(solved["all_us"])}
-                )
+                for kernel in ("all", "all_local"):
+                    row = {"bench": "balance", **where, "mode": "per_batch", "kernel": kernel}
+                    rows.append({**row, **times(solved[f"{kernel}_us"])})
                 print(f"{case}, {tokens} tokens", flush=True)
     common.write(args.out, rows)
 

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <array>
+#include <type_traits>
 
 #include "assign.h"
 #include "launch.cuh"
@@ -34,40 +35,55 @@ struct Shared {
         end(static_cast<char*>(memory) + bytes(shape, num_warps)) {}
 };
 
-union Place {
-  Share share;
-  Part part;  // where tokens stay near where they are
-};
+// What follows the counts, where shares are found by their expert's head; else there is a row of shares for each
+// expert.
+template <bool kNear>
+struct Places {
+  using Kind = std::conditional_t<kNear, Part, Share>;
 
-// What follows the counts: where experts have few replicas, and all fit, a row of shares for each; else this (kWide).
-struct Wide {
   uint32_t* num_used;
   int32_t* heads;  // [padded experts] see head_of
-  Place* places;   // of shares, see MadeShares
+  Kind* places;    // an expert's next to each other
   uint32_t room;   // how many places there are
   // Where tokens stay near where they are, for each place:
-  Place* near;      // shares, an expert's next to each other, in the order in which tokens go through them
+  Share* near;      // in the order in which tokens go through them
   uint32_t* skips;  // of these
   uint16_t* expert_of;
   uint16_t* ends;  // [padded experts] behind the last place of each expert that has any
 
-  static constexpr size_t of_place(bool near) {
-    return sizeof(Place) + (near ? sizeof(Place) + sizeof(uint32_t) + sizeof(uint16_t) : 0);
+  static constexpr size_t each() {
+    return sizeof(Kind) + (kNear ? sizeof(Share) + sizeof(uint32_t) + sizeof(uint16_t) : 0);
   }
   // Of all but the places.
-  __host__ __device__ static size_t bytes(int experts, bool near) {
-    return sizeof(uint4) + Shared::padded(experts) * (sizeof(int32_t) + (near ? sizeof(uint16_t) : 0));
+  __host__ __device__ static size_t bytes(int experts) {
+    return sizeof(uint4) + Shared::padded(experts) * (sizeof(int32_t) + (kNear ? sizeof(uint16_t) : 0));
   }
-  __device__ Wide(char* memory, int experts, uint32_t room, bool stay_near)
+  __device__ Places(char* memory, int experts, uint32_t room)
       : num_used(reinterpret_cast<uint32_t*>(memory)),
         heads(reinterpret_cast<int32_t*>(memory + sizeof(uint4))),
-        places(reinterpret_cast<Place*>(memory + bytes(experts, stay_near))),
+        places(reinterpret_cast<Kind*>(memory + bytes(experts))),
         room(room),
-        near(places + room),
+        near(reinterpret_cast<Share*>(places + room)),
         skips(reinterpret_cast<uint32_t*>(near + room)),
         expert_of(reinterpret_cast<uint16_t*>(skips + room)),
         ends(reinterpret_cast<uint16_t*>(heads + Shared::padded(experts))) {}
-  __device__ uint32_t used() const { return *num_used; }
+  __device__ uint32_t used() const { return min(*num_used, room); }
+
+  // Where kNear, those of an expert are stored by one thread.
+  __device__ void store(int e, const Share* shares, int count) const {
+    if (count <= 1) {
+      heads[e] = shares[0].slot;
+      return;
+    }
+    const uint32_t first = atomicAdd(num_used, static_cast<uint32_t>(count));
+    heads[e] = head_of(first, count, room);
+    ends[e] = static_cast<uint16_t>(first + count);
+    for (uint32_t i = 0; i < count && first + i < room; ++i) store(first + i, e, shares[i]);
+  }
+  __device__ void store(uint32_t i, int e, const Share& share) const {
+    places[i] = {share.slot, share.quota, 0, 0};
+    expert_of[i] = static_cast<uint16_t>(e);
+  }
 };
 
 // Waits for the launch before this one, where this kernel was launched ahead of its end.
@@ -80,8 +96,8 @@ __device__ void wait_for_launch() {
 
 // ---- Shares ---------------------------------------------------------------------------------------------------------
 
-// A thread writes the shares of an expert with up to kNarrowRow replicas.
-__device__ void store_shares(const AssignShape& shape, const AssignOperands& in, int64_t batch, int e, Share* shares) {
+// A thread writes the shares of an expert with up to kNarrowRow replicas, and returns how many they are.
+__device__ int store_shares(const AssignShape& shape, const AssignOperands& in, int64_t batch, int e, Share* shares) {
   const int replicas = shape.max_replicas;
   const int64_t expert = batch * shape.count.num_experts + e;
   const int32_t load = in.load[expert];
@@ -92,8 +108,7 @@ __device__ void store_shares(const AssignShape& shape, const AssignOperands& in,
     const float2 parts = reinterpret_cast<const float2*>(in.split)[expert];
     const int2 slots = reinterpret_cast<const int2*>(in.log2phy)[expert];
     row[0] = {parts.x, slots.x}, row[1] = {parts.y, slots.y};
-    write_shares<2>(read, 2, shape.num_physical, load, shares);
-    return;
+    return write_shares<2>(read, 2, shape.num_physical, load, shares);
   }
   if (replicas == kNarrowRow) {
     const float4 parts = reinterpret_cast<const float4*>(in.split)[expert];
@@ -107,7 +122,7 @@ __device__ void store_shares(const AssignShape& shape, const AssignOperands& in,
       row[r] = {in.split[entry], in.log2phy[entry]};
     }
   }
-  write_shares<kNarrowRow>(read, replicas, shape.num_physical, load, shares);
+  return write_shares<kNarrowRow>(read, replicas, shape.num_physical, load, shares);
 }
 
 // A thread's part of the shares that were made once: read before the first use of any, unless they are many.
@@ -124,18 +139,20 @@ class MadePart {
       }
     }
   }
-  __device__ void store(const MadeShares& made, const Wide& wide) const {
-    if (threadIdx.x == 0) *wide.num_used = used_;
+  __device__ void store(const MadeShares& made, const Places<kNear>& all) const {
+    if (threadIdx.x == 0) *all.num_used = used_;
 #pragma unroll 1
     for (uint32_t i = threadIdx.x; i < used_; i += blockDim.x) {
       const bool is_first = i == threadIdx.x;
-      wide.places[i].share = is_first ? first_ : made.shares[i];
+      const Share share = is_first ? first_ : made.shares[i];
       if constexpr (kNear) {
         const int e = is_first ? expert_ : made.expert_of[i];
-        wide.expert_of[i] = static_cast<uint16_t>(e);
+        all.store(i, e, share);
         if (i + 1 == used_ || (is_first ? next_expert_ : made.expert_of[i + 1]) != e) {
-          wide.ends[e] = static_cast<uint16_t>(i + 1);
+          all.ends[e] = static_cast<uint16_t>(i + 1);
         }
+      } else {
+        all.places[i] = share;
       }
     }
   }
@@ -147,37 +164,70 @@ class MadePart {
   int32_t expert_, next_expert_;
 };
 
-// Makes near shares of the places' shares, which all threads have written. A thread has a place, as each step needs
-// what the one before has filled of all replicas of the expert. No step writes what it reads.
-__device__ void stay_near(const Nearby& nearby, const Wide& wide) {
-  const int used = static_cast<int>(wide.used());
-  // visit(e, first, count, i) for the places of experts all of whose places are kept.
-  const auto for_places = [&](auto visit) {
+// Where a thread's share is, among those of its expert.
+struct Row {
+  Part* parts = nullptr;
+  int expert = 0, first = 0, count = 0, i = 0;
+
+  Row() = default;
+  // count 0: there was no room for those of this expert.
+  __device__ Row(const Places<true>& all, int place) : expert(all.expert_of[place]) {
+    const int32_t head = all.heads[expert];
+    first = head == kNotKept ? 0 : static_cast<int>(place_of(head));
+    count = head == kNotKept ? 0 : all.ends[expert] - first;
+    i = place - first;
+    parts = all.places + first;
+  }
+  __device__ void store(const Places<true>& all, const Nearby::Own& own) const {
+    const NearShare share = own.share(count);
+    all.near[first + own.place] = share, all.skips[first + own.place] = share.skip;
+  }
+};
+
+// As the next one, where there are more shares than threads. What is known of a share is made anew in each step.
+__device__ __noinline__ void stay_near_many(const Nearby nearby, const Places<true> all) {
+  const int used = static_cast<int>(all.used());
+  for (int steps = 1; steps <= 3; ++steps) {
 #pragma unroll 1
-    for (int i = threadIdx.x; i < used; i += blockDim.x) {
-      const int e = wide.expert_of[i];
-      if (wide.heads[e] == kNotKept) continue;
-      const int first = static_cast<int>(place_of(wide.heads[e]));
-      visit(e, first, wide.ends[e] - first, i - first);
+    for (int place = threadIdx.x; place < used; place += blockDim.x) {
+      const Row row(all, place);
+      if (row.count == 0) continue;
+      const auto part = [&](int j) { return row.parts[j]; };
+      Nearby::Own own = nearby.on_rank(row.expert, part, row.count, row.i);
+      if (steps == 1) row.parts[row.i].on_rank = own.taken;
+      if (steps == 1) continue;
+      nearby.on_node(part, row.count, row.i, &own);
+      if (steps == 2) row.parts[row.i].on_node = own.taken;
+      if (steps == 2) continue;
+      nearby.anywhere(part, row.count, row.i, &own);
+      row.store(all, own);
     }
     __syncthreads();
-  };
-  for_places([&](int e, int first, int count, int i) {
-    int place;
-    uint32_t skip;
-    const auto share = [&](int j) { return wide.places[first + j].share; };
-    const Part part = nearby.on_rank(e, share, count, i, &place, &skip);
-    wide.near[first + place].part = part, wide.skips[first + place] = skip;
-  });
-  for_places([&](int, int first, int count, int i) {
-    const auto part = [&](int j) { return wide.near[first + j].part; };
-    wide.places[first + i].part = nearby.on_node(part, count, i, &wide.skips[first + i]);
-  });
-  for_places([&](int, int first, int count, int i) {
-    const auto part = [&](int j) { return wide.places[first + j].part; };
-    const NearShare share = nearby.share(part, count, i, wide.skips[first + i]);
-    wide.near[first + i].share = share, wide.skips[first + i] = share.skip;
-  });
+  }
+}
+
+// Makes near shares of the places' parts, which all threads have written. A thread has a place, as each step needs what
+// the one before has filled of all replicas of the expert. No step writes what it reads.
+__device__ void stay_near(const Nearby& nearby, const Places<true>& all, bool has_nodes) {
+  const int used = static_cast<int>(all.used()), place = threadIdx.x;
+  if (used > static_cast<int>(blockDim.x)) return stay_near_many(nearby, all);
+  Row row;
+  if (place < used) row = Row(all, place);
+  const bool has_share = row.count > 0;
+  const auto part = [&](int j) { return row.parts[j]; };
+  Nearby::Own own;
+  if (has_share) {
+    own = nearby.on_rank(row.expert, part, row.count, row.i);
+    row.parts[row.i].on_rank = own.taken;
+  }
+  __syncthreads();
+  if (has_share) nearby.on_node(part, row.count, row.i, &own);
+  if (has_nodes) {
+    if (has_share) row.parts[row.i].on_node = own.taken;
+    __syncthreads();
+    if (has_share) nearby.anywhere(part, row.count, row.i, &own);
+  }
+  if (has_share) row.store(all, own);
 }
 
 // Calls visit(next), where next() gives the shares of an expert that did not fit, one after the other. Not inlined:
@@ -239,39 +289,43 @@ __device__ void add_ranks(const AssignShape& shape, ForQuotas for_quotas, uint32
 
 // Blocks go through the chunks, the ranks' sums before them, and assign a chunk tile by tile: kIds ids a thread. Each
 // block has the shares of all experts in its shared memory. Where experts have few replicas, and rows of shares fit, a
-// thread writes an expert's row. Else (kWide) they come from a kernel before this one, see shares.cuh. Those that do
-// not fit are computed anew for each token. The split and log2phy, or the shares, come last, see
-// assign_after_solve_cuda. Where tokens stay near where they are (kNear, which is kWide, too), they go through near
-// shares, and all of these fit.
-template <int kIds, bool kWide, bool kAhead, bool kNear = false>
+// thread makes an expert's. Else (kMade) they come from a kernel before this one, see shares.cuh. Those that do not fit
+// are computed anew for each token. The split and log2phy, or the shares, come last, see assign_after_solve_cuda. Where
+// tokens stay near where they are (kNear), they go through near shares, which are made of these, and all of which fit.
+template <int kIds, bool kMade, bool kNear, bool kAhead>
 __global__ void __launch_bounds__(kMaxWarps* kWarp)
     assign_kernel(const AssignShape shape, const AssignOperands in, const AssignResults out, const uint32_t room) {
+  constexpr bool kPlaced = kMade || kNear;
   extern __shared__ uint4 memory[];
   const int experts = shape.count.num_experts, padded = Shared::padded(experts), threads = blockDim.x;
   const int num_warps = threads / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const Shared shared(memory, shape, num_warps);
-  [[maybe_unused]] const Wide wide(shared.end, experts, room, kNear);         // where kWide
+  [[maybe_unused]] const Places<kNear> all(shared.end, experts, room);        // where kPlaced
   [[maybe_unused]] Share* const rows = reinterpret_cast<Share*>(shared.end);  // elsewhere
   uint16_t* counts = shared.of_warp + warp * padded;
   for (int64_t b = blockIdx.y; b < shape.count.num_batches; b += gridDim.y) {
+    if constexpr (kNear && !kMade) {
+      if (threadIdx.x == 0) *all.num_used = 0;
+      __syncthreads();
+    }
     // Read this early, as all of stay_near needs it.
     [[maybe_unused]] const int rank = kNear ? in.rank[b] : 0;
     // The slot of an expert's token.
     const auto slot_of = [&](int e, uint32_t number) {
       const auto choose = [=](auto next) { return choose_slot(next, number); };
-      if constexpr (kWide) {
-        const int32_t head = wide.heads[e];
+      if constexpr (kPlaced) {
+        const int32_t head = all.heads[e];
         if (is_only_slot(head)) return head;
         if (head == kNotKept) return with_computed_shares(Rows(shape, in, b), e, choose);
         uint32_t place = place_of(head);
         if constexpr (kNear) {
           return choose([&] {
-            const NearShare share = {wide.near[place].share, wide.skips[place]};
+            const NearShare share = {all.near[place], all.skips[place]};
             ++place;
             return share;
           });
         } else {
-          return choose([&] { return wide.places[place++].share; });
+          return choose([&] { return all.places[place++]; });
         }
       } else {
         const Share* share = rows + e * shape.max_replicas;
@@ -285,8 +339,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
         return 0;
       };
       for (int e = threadIdx.x; e < experts; e += threads) {
-        if constexpr (kWide) {
-          const int32_t head = wide.heads[e];
+        if constexpr (kPlaced) {
+          const int32_t head = all.heads[e];
           if (head >= 0) add(head, static_cast<uint32_t>(max(in.load[b * experts + e], 0)));
           if (head == kNotKept) with_computed_shares(Rows(shape, in, b), e, add_all);
         } else {
@@ -294,34 +348,31 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
           add_all([&] { return *share++; });
         }
       }
-      if constexpr (kWide) {
+      if constexpr (kPlaced) {
         // A thread for each place: an expert may have many.
-        const int used = static_cast<int>(wide.used());
-        for (int i = threadIdx.x; i < used; i += threads) {
-          const Share& share = wide.places[i].share;
-          add(share.slot, share.quota);
-        }
+        const int used = static_cast<int>(all.used());
+        for (int i = threadIdx.x; i < used; i += threads) add(all.places[i].slot, all.places[i].quota);
       }
     };
     // Shares are read in three steps, the second one for each expert.
     [[maybe_unused]] const MadeShares made(out.shares, b, experts, shape.num_physical);
     [[maybe_unused]] MadePart<kNear> part;
     const auto begin_shares = [&] {
-      if constexpr (kWide) part = MadePart<kNear>(made, room);
+      if constexpr (kMade) part = MadePart<kNear>(made, room);
     };
     const auto store = [&](int e) {
-      if constexpr (kWide) {
-        wide.heads[e] = made.heads[e];
+      if constexpr (kMade) {
+        all.heads[e] = made.heads[e];
+      } else if constexpr (kNear) {
+        Share row[kNarrowRow];
+        const int count = store_shares(shape, in, b, e, row);
+        all.store(e, row, count);
       } else {
         store_shares(shape, in, b, e, rows + e * shape.max_replicas);
       }
     };
     const auto finish_shares = [&] {
-      if constexpr (kWide) part.store(made, wide);
-      if constexpr (kNear) {
-        __syncthreads();
-        stay_near(Nearby(shape, in, b, rank), wide);
-      }
+      if constexpr (kMade) part.store(made, all);
     };
     const auto get_shares = [&] {
       wait_for_launch<kAhead>();
@@ -331,6 +382,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
       finish_shares();
     };
     bool has_shares = false;
+    [[maybe_unused]] bool has_near = false;
     for (int item = blockIdx.x; item <= shape.count.num_chunks; item += gridDim.x) {
       if (item == 0) {
         uint32_t* sums = reinterpret_cast<uint32_t*>(memory);
@@ -390,14 +442,27 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
         number_in_warp(ids, counts, numbers);
         __syncthreads();
         add_up_warps(padded, num_warps, shared.of_warp);
-        if (!has_shares) {
-          if constexpr (kAhead) {
-            get_shares();
-          } else {
-            finish_shares();
+        const auto make_shares = [&] {
+          if (!has_shares) {
+            if constexpr (kAhead) {
+              get_shares();
+            } else {
+              finish_shares();
+            }
           }
+          has_shares = true;
+        };
+        if constexpr (kNear) {
+          if (!has_near) {
+            const Nearby nearby(shape, in, b, rank);  // before the launch is waited for
+            make_shares();
+            __syncthreads();
+            stay_near(nearby, all, shape.ranks_per_node < shape.num_ranks);
+            has_near = true;
+          }
+        } else {
+          make_shares();
         }
-        has_shares = true;
         __syncthreads();
 #pragma unroll
         for (int k = 0; k < kIds; ++k) {
@@ -421,17 +486,19 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
 }
 
 using Kernel = void (*)(AssignShape, AssignOperands, AssignResults, uint32_t);
-// By whether a thread takes several ids at once, kWide + kNear, and whether the launch is ahead.
+// By whether a thread takes several ids at once, kMade, kNear, and whether the launch is ahead.
+template <int kIds, bool kMade, bool kNear>
+constexpr std::array<Kernel, 2> kKernelsOf = {assign_kernel<kIds, kMade, kNear, false>,
+                                              assign_kernel<kIds, kMade, kNear, true>};
 template <int kIds>
-constexpr std::array<std::array<Kernel, 2>, 3> kKernelsOf = {
-    {{{assign_kernel<kIds, false, false>, assign_kernel<kIds, false, true>}},
-     {{assign_kernel<kIds, true, false>, assign_kernel<kIds, true, true>}},
-     {{assign_kernel<kIds, true, false, true>, assign_kernel<kIds, true, true, true>}}}};
-constexpr std::array kKernels = {kKernelsOf<1>, kKernelsOf<kMaxIds>};
+constexpr std::array<std::array<std::array<Kernel, 2>, 2>, 2> kKernelsFor = {
+    {{kKernelsOf<kIds, false, false>, kKernelsOf<kIds, false, true>},
+     {kKernelsOf<kIds, true, false>, kKernelsOf<kIds, true, true>}}};
+constexpr std::array kKernels = {kKernelsFor<1>, kKernelsFor<kMaxIds>};
 
 // How a shape is assigned.
 struct Launch {
-  bool many, near, wide;
+  bool many, made, near;
   int warps;
   uint32_t room;  // for shares
   size_t bytes;   // of shared memory
@@ -440,16 +507,18 @@ struct Launch {
     const int64_t chunk_size = shape.count.chunk_size;
     const int experts = shape.count.num_experts;
     many = chunk_size > kMaxWarps * kWarp;
+    near = shape.ranks_per_node > 0;
     // Rows where they fit. Else shares are no more than slots, unless log2phy is not a placement's.
     const size_t in_rows = static_cast<size_t>(experts) * shape.max_replicas;
-    near = shape.ranks_per_node > 0;
-    wide = near || shape.max_replicas > kNarrowRow ||
-           Shared::bytes(shape, kLeastWarps) + in_rows * sizeof(Share) > kSharedBytes;
-    const size_t wanted = wide ? shape.num_physical : in_rows, each = wide ? Wide::of_place(near) : sizeof(Share);
-    const size_t others = wide ? Wide::bytes(experts, near) : 0;
+    made = shape.max_replicas > kNarrowRow ||
+           (!near && Shared::bytes(shape, kLeastWarps) + in_rows * sizeof(Share) > kSharedBytes);
+    const bool placed = made || near;
+    const size_t wanted = placed ? shape.num_physical : in_rows;
+    const size_t each = near ? Places<true>::each() : Places<false>::each();
+    const size_t others = near ? Places<true>::bytes(experts) : made ? Places<false>::bytes(experts) : 0;
     // A thread for some ids, and for an expert of whom it reads what there is.
     const int64_t threads =
-        std::max((chunk_size - 1) / (many ? kMaxIds : 1) + 1, static_cast<int64_t>(wide ? experts : 0));
+        std::max((chunk_size - 1) / (many ? kMaxIds : 1) + 1, static_cast<int64_t>(placed ? experts : 0));
     warps = kLeastWarps;  // leaves room for some shares
     while (warps < kMaxWarps && warps * kWarp < threads &&
            Shared::bytes(shape, 2 * warps) + others + wanted * each <= kSharedBytes) {
@@ -466,7 +535,7 @@ cudaError_t launch_both(cudaStream_t stream, const AssignShape& shape, const Ass
                         const AssignResults& out, bool follows) {
   const cudaError_t error = shares_cuda(stream, shape, in, out, follows);
   if (error != cudaSuccess) return error;
-  return assign_by_shares_cuda(stream, shape, in, out, follows || Launch(shape).wide);
+  return assign_by_shares_cuda(stream, shape, in, out, follows || Launch(shape).made);
 }
 
 }  // namespace
@@ -478,7 +547,7 @@ cudaError_t prepare_assign_cuda() {
 
 uint32_t room_for_shares(const AssignShape& shape) {
   const Launch of(shape);
-  return of.wide ? of.room : 0;
+  return of.made ? of.room : 0;
 }
 
 cudaError_t shares_cuda(cudaStream_t stream, const AssignShape& shape, const AssignOperands& in,
@@ -497,7 +566,7 @@ cudaError_t assign_by_shares_cuda(cudaStream_t stream, const AssignShape& shape,
   if (const cudaError_t error = runs_hopper_code(&hopper); error != cudaSuccess) return error;
   ahead = ahead && hopper;
   return launch(stream, grid_of(shape.count, shape.count.num_chunks + 1), of.warps * kWarp, of.bytes, ahead,
-                kKernels[of.many][of.wide + of.near][ahead], shape, in, out, of.room);
+                kKernels[of.many][of.made][of.near][ahead], shape, in, out, of.room);
 }
 
 cudaError_t assign_cuda(cudaStream_t stream, const AssignShape& shape, const AssignOperands& in,

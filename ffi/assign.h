@@ -239,12 +239,12 @@ struct NearShare : Share {
 LPLB_INLINE uint32_t skip_to(const Share&) { return 0; }
 LPLB_INLINE uint32_t skip_to(const NearShare& share) { return share.skip; }
 
-// A replica while the steps below fill its quota.
+// A replica of an expert, and how much of its quota the steps below have filled.
 struct alignas(16) Part {
   int32_t slot;
   uint32_t quota;
-  uint32_t taken;  // of the quota, by the steps so far; once the rank's tokens have come here, in that step alone
-  uint32_t left;   // in that step, tokens that no replica before this one takes; before it, all tokens of its node
+  uint32_t on_rank;  // by the first step
+  uint32_t on_node;  // by the first two
 };
 
 // Which tokens fill an expert's quotas: in three steps, for groups of 1, ranks_per_node and all ranks next to each
@@ -252,137 +252,170 @@ struct alignas(16) Part {
 // quotas of the group's replicas, one replica after the other. No rank and no node could keep more.
 //
 // What is left after a step is tokens or quotas of a group, never both. So a rank's tokens go through each replica
-// once: those on their rank, those on other ranks of their node, and those elsewhere. The first step brings the
-// replicas into this order. Among those of the rank's own node it may differ from the row's: where that shows in what
-// they take, the rank has no tokens left, and nothing is read of it.
+// once: those on their rank, those on other ranks of their node, and those elsewhere.
+//
+// A step of a replica reads what those before it have filled of all replicas of the expert, as Parts.
 class Nearby {
  public:
+  // A replica on its way through the steps. After them, what the rank's tokens find there.
+  struct Own {
+    int32_t slot;
+    uint32_t quota;
+    int step;        // 0 to 2: in which the rank's tokens may go to it
+    int place;       // where it is in the order above
+    bool is_first;   // of those of its step
+    uint32_t skip;   // of its share
+    uint32_t taken;  // of the quota, by the steps so far; in the end, in its own step alone
+    uint32_t left;   // tokens in its own step that no replica before it takes
+
+    LPLB_INLINE NearShare share(int count) const {
+      // Whatever the operands hold, after the last nothing is left.
+      return {make_share(slot, 0, taken, place + 1 == count ? taken : left), skip};
+    }
+  };
+
   LPLB_INLINE Nearby(const AssignShape& shape, const AssignOperands& in, int64_t batch, int rank)
       : loads_(in.loads + batch * shape.num_ranks * shape.count.num_experts),
         offset_(in.offset + batch * shape.count.num_experts),
-        num_experts_(shape.count.num_experts),
-        ranks_per_node_(shape.ranks_per_node),
-        slots_per_rank_(divide(shape.num_physical, inverse_of(shape.num_ranks))),
+        num_experts_(in_register(shape.count.num_experts)),
+        ranks_per_node_(in_register(shape.ranks_per_node)),
+        slots_per_rank_(in_register(divide(shape.num_physical, inverse_of(shape.num_ranks)))),
+        slots_per_node_(in_register(ranks_per_node_ * slots_per_rank_)),
         of_rank_(inverse_of(slots_per_rank_)),
-        of_node_(inverse_of(ranks_per_node_ * slots_per_rank_)),
+        of_node_(inverse_of(slots_per_node_)),
         rank_(rank),
-        node_(node_of(rank * slots_per_rank_)) {}
+        node_(in_register(divide(rank * slots_per_rank_, of_node_) * ranks_per_node_)),
+        own_rank_(in_register(rank * slots_per_rank_)),
+        own_node_(in_register(node_ * slots_per_rank_)) {}
 
-  // The first step, for replica i of `count`, whose slots and quotas part(j) gives. `place` is where it is in the order
-  // above, and `skip` that of its share, but for what the steps take.
+  // The first step of replica i of `count`, whose slots and quotas part(j) gives.
   template <class Parts>
-  LPLB_INLINE Part on_rank(int expert, Parts part, int count, int i, int* place, uint32_t* skip) const {
-    const auto own = part(i);
-    const int rank = divide(own.slot, of_rank_), step = step_of(own.slot);
-    const Tokens tokens = tokens_of(expert, rank, node_of(own.slot));
-    uint32_t left = tokens.on_rank;
+  LPLB_INLINE Own on_rank(int expert, Parts part, int count, int i) const {
+    const auto of_own = part(i);
+    Own own = {of_own.slot, of_own.quota, step_of(of_own.slot), 0, false, 0, 0, 0};
+    const int rank = divide(own.slot, of_rank_), node = divide(own.slot, of_node_) * ranks_per_node_;
+    // What the loads say is there only after the loop that needs none of it.
+    const int32_t* const of_expert = loads_ + expert;
+    const int32_t on_rank = of_expert[rank * num_experts_], offset = offset_[expert];
+    const Loads first_loads = read(of_expert, node, 0);
+    const int32_t first_slot = rank * slots_per_rank_;
+    uint32_t quotas = 0;          // on its rank, of replicas before it
     int closer = 0, earlier = 0;  // replicas of the steps before, and those of this step before this one
     bool has_middle = false;      // whether there are any of the second step
     LPLB_UNROLL_BY(2)
     for (int j = 0; j < count; ++j) {
       const auto other = part(j);
       const int of_other = step_of(other.slot);
-      closer += of_other < step;
-      earlier += of_other == step && j < i;
+      closer += of_other < own.step;
       has_middle |= of_other == 1;
-      if (j < i && is_on(rank, 1, other.slot)) left -= other.quota;
+      earlier += j < i && of_other == own.step;
+      quotas += j < i && is_within(first_slot, slots_per_rank_, other.slot) ? other.quota : 0;
     }
-    *place = closer + earlier;
-    // The first of a step goes on from numbers among the tokens of a group to those among the next larger one's.
-    *skip = 0;
-    if (step > 0 && earlier == 0) *skip = step == 1 ? tokens.before : tokens.offset - (has_middle ? tokens.before : 0);
-    const uint32_t here = positive(left), takes = here < own.quota ? here : own.quota;
-    return {own.slot, own.quota, takes, step == 0 ? here : tokens.on_node};
+    uint32_t on_node = 0, before = 0;  // tokens on its node; on the ranks before this one, on theirs
+    first_loads.add(&on_node, &before);
+    LPLB_UNROLL_BY(1)
+    for (int g = Loads::kRanks; g < ranks_per_node_; g += Loads::kRanks) {
+      read(of_expert, node, g).add(&on_node, &before);
+    }
+    own.place = closer + earlier;
+    own.is_first = own.step > 0 && earlier == 0;
+    // It goes on from numbers among the tokens of a group to those among the next larger one's.
+    if (own.is_first) own.skip = own.step == 1 ? before : static_cast<uint32_t>(offset) - (has_middle ? before : 0);
+    const uint32_t here = positive(static_cast<uint32_t>(on_rank) - quotas);
+    own.taken = here < own.quota ? here : own.quota;
+    own.left = own.step == 0 ? here : on_node;
+    return own;
   }
-  // The second, for replica i in that order.
+  // The second, after which on_node is known, too.
   template <class Parts>
-  LPLB_INLINE Part on_node(Parts part, int count, int i, uint32_t* skip) const {
-    const Part own = part(i);
-    const int step = step_of(own.slot);
-    if (step == 0) return own;
-    const int node = node_of(own.slot);
-    const bool is_first = i == 0 || step_of(part(i - 1).slot) < step;
-    uint32_t left = own.left, before = 0;
+  LPLB_INLINE void on_node(Parts part, int count, int i, Own* own) const {
+    if (own->step == 0) return;
+    const int32_t first_slot = divide(own->slot, of_node_) * slots_per_node_;
+    uint32_t left = own->left, before = 0;
     LPLB_UNROLL_BY(2)
     for (int j = 0; j < count; ++j) {
       const Part other = part(j);
-      if (is_on(node, ranks_per_node_, other.slot)) left -= j < i ? other.quota : other.taken;
-      if (is_on(node_, rank_ - node_, other.slot)) before += other.taken;
+      if (is_within(first_slot, slots_per_node_, other.slot)) left -= j < i ? other.quota : other.on_rank;
+      if (is_within(own_node_, own_rank_ - own_node_, other.slot)) before += other.on_rank;
     }
-    const uint32_t here = positive(left), rest = own.quota - own.taken, takes = here < rest ? here : rest;
-    if (step == 2) return {own.slot, own.quota, own.taken + takes, 0};
-    if (is_first) *skip -= before;
-    return {own.slot, own.quota, takes, here};
+    const uint32_t here = positive(left), rest = own->quota - own->taken, takes = here < rest ? here : rest;
+    if (own->step == 2) {
+      own->taken += takes;
+      return;
+    }
+    own->taken = takes, own->left = here;
+    if (own->is_first) own->skip -= before;
   }
-  // The third: what the rank's tokens go through.
+  // The third.
   template <class Parts>
-  LPLB_INLINE NearShare share(Parts part, int count, int i, uint32_t skip) const {
-    Part own = part(i);
-    if (step_of(own.slot) == 2) {
-      const bool is_first = i == 0 || step_of(part(i - 1).slot) < 2;
-      own.left = 0;
-      LPLB_UNROLL_BY(2)
-      for (int j = i; j < count; ++j) {
-        const Part other = part(j);
-        own.left += other.quota - other.taken;  // all tokens that are left
-        if (is_first && is_on(0, node_, other.slot)) skip -= other.taken;
-      }
-      own.taken = own.quota - own.taken;
+  LPLB_INLINE void anywhere(Parts part, int count, int i, Own* own) const {
+    if (own->step < 2) return;
+    uint32_t left = 0, before = 0;
+    LPLB_UNROLL_BY(2)
+    for (int j = 0; j < count; ++j) {
+      const Part other = part(j);
+      if (j >= i && !is_within(own_node_, slots_per_node_, other.slot)) left += other.quota - other.on_node;
+      if (other.slot < own_node_) before += other.on_node;
     }
-    if (i + 1 == count) own.left = own.taken;  // as it is; whatever the operands hold, here is the end
-    return {make_share(own.slot, 0, own.taken, own.left), skip};
+    own->taken = own->quota - own->taken, own->left = left;
+    if (own->is_first) own->skip -= before;
   }
 
  private:
-  struct Tokens {
-    uint32_t on_rank, on_node;  // of a replica
-    uint32_t before, offset;    // on the ranks before this one: on its node, and all
+  // Of an expert, on so many ranks of a replica's node, and on those ranks of the own one that are before this one. All
+  // are read before the first use of any.
+  struct Loads {
+    static constexpr int kRanks = 8;
+    int32_t there[kRanks], here[kRanks];
+
+    LPLB_INLINE void add(uint32_t* on_node, uint32_t* before) const {
+      LPLB_UNROLL
+      for (int k = 0; k < kRanks; ++k) {
+        *on_node += static_cast<uint32_t>(there[k]);
+        *before += static_cast<uint32_t>(here[k]);
+      }
+    }
   };
 
-  // Whether a slot is on ranks next to each other, so many from `first` on.
-  LPLB_INLINE bool is_on(int first, int ranks, int32_t slot) const {
-    return static_cast<uint32_t>(slot - first * slots_per_rank_) < static_cast<uint32_t>(ranks * slots_per_rank_);
+  // The compiler would rather compute it again each time, which takes longer.
+  LPLB_INLINE static int in_register(int value) {
+#ifdef __CUDA_ARCH__
+    asm volatile("" : "+r"(value));
+#endif
+    return value;
+  }
+  LPLB_INLINE static bool is_within(int32_t first, int count, int32_t slot) {
+    return static_cast<uint32_t>(slot - first) < static_cast<uint32_t>(count);
   }
   // In which the rank's tokens may go to a replica.
   LPLB_INLINE int step_of(int32_t slot) const {
-    return (is_on(rank_, 1, slot) ? 0 : 1) + (is_on(node_, ranks_per_node_, slot) ? 0 : 1);
+    return (is_within(own_rank_, slots_per_rank_, slot) ? 0 : 1) +
+           (is_within(own_node_, slots_per_node_, slot) ? 0 : 1);
   }
-  LPLB_INLINE Tokens tokens_of(int expert, int rank, int node) const {
-    constexpr int kAtOnce = 8;  // loads of so many ranks before the first use of any
-    const int32_t *there = loads_ + expert + node * num_experts_, *here = loads_ + expert + node_ * num_experts_;
-    Tokens tokens = {0, 0, 0, static_cast<uint32_t>(offset_[expert])};
-    LPLB_UNROLL_BY(1)
-    for (int first = 0; first < ranks_per_node_; first += kAtOnce) {
-      int32_t loads[kAtOnce], own[kAtOnce];
-      LPLB_UNROLL
-      for (int k = 0; k < kAtOnce; ++k) {
-        const int g = first + k;
-        loads[k] = g < ranks_per_node_ ? *there : 0;
-        own[k] = g < rank_ - node_ ? *here : 0;
-        there += num_experts_, here += num_experts_;
-      }
-      LPLB_UNROLL
-      for (int k = 0; k < kAtOnce; ++k) {
-        tokens.on_node += static_cast<uint32_t>(loads[k]);
-        tokens.on_rank += node + first + k == rank ? static_cast<uint32_t>(loads[k]) : 0;
-        tokens.before += static_cast<uint32_t>(own[k]);
-      }
+  // From rank g of the nodes on; `node`: the first rank of the replica's.
+  LPLB_INLINE Loads read(const int32_t* of_expert, int node, int g) const {
+    const int32_t *there = of_expert + (node + g) * num_experts_, *here = of_expert + (node_ + g) * num_experts_;
+    Loads loads;
+    LPLB_UNROLL
+    for (int k = 0; k < Loads::kRanks; ++k) {
+      loads.there[k] = g + k < ranks_per_node_ ? *there : 0;
+      loads.here[k] = g + k < rank_ - node_ ? *here : 0;
+      there += num_experts_, here += num_experts_;  // quicker than an index
     }
-    return tokens;
+    return loads;
   }
   // An integer that is far below 2^20, divided: quicker than integers are.
   LPLB_INLINE static int divide(int value, float inverse) {
     return static_cast<int>((static_cast<float>(value) + 0.5f) * inverse);
   }
-  // The first rank of a slot's node.
-  LPLB_INLINE int node_of(int32_t slot) const { return divide(slot, of_node_) * ranks_per_node_; }
   LPLB_INLINE static uint32_t positive(uint32_t left) { return static_cast<int32_t>(left) > 0 ? left : 0; }
 
   const int32_t* loads_;   // [num_ranks, num_experts]
   const int32_t* offset_;  // [num_experts]
-  int num_experts_, ranks_per_node_, slots_per_rank_;
-  float of_rank_, of_node_;  // a slot's part of them
-  int rank_, node_;          // whose tokens are assigned, and the first of its node
+  int num_experts_, ranks_per_node_, slots_per_rank_, slots_per_node_;
+  float of_rank_, of_node_;      // a slot's part of them
+  int rank_, node_;              // whose tokens are assigned, and the first of its node
+  int32_t own_rank_, own_node_;  // their first slots
 };
 
 // ---- Choice ---------------------------------------------------------------------------------------------------------

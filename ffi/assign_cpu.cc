@@ -11,19 +11,18 @@ namespace {
 void append_near(const Nearby& nearby, int expert, const std::vector<Share>& row, int count,
                  std::vector<NearShare>* shares) {
   std::vector<Part> parts(count);
-  std::vector<uint32_t> skips(count);
+  std::vector<Nearby::Own> own(count);
+  const auto part = [&](int i) { return parts[i]; };
+  for (int i = 0; i < count; ++i) parts[i] = {row[i].slot, row[i].quota, 0, 0};
+  for (int i = 0; i < count; ++i) own[i] = nearby.on_rank(expert, part, count, i);
+  for (int i = 0; i < count; ++i) parts[i].on_rank = own[i].taken;
+  for (int i = 0; i < count; ++i) nearby.on_node(part, count, i, &own[i]);
+  for (int i = 0; i < count; ++i) parts[i].on_node = own[i].taken;
+  const size_t first = shares->size();
+  shares->resize(first + count);
   for (int i = 0; i < count; ++i) {
-    int place;
-    uint32_t skip;
-    const Part part = nearby.on_rank(expert, [&](int j) { return row[j]; }, count, i, &place, &skip);
-    parts[place] = part, skips[place] = skip;
-  }
-  const std::vector<Part> on_rank = parts;
-  for (int i = 0; i < count; ++i) {
-    parts[i] = nearby.on_node([&](int j) { return on_rank[j]; }, count, i, &skips[i]);
-  }
-  for (int i = 0; i < count; ++i) {
-    shares->push_back(nearby.share([&](int j) { return parts[j]; }, count, i, skips[i]));
+    nearby.anywhere(part, count, i, &own[i]);
+    (*shares)[first + own[i].place] = own[i].share(count);
   }
 }
 

@@ -60,7 +60,7 @@ struct Solver {
   lplb::SolveShape shape;
   const lplb::EdgeColouring* edges;
   bool plain = false;  // without cuSolverDx, where it is built in
-  std::vector<double> plan_us = {}, solve_us = {}, all_us = {}, gaps = {}, imbalances = {};
+  std::vector<double> plan_us = {}, solve_us = {}, all_us = {}, all_local_us = {}, gaps = {}, imbalances = {};
   std::vector<int> iterations = {}, statuses = {}, copies = {};
 };
 
@@ -149,13 +149,15 @@ int main(int argc, char** argv) {
                             : lplb::solve_cuda(s, shape, solver.edges, solve_in, solve_out, shares);
       };
       const auto solve = [&](cudaStream_t s) { return solve_with(s, {}); };
-      const auto all = [&](cudaStream_t s) {
+      const auto all_with = [&](cudaStream_t s, const lplb::AssignShape& of_assign, const lplb::AssignOperands& in) {
         if (const cudaError_t error = count(s); error != cudaSuccess) return error;
         const bool makes_shares =
             solver.edges == nullptr && lplb::makes_shares(planned ? lplb::after_plan(problem.plan) : shape);
         return lplb::assign_after_cuda([&](const lplb::SolveShares& shares) { return solve_with(s, shares); },
-                                       makes_shares, s, assign_shape, assign_in, assign_out);
+                                       makes_shares, s, of_assign, in, assign_out);
       };
+      const auto all = [&](cudaStream_t s) { return all_with(s, assign_shape, assign_in); };
+      const auto all_local = [&](cudaStream_t s) { return all_with(s, local_shape, local_in); };
       LPLB_CHECK(cudaMemsetAsync(d_fraction.get(), 0x7f, cells * sizeof(float), stream));
       LPLB_CHECK(all(stream));
       LPLB_CHECK(cudaStreamSynchronize(stream));
@@ -223,9 +225,7 @@ int main(int argc, char** argv) {
                         loads.data(), rank.data()},
                        {physical.data(), assigned.data()});
       for (int alone = 0; has_local && alone < 2; ++alone) {
-        if (alone == 0) LPLB_CHECK(solve(stream));
-        LPLB_CHECK(alone ? assign_local(stream)
-                         : lplb::assign_after_solve_cuda(stream, local_shape, local_in, assign_out));
+        LPLB_CHECK(alone ? assign_local(stream) : all_local(stream));
         LPLB_CHECK(cudaStreamSynchronize(stream));
         if (physical != d_physical.host()) fail("assign with locality: physical_ids differ from the CPU's", instance);
         if (assigned != d_assigned.host()) fail("assign with locality: rank_load differs from the CPU's", instance);
@@ -239,6 +239,7 @@ int main(int argc, char** argv) {
         if (planned) solver.plan_us.push_back(time_us(stream, repeats, plan));
         solver.solve_us.push_back(time_us(stream, repeats, solve));
         solver.all_us.push_back(time_us(stream, repeats, all));
+        if (has_local) solver.all_local_us.push_back(time_us(stream, repeats, all_local));
       }
     }
     if (repeats > 0) {
@@ -277,6 +278,7 @@ int main(int argc, char** argv) {
     print("copies", solver.copies, "%d", ", ");
     print("solve_us", solver.solve_us, "%.3f", ", ");
     print("all_us", solver.all_us, "%.3f", ", ");
+    print("all_local_us", solver.all_local_us, "%.3f", ", ");
     print("gap", solver.gaps, "%.3e", ", ");
     print("iterations", solver.iterations, "%d", ", ");
     print("status", solver.statuses, "%d", "}");
