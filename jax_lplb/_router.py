@@ -1,4 +1,4 @@
-"""The router: which experts a token goes to, and the weights of their results.
+"""The router: its logits, which experts a token goes to, and the weights of their results.
 
 Scores are normalised as logarithms, and compared as logits: in float32 they may all be 0.
 """
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jax_lplb import _ffi
 from jax_lplb._checks import check_choice, check_count, check_positive
 
 
@@ -90,3 +91,61 @@ class Router(NamedTuple):
         groups = lax.top_k(of_group, self.topk_group)[1]
         chosen = jnp.any(groups[:, :, None] == jnp.arange(self.n_group, dtype=jnp.int32)[None, None, :], axis=1)
         return jnp.repeat(chosen, num_experts // self.n_group, axis=1)
+
+
+def logits(tokens: jax.Array, weights: jax.Array, *, reverse_only: bool = True) -> jax.Array:
+    """Tokens [tokens, d_model] times weights [d_model, num_experts] of the router, in float32.
+
+    Of bfloat16 tokens as products of bfloat16, a fraction of the time on GPUs and TPUs: weights are sums of three such
+    numbers, to their last bit, and the products of two such numbers are float32 numbers. So nothing is lost. They are
+    differentiated in reverse mode, unless that is not enough (`reverse_only`).
+    """
+    weights = weights.astype(jnp.float32)
+    if tokens.dtype == jnp.bfloat16 and reverse_only:
+        axes = _ffi.varying(tokens, weights)
+        return _of_bfloat16(_ffi.vary(tokens, axes), _ffi.vary(weights, axes))
+
+    @jax.checkpoint  # else the tokens would be kept in float32
+    def of_float32(tokens: jax.Array, weights: jax.Array) -> jax.Array:
+        return jnp.dot(tokens.astype(jnp.float32), weights, precision=lax.Precision.HIGHEST)
+
+    return of_float32(tokens, weights)
+
+
+@jax.custom_vjp
+def _of_bfloat16(tokens: jax.Array, weights: jax.Array) -> jax.Array:
+    return _product(tokens, weights, (1, 0))
+
+
+def _of_bfloat16_backward(residuals: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    tokens, weights = residuals
+    # The products of the leading parts are as exact as bfloat16 needs, which the result is of.
+    (g, more_g, _), (w, more_w, _) = _parts(gradient), _parts(weights)
+    left, right = jnp.concatenate([g, g, more_g], axis=1), jnp.concatenate([w, more_w, w], axis=1)
+    of_tokens = _dot(left, right, (1, 1)).astype(tokens.dtype)
+    return of_tokens, _product(tokens, gradient, (0, 0))
+
+
+_of_bfloat16.defvjp(lambda tokens, weights: (_of_bfloat16(tokens, weights), (tokens, weights)), _of_bfloat16_backward)
+
+
+def _product(exact: jax.Array, other: jax.Array, contracting: tuple[int, int]) -> jax.Array:
+    """Of a bfloat16 matrix and a float32 one [a, b], over these dimensions: float32 [n, b]."""
+    of_parts = _dot(exact, jnp.concatenate(_parts(other), axis=1), contracting)
+    first, second, third = jnp.split(of_parts, 3, axis=1)
+    return first + (second + third)
+
+
+def _parts(array: jax.Array) -> list[jax.Array]:
+    """Three bfloat16 arrays whose sum is the float32 one, but for what is below 2**-133."""
+    parts = []
+    for _ in range(3):
+        part = lax.reduce_precision(array, 8, 7)  # XLA may leave casts there and back out
+        parts.append(part.astype(jnp.bfloat16))
+        array = array - part
+    return parts
+
+
+def _dot(left: jax.Array, right: jax.Array, contracting: tuple[int, int]) -> jax.Array:
+    dimensions = (((contracting[0],), (contracting[1],)), ((), ()))
+    return lax.dot_general(left, right, dimensions, preferred_element_type=jnp.float32)

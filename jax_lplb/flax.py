@@ -24,7 +24,7 @@ from jax_lplb._placement import Placement
 from jax_lplb._plan import to_rows
 from jax_lplb._replicate import TRANSPORTS, Transport, replicate
 from jax_lplb._reverse_only import reverse_only
-from jax_lplb._router import Router
+from jax_lplb._router import Router, logits
 from jax_lplb._rows import has_padding, rows_of_experts
 from jax_lplb._status import Status
 from jax_lplb._swiglu import dense_swiglu, swiglu
@@ -447,12 +447,9 @@ class MoE(nnx.Module):
         # Padding, and the gradient of its result, may hold anything: both are 0 before anything is made of them, as 0
         # times NaN is NaN.
         tokens = of_tokens(x.reshape(-1, x.shape[-1]))
-
-        @jax.checkpoint  # else the tokens would be kept in float32
-        def logits_of(tokens: jax.Array, router: jax.Array) -> jax.Array:
-            return jnp.dot(tokens.astype(jnp.float32), router.astype(jnp.float32), precision=lax.Precision.HIGHEST)
-
-        expert_ids, gates, probability = self.route(logits_of(tokens, dense["router"]), bias)
+        expert_ids, gates, probability = self.route(
+            logits(tokens, dense["router"], reverse_only=self.dispatch != "dense"), bias
+        )
         expert_ids, probability = of_tokens(expert_ids, -1), of_tokens(probability)
 
         options = dict(self.balance_options)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_lplb._router import Router
+from jax_lplb._router import Router, logits
 
 TOKENS, EXPERTS = 40, 16
 PLAIN = Router("softmax", 3, True, 1.0, 1, 1)
@@ -33,6 +33,24 @@ def reference(router: Router, logits: np.ndarray, bias: np.ndarray | None) -> tu
         all_ids.append(ids)
         all_gates.append(router.routed_scaling_factor * (np.exp(of_token[ids]) if gates is None else gates))
     return np.array(all_ids), np.array(all_gates)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_logits_and_their_gradients_lose_nothing_beyond_float32(rng, platform, dtype):
+    """Whatever products they are made of. Errors are of float32 and its sums, of tokens' gradients of their dtype."""
+    tokens = jnp.asarray(rng.normal(size=(TOKENS, 256)), dtype)
+    weights = jnp.asarray(rng.lognormal(-4, 2, (256, EXPERTS)) * rng.choice([-1, 1], (256, EXPERTS)), jnp.float32)
+    gradient = jnp.asarray(rng.lognormal(0, 1, (TOKENS, EXPERTS)), jnp.float32)
+    with jax.default_matmul_precision("default"):
+        pulled = jax.jit(lambda tokens, weights: jax.vjp(logits, tokens, weights)[1](gradient))
+        result, (of_tokens, of_weights) = jax.jit(logits)(tokens, weights), pulled(tokens, weights)
+    assert (result.dtype, of_tokens.dtype, of_weights.dtype) == (jnp.float32, dtype, jnp.float32)
+    left, right, pull = (np.asarray(array, np.float64) for array in (tokens, weights, gradient))
+    for actual, (a, b) in ((result, (left, right)), (of_weights, (left.T, pull))):
+        assert np.all(np.abs(np.asarray(actual, np.float64) - a @ b) <= 2.0**-20 * (np.abs(a) @ np.abs(b)))
+    error = np.abs(np.asarray(of_tokens, np.float64) - pull @ right.T)
+    room = np.abs(pull @ right.T) * float(jnp.finfo(dtype).eps) + 2.0**-15 * (np.abs(pull) @ np.abs(right.T))
+    assert np.all(error <= room)
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
