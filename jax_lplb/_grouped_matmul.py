@@ -22,7 +22,7 @@ from jax_lplb import _ffi
 GroupedMatmul = Literal["tokamax", "ragged_dot"] | Callable[..., jax.Array]
 _log = logging.getLogger(__name__)
 _importing = threading.Lock()
-_TILES = {"block_m": 128, "block_n": 128, "block_k": 64, "max_concurrent_steps": 4}  # of JAX's kernels
+_TILES = {"block_m": 128, "block_n": 128, "block_k": 64}
 
 
 def grouped_matmul(
@@ -99,11 +99,12 @@ def _tokamax(rows: jax.Array, other: jax.Array, group_sizes: jax.Array, numbers:
         if not tileable:
             return lax.ragged_dot_general(rows, other, group_sizes, numbers)
         kernel = _kernels("transposed_ragged_dot_mgpu").transposed_ragged_dot
-        return kernel(rows, other, group_sizes=group_sizes, grid_block_n=4, **_TILES)
+        return kernel(rows, other, group_sizes=group_sizes, grid_block_n=4, max_concurrent_steps=5, **_TILES)
     if tileable and numbers.dot_dimension_numbers[0][1] == (2,):
         # tokamax would transpose the weights in memory first.
         kernel = _kernels("ragged_dot_mgpu").ragged_dot
-        return kernel(rows, other, group_sizes=group_sizes, transpose_rhs=True, grid_block_n=8, **_TILES)
+        pipeline = {"grid_block_n": 8, "max_concurrent_steps": 6}
+        return kernel(rows, other, group_sizes=group_sizes, transpose_rhs=True, **pipeline, **_TILES)
     choice: Any = None
     if tileable and rows.shape[0] >= 128 * len(group_sizes):
         try:
@@ -111,8 +112,9 @@ def _tokamax(rows: jax.Array, other: jax.Array, group_sizes: jax.Array, numbers:
         except ImportError:
             _log.info("MoE: without jax-triton, tokamax does not offer a choice of tiles: matmuls take twice as long")
         else:  # twice as fast as the tiles that it takes where it was not tuned
+            # With more stages, a multiprocessor has no room for a second block, to compute while the first one stores.
             tiles = gpu.PallasMosaicRaggedDotConfig(
-                block_m=128, block_n=128, block_k=64, num_stages=4, split_k=1, persistent=False, grid_minor_dim=0
+                num_stages=3, split_k=1, persistent=False, grid_minor_dim=0, **_TILES
             )
             choice = (gpu.PallasMosaicRaggedDot(config=tiles), "mosaic", "xla")
     return tokamax.ragged_dot_general(rows, other, group_sizes, numbers, implementation=choice)
