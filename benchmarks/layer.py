@@ -19,9 +19,9 @@ is the share of choices that they drop.
 Each runs with each of `--dispatch`, and with the smallest of a few buffer factors that needs no second round, and for
 `batch` none below the target of its copies; the smallest of all is in the column `smallest_factor`. Times are of calls
 in a row, as training makes them, up to 50 or some 80 ms: a call alone takes 0.5 to 1 ms more, until the host has
-launched it. Modes take turns. `share_of_even` is throughput over that of `even`, or `even prepared`, of the same
-dispatch, and of baselines over that of the fastest `even`; `temp_mb` is what XLA allocates beside arguments and
-results.
+launched it. Modes take turns, in another order each time, since GPUs lower their clocks after what takes much power.
+`share_of_even` is throughput over that of `even`, or `even prepared`, of the same dispatch, and of baselines over that
+of the fastest `even`; `temp_mb` is what XLA allocates beside arguments and results.
 
 `limit_share`, of `even` and `batch`, is the time of what no such layer is spared over the time of the layer: grouped
 matmuls of the busiest rank's slots alone, on rows that are there (`products_us`), and after them what the busiest rank
@@ -290,7 +290,7 @@ def limit(runner: Runner, slots: np.ndarray, placement: lplb.Placement) -> tuple
 
 
 def times_us(runs: dict[Any, Callable[[], Any]], repeats: int) -> dict[Any, np.ndarray]:
-    """Microseconds of a call, of several in a row; all take turns."""
+    """Microseconds of a call, of several in a row; all take turns, in another order each time."""
     calls = {}
     for key, run in runs.items():
         jax.block_until_ready([run() for _ in range(2)])
@@ -298,8 +298,11 @@ def times_us(runs: dict[Any, Callable[[], Any]], repeats: int) -> dict[Any, np.n
         jax.block_until_ready(run())
         calls[key] = int(np.clip(BATCH_MS / 1e3 / (time.perf_counter() - begin), 1, 50))
     times = {key: np.zeros(repeats) for key in runs}
+    order, rng = list(runs), np.random.default_rng(0)
     for repeat in range(repeats):
-        for key, run in runs.items():
+        rng.shuffle(order)  # the clock depends on what ran before
+        for key in order:
+            run = runs[key]
             begin = time.perf_counter()
             for _ in range(calls[key]):
                 result = run()
