@@ -109,11 +109,18 @@ def mathdx() -> list[str]:
 
 
 def plans() -> list[str]:
-    header = "plan + solve", "plan alone", "assign", "count, plan, solve, assign"
-    rows = rows_of("plan_h100")
-    lines = table("ranks x slots", *header, "imbalance", "copies, median", "certified by the plan")
+    names = {
+        "plan + solve": "plan + solve",
+        "plan": "plan alone",
+        "assign": "assign",
+        "assign_local": "assign, with locality",
+        "all": "count, plan, solve, assign",
+        "all_local": "all, with locality",
+    }
+    rows = rows_of("plan_h200")
+    lines = table("ranks x slots", *names.values(), "imbalance", "copies, median", "certified by the plan")
     for case in unique(rows, "case"):
-        kernels = (times(only(rows, case=case, kernel=kernel)) for kernel in ("plan + solve", "plan", "assign", "all"))
+        kernels = (times(only(rows, case=case, kernel=kernel)) for kernel in names)
         row = only(rows, case=case, kernel="plan + solve")
         assert row is not None
         ranks, slots = map(int, case.split("x"))
