@@ -76,13 +76,17 @@ struct Places {
       return;
     }
     const uint32_t first = atomicAdd(num_used, static_cast<uint32_t>(count));
-    heads[e] = head_of(first, count, room);
+    const int32_t head = head_of(first, count, room);
+    heads[e] = head;
     ends[e] = static_cast<uint16_t>(first + count);
-    for (uint32_t i = 0; i < count && first + i < room; ++i) store(first + i, e, shares[i]);
+    // Without room for all they are computed anew, and what is here counts for nothing.
+    for (int i = 0; i < count && first + i < room; ++i) {
+      store(first + i, e, shares[i].slot, head != kNotKept ? shares[i].quota : 0);
+    }
   }
-  __device__ void store(uint32_t i, int e, const Share& share) const {
-    places[i] = {share.slot, share.quota, 0, 0};
-    expert_of[i] = static_cast<uint16_t>(e);
+  __device__ void store(uint32_t place, int e, int32_t slot, uint32_t quota) const {
+    places[place] = {slot, quota, 0, 0};
+    expert_of[place] = static_cast<uint16_t>(e);
   }
 };
 
@@ -147,7 +151,7 @@ class MadePart {
       const Share share = is_first ? first_ : made.shares[i];
       if constexpr (kNear) {
         const int e = is_first ? expert_ : made.expert_of[i];
-        all.store(i, e, share);
+        all.store(i, e, share.slot, share.quota);
         if (i + 1 == used_ || (is_first ? next_expert_ : made.expert_of[i + 1]) != e) {
           all.ends[e] = static_cast<uint16_t>(i + 1);
         }
