@@ -85,7 +85,7 @@ def test_edge_balance_by_speed_gives_the_same_bits(name):
 def test_equal_speeds_are_as_none(solver, implementation, platform):
     """Within the tolerance."""
     place, load = CASES["ring"], instances("ring")[0][1]
-    solve = partial(lplb.solve, load, place, solver=solver, implementation=implementation)
+    solve = jax.jit(partial(lplb.solve, load, place, solver=solver, implementation=implementation))
     equal, none = solve(rank_speed=np.full(place.num_ranks, 1e30, np.float32)), solve()
     np.testing.assert_array_equal(equal.status, none.status)
     np.testing.assert_allclose(most(equal.rank_load, place), most(none.rank_load, place), rtol=2 * TOL)
@@ -105,7 +105,8 @@ def test_what_is_only_on_ranks_of_speed_0_stays_and_counts_for_nothing(solver, i
     place, load = helpers.placement(lplb.topology.ring(4), 4, 4, 1), np.array([20, 20, 20, 1000], np.int32)
     there = np.isin(np.arange(4), place.log2phy[3] // place.slots_per_rank)
     speed = np.where(there, 0, 3).astype(np.float32)
-    result = lplb.solve(load, place, rank_speed=speed, solver=solver, implementation=implementation)
+    solve = jax.jit(partial(lplb.solve, placement=place, solver=solver, implementation=implementation))
+    result = solve(load, rank_speed=speed)
     np.testing.assert_array_equal(result.split[3], [1000, 0])
     np.testing.assert_allclose(result.rank_load, helpers.rank_loads(result.split, place), rtol=ROUNDING)
     np.testing.assert_allclose(result.rank_load[~there], 30, rtol=TOL)
@@ -347,6 +348,7 @@ def test_only_leading_entries_of_a_row_are_replicas(implementation, platform):
     log2phy[0, 0] = -1
     place = dataclasses.replace(place, log2phy=log2phy)
     ids = np.arange(64, dtype=np.int32).reshape(16, 4) % 8
+    balance = jax.jit(partial(lplb.balance, placement=place, implementation=implementation))
     for speed in (None, np.array([1, 2, 0, 1], np.float32)):
-        out = lplb.balance(ids, place, rank_speed=speed, implementation=implementation)
+        out = balance(ids, rank_speed=speed)
         np.testing.assert_array_equal(np.asarray(out.physical_ids) < 0, ids == 0)
