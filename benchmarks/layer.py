@@ -11,7 +11,8 @@ in the long run: of the whole recording, or by the popularity that the batch was
   balanced    copies travel in the layer, at each call
   batch       copies are chosen by the batch itself, nothing is known of the past
   prepared    copies (and weights in bfloat16) are there before: what further micro-batches of a step cost. Beside it
-              `even prepared`, `unbalanced prepared` and `batch prepared`, likewise without the cast to bfloat16
+              `even prepared`, `unbalanced prepared` and `batch prepared`, likewise without the cast to bfloat16; each
+              call takes the slots that the one before returns
 
 With `--baselines` also `capacity` and `gather`, layers in plain JAX on the same loads, see plain_layers.py; `dropped`
 is the share of choices that they drop.
@@ -169,12 +170,18 @@ class Pass(NamedTuple):
 
     key: tuple
     function: Any
-    arguments: tuple
+    arguments: list[Any]
+    hands_on: int | None = None  # the argument in whose place the first result is, for the call after it
 
 
-def forward_and_backward(key: tuple, forward: Any, backward: Any, arguments: tuple) -> dict[str, Pass]:
+def forward_and_backward(
+    key: tuple, forward: Any, backward: Any, arguments: list[Any], hands_on: int | None = None
+) -> dict[str, Pass]:
     functions = zip(PASSES, (forward, backward), strict=True)
-    return {name: Pass((name, *key), jax.jit(function), arguments) for name, function in functions}
+    return {
+        name: Pass((name, *key), jax.jit(function, donate_argnums=hands_on), arguments, hands_on)
+        for name, function in functions
+    }
 
 
 def loss_of(forward: Any) -> Any:
@@ -223,20 +230,30 @@ class Runner:
         sizes = (placement.slots_per_rank, placement.planning, factor, dispatch, prepared, x.shape)
         slots = None
         if prepared:
-            prepare = Pass(("prepare", *sizes[:2]), jax.jit(lambda state: nnx.merge(graph, state).prepare()), (state,))
+            prepare = Pass(("prepare", *sizes[:2]), jax.jit(lambda state: nnx.merge(graph, state).prepare()), [state])
             self.compile([prepare])
             slots = self.run(prepare)
 
-        def forward(state: Any, slots: Any, x: jax.Array) -> tuple[jax.Array, Metrics]:
-            return nnx.merge(graph, state)(x, slots)
+        def call(state: Any, slots: Any, x: jax.Array) -> tuple[jax.Array, tuple[Metrics, Any]]:
+            if not prepared:
+                y, metrics = nnx.merge(graph, state)(x)
+                return y, (metrics, slots)
+            y, metrics, slots = nnx.merge(graph, state)(x, slots, return_slots=True)
+            return y, (metrics, slots)
+
+        def forward(state: Any, slots: Any, x: jax.Array) -> Any:
+            y, (metrics, slots) = call(state, slots, x)
+            return slots, y, metrics
 
         def backward(state: Any, slots: Any, x: jax.Array) -> Any:
             params, rest = state.filter(nnx.Param), state.filter(nnx.Not(nnx.Param))
-            loss = loss_of(lambda params, slots, x: forward(nnx.merge_state(params, rest), slots, x))
+            loss = loss_of(lambda params, slots, x: call(nnx.merge_state(params, rest), slots, x))
             # With prepared slots, gradients stay with them until the last micro-batch.
-            return jax.grad(loss, argnums=(1, 2) if prepared else (0, 2), has_aux=True)(params, slots, x)
+            gradient = jax.grad(loss, argnums=(1, 2) if prepared else (0, 2), has_aux=True)
+            gradients, (metrics, slots) = gradient(params, slots, x)
+            return slots, gradients, metrics  # the first result of an argument's shape takes its place
 
-        return forward_and_backward(sizes, forward, backward, (state, slots, x))
+        return forward_and_backward(sizes, forward, backward, [state, slots, x], 1)
 
     def plain_passes(self, mode: str, placement: lplb.Placement, factor: float, x: jax.Array) -> dict[str, Pass]:
         """Of a baseline, with the weights of the layer, whose placement has each expert in logical order and once."""
@@ -244,7 +261,7 @@ class Runner:
         params = {name: getattr(layer, name)[...] for name in ("router", "w_in", "w_out")}
         forward = plain_layers.make(mode, self.mesh, TOP_K, factor, self.options["grouped_matmul"])
         backward = jax.grad(loss_of(forward), argnums=(0, 1), has_aux=True)
-        return forward_and_backward((mode, factor, x.shape), forward, backward, (params, x))
+        return forward_and_backward((mode, factor, x.shape), forward, backward, [params, x])
 
     def products(self, group_sizes: np.ndarray, rows: int) -> dict[str, Pass]:
         """The grouped matmuls of the passes, for slots with so many rows each, in a buffer of `rows`."""
@@ -262,7 +279,7 @@ class Runner:
             return forward(rows, gate_and_up, hidden, result, w_in, w_out, sizes), of_out, of_in
 
         operands = product_operands(rows, len(group_sizes), self.d_model, self.d_expert)
-        arguments = (*operands, jnp.asarray(group_sizes, jnp.int32))
+        arguments = [*operands, jnp.asarray(group_sizes, jnp.int32)]
         return forward_and_backward(("products", rows, len(group_sizes)), forward, backward, arguments)
 
     def compile(self, passes: list[Pass]) -> None:
@@ -276,7 +293,11 @@ class Runner:
             print(f"compiled {len(new)} passes in {time.perf_counter() - begin:.0f} s", flush=True)
 
     def run(self, one: Pass) -> Any:
-        return self.compiled[one.key](*one.arguments)
+        results = self.compiled[one.key](*one.arguments)
+        if one.hands_on is None:
+            return results
+        one.arguments[one.hands_on] = results[0]
+        return results[1:]
 
 
 def limit(runner: Runner, slots: np.ndarray, placement: lplb.Placement) -> tuple[dict[str, Pass], float]:

@@ -3,7 +3,9 @@
 Each rank keeps `--rows` experts of 3 x 2048 x 1408 parameters in float32, and brings its slots in bfloat16, by every
 transport. Placements: along a topology (`spread`: each rank reads from others, and is read); copies chosen by a load,
 of which all are of one rank's experts (`of one rank`), as they are of a log-normal load (`per batch`), or none is
-needed (`none used`); and EPLB's. `no slots` is what the cast of the weights takes, and that of their gradients.
+needed (`none used`); and EPLB's. `no slots` is what the cast of the weights takes, and that of their gradients. Rows
+with `room` are of weights in bfloat16 with room for copies, which each call takes from the one before: nothing is cast,
+and nothing but copies moves.
 
 `forward`: the weights of the slots; `gradient`: those, and gradients of all slots added up at home. Time of a call, of
 `CALLS` in one program, one after the other, so that the host is ahead of the devices. `link_mb` is what the last rank
@@ -71,6 +73,27 @@ def median_us(run, repeats: int) -> float:
     return round(float(np.median(times)), 1)
 
 
+def handing_on(mesh: Any, place: lplb.Placement, backward: bool, full: Any) -> Any:
+    """A program of CALLS, each of which takes the slots of the one before, and gradients in the place of its own."""
+
+    @partial(jax.jit, donate_argnums=(0, 2))
+    @partial(jax.shard_map, mesh=mesh, in_specs=(P("ep"), P(), P("ep")), out_specs=P("ep"))
+    def calls(slots, place, gradient):
+        for _ in range(CALLS):
+            slots, pull = jax.vjp(lambda slots: lplb.replicate(slots, place, "ep", transport="peer"), slots)
+            if backward:
+                (gradient,) = pull(gradient)
+        return slots, gradient
+
+    arrays = [full(place.num_physical, jnp.bfloat16) for _ in range(2)]
+
+    def run() -> list[Any]:
+        arrays[:] = calls(arrays[0], place, arrays[1])
+        return arrays
+
+    return run
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=16, help="experts of each rank")
@@ -98,6 +121,7 @@ def main() -> None:
     cast_us = None
     for case, place in placements(ranks, args.rows).items():
         gradient = full(place.num_physical, jnp.bfloat16)
+        used = int(np.sum(np.asarray(place.phy2log) >= 0)) - experts
         for transport in args.transports if case != "no slots" else [None]:
             bring = partial(lplb.replicate, axis_name="ep", dtype=jnp.bfloat16, transport=transport)
 
@@ -120,7 +144,7 @@ def main() -> None:
                 return result
 
             row = {"bench": "replicate", "case": case, "transport": transport or "", "ranks": ranks}
-            row |= {"used": int(np.sum(np.asarray(place.phy2log) >= 0)) - experts}
+            row["used"] = used
             for name, one in (("forward_us", slots), ("gradient_us", slots_and_gradient)):
                 in_specs = (P("ep"), P(), P("ep"))
                 run = jax.jit(jax.shard_map(partial(calls, one), mesh=mesh, in_specs=in_specs, out_specs=P("ep")))
@@ -131,6 +155,15 @@ def main() -> None:
                 if row["link_mb"] > 0:
                     link_us = row["link_mb"] / args.link_gb_per_s * 1e3
                     row["of_link"] = round(link_us / (row["forward_us"] - cast_us), 3)
+            rows.append(row)
+            print(rows[-1], flush=True)
+        if "peer" in args.transports and place.planning is not None:
+            row = {"bench": "replicate", "case": case, "transport": "peer", "room": True, "ranks": ranks, "used": used}
+            row["link_mb"] = round(link_mb(place, ranks - 1, expert_bytes // 2), 1)  # of bfloat16
+            for name, backward in (("forward_us", False), ("gradient_us", True)):
+                row[name] = median_us(handing_on(mesh, place, backward, full), args.repeats)
+            if row["link_mb"] > 0:
+                row["of_link"] = round(row["link_mb"] / args.link_gb_per_s * 1e3 / row["forward_us"], 3)
             rows.append(row)
             print(rows[-1], flush=True)
     common.write(args.out, rows)

@@ -80,7 +80,7 @@ def passes() -> list[tuple[dict[str, Any], layer.Pass, float]]:
                 for stages, order in choices:
                     key = (kernel, name, len(sizes), stages, order)
                     one = layer.Pass(
-                        key, jax.jit(product(kernel, stages, order)), (*operands[kernel], jnp.asarray(sizes))
+                        key, jax.jit(product(kernel, stages, order)), [*operands[kernel], jnp.asarray(sizes)]
                     )
                     row = {"bench": "tiles", "kernel": kernel, "product": name, "load": load}
                     row |= {"stages": stages, "order": str(order)}

@@ -482,12 +482,15 @@ bool read_float(ffi::DataType type, Float* result) {
 
 // Sums of the rows of a buffer, column number `i` of the table.
 AddRows read_add(Shapes& shapes, const Words& table, int i, const Ids& replicas, const ffi::AnyBuffer& rows,
-                 const ffi::AnyBuffer& sums) {
+                 const ffi::AnyBuffer& sums, bool in_place) {
   AddRows add = {};
+  if (in_place) expect_in_place(shapes, rows, sums);
   add.buffer = read_told(shapes, rows, table, i);
   const PeerBuffer sum = read_buffer(shapes, "sums", sums, table.dimensions().size() - 3);
   const int64_t* listed = shapes.last("replicas", replicas, 2);
   shapes.expect("sums", "rows", listed[0], sum.num_rows);
+  if (in_place) shapes.expect("sums", "rows of the buffer", add.buffer.num_rows, sum.num_rows);
+  add.in_place = in_place;
   add.is_copy = listed[1] == 1 && rows.element_type() == sums.element_type();
   shapes.require(listed[1] >= 1, [] { return "replicas: room for at least one of each sum"; });
   shapes.require(
@@ -506,12 +509,12 @@ AddRows read_add(Shapes& shapes, const Words& table, int i, const Ids& replicas,
 
 template <class Launch>
 ffi::Error add_rows(Launch launch, Words table, Ids replicas, ffi::RemainingArgs buffers, ffi::Result<Ids> done,
-                    ffi::RemainingRets sums) {
+                    ffi::RemainingRets sums, bool in_place) {
   return for_each_buffer(buffers, buffers.size(), [&](int i, const ffi::AnyBuffer& rows) {
     auto of_rows = sums.get<ffi::AnyBuffer>(i);
     if (!of_rows) return of_rows.error();
     Shapes shapes("add_rows");
-    const AddRows add = read_add(shapes, table, i, replicas, rows, **of_rows);
+    const AddRows add = read_add(shapes, table, i, replicas, rows, **of_rows, in_place);
     shapes.last("done", *done, 0);
     if (!shapes.ok()) return shapes.error();
     return launch(add, i == 0 ? done->typed_data() : nullptr);
@@ -618,7 +621,7 @@ Dispatch read_dispatch(Shapes& shapes, const Words& table, const ffi::AnyBuffer&
 // What is added up beside tokens: `given`, from number `first` on, are the replicas, and then buffers, which are the
 // columns `column` and following of the table. Nothing where nothing is given.
 ffi::Error read_beside(Shapes& shapes, const Words& table, int column, const ffi::RemainingArgs& given, size_t first,
-                       ffi::RemainingRets& sums, Beside* beside) {
+                       ffi::RemainingRets& sums, bool in_place, Beside* beside) {
   if (given.size() == first) return ffi::Error::Success();
   const auto replicas = given.get<Ids>(first);
   if (!replicas) return replicas.error();
@@ -631,7 +634,8 @@ ffi::Error read_beside(Shapes& shapes, const Words& table, int column, const ffi
     auto of_rows = sums.get<ffi::AnyBuffer>(i);
     if (!rows) return rows.error();
     if (!of_rows) return of_rows.error();
-    beside->adds[beside->number++] = read_add(shapes, table, column + static_cast<int>(i), *replicas, *rows, **of_rows);
+    beside->adds[beside->number++] =
+        read_add(shapes, table, column + static_cast<int>(i), *replicas, *rows, **of_rows, in_place);
     if (!shapes.ok()) return shapes.error();
   }
   return ffi::Error::Success();
@@ -640,12 +644,12 @@ ffi::Error read_beside(Shapes& shapes, const Words& table, int column, const ffi
 template <class Launch>
 ffi::Error dispatch(Launch launch, Words table, ffi::AnyBuffer tokens, ffi::AnyBuffer place, Ids group_sizes,
                     ffi::RemainingArgs given, ffi::Result<Ids> done, ffi::Result<ffi::AnyBuffer> rows,
-                    ffi::RemainingRets slots, int64_t num_blocks) {
+                    ffi::RemainingRets slots, int64_t num_blocks, bool in_place) {
   Shapes shapes("dispatch");
   const Dispatch of = read_dispatch(shapes, table, tokens, place, group_sizes, *rows, *done, num_blocks);
   if (!shapes.ok()) return shapes.error();
   Beside beside = {};
-  const ffi::Error error = read_beside(shapes, table, 2, given, 0, slots, &beside);
+  const ffi::Error error = read_beside(shapes, table, 2, given, 0, slots, in_place, &beside);
   if (error.failure()) return error;
   return launch(of, beside, done->typed_data());
 }
@@ -654,7 +658,7 @@ ffi::Error dispatch(Launch launch, Words table, ffi::AnyBuffer tokens, ffi::AnyB
 template <class Launch>
 ffi::Error combine(Launch launch, Words table, ffi::AnyBuffer place, ffi::AnyBuffer rows, ffi::AnyBuffer parts,
                    ffi::RemainingArgs given, ffi::Result<Ids> done, ffi::Result<ffi::AnyBuffer> written,
-                   ffi::RemainingRets sums, int64_t num_gates, int64_t num_blocks) {
+                   ffi::RemainingRets sums, int64_t num_gates, int64_t num_blocks, bool in_place) {
   Shapes shapes("combine");
   expect_in_place(shapes, parts, *written);
   Combine of = {};
@@ -684,7 +688,7 @@ ffi::Error combine(Launch launch, Words table, ffi::AnyBuffer place, ffi::AnyBuf
   if (!shapes.ok()) return shapes.error();
   of.row_elements = own.row_bytes / static_cast<int64_t>(ffi::ByteWidth(rows.element_type()));
   Beside beside = {};
-  const ffi::Error error = read_beside(shapes, table, column, given, of.has_gates ? 1 : 0, sums, &beside);
+  const ffi::Error error = read_beside(shapes, table, column, given, of.has_gates ? 1 : 0, sums, in_place, &beside);
   if (error.failure()) return error;
   return launch(of, beside, done->typed_data());
 }
@@ -860,7 +864,8 @@ auto bind_add_rows(Binding binding) {
       .template Arg<Ids>()
       .RemainingArgs()
       .template Ret<Ids>()
-      .RemainingRets();
+      .RemainingRets()
+      .template Attr<bool>("in_place");
 }
 template <class Binding>
 auto bind_release(Binding binding) {
@@ -889,7 +894,8 @@ auto bind_dispatch(Binding binding) {
                          .template Arg<ffi::AnyBuffer>()
                          .template Arg<ffi::AnyBuffer>()
                          .template Arg<Ids>())
-      .template Attr<int64_t>("num_blocks");
+      .template Attr<int64_t>("num_blocks")
+      .template Attr<bool>("in_place");
 }
 template <class Binding>
 auto bind_combine(Binding binding) {
@@ -899,7 +905,8 @@ auto bind_combine(Binding binding) {
                          .template Arg<ffi::AnyBuffer>()
                          .template Arg<ffi::AnyBuffer>())
       .template Attr<int64_t>("num_gates")
-      .template Attr<int64_t>("num_blocks");
+      .template Attr<int64_t>("num_blocks")
+      .template Attr<bool>("in_place");
 }
 template <class Binding>
 auto bind_combine_gradient(Binding binding) {

@@ -7,12 +7,20 @@
 namespace lplb {
 namespace {
 
+constexpr int kWarp = 32;
 constexpr int kThreads = 256;
 constexpr int kLoads = 4;  // of 16 bytes, that a thread has in flight
 constexpr int kMostBlocks = 2048;
+constexpr int kMostInPlace = 528;  // of blocks: where most rows stay, to start them takes longest
 
 int divide_up(int64_t value, int64_t by) { return static_cast<int>((value + by - 1) / by); }
 unsigned at_most(int64_t blocks, int most) { return static_cast<unsigned>(blocks < most ? blocks : most); }
+
+// For so many chunks of each row.
+dim3 grid_of(const AddRows& add, int64_t chunks) {
+  const int most = add.in_place ? kMostInPlace : kMostBlocks;
+  return dim3(at_most(add.num_sums * chunks, most), add.buffer.num_batches);
+}
 
 // Where row `number` of the batch element is; nullptr: there is no such row.
 __device__ const unsigned char* find_row(const PeerBuffer& buffer, int batch, int64_t number) {
@@ -20,6 +28,48 @@ __device__ const unsigned char* find_row(const PeerBuffer& buffer, int batch, in
   const int rank = static_cast<int>(number / buffer.num_rows);
   const int64_t row = number - rank * buffer.num_rows;
   return reinterpret_cast<const unsigned char*>(buffer.address(batch, rank)) + row * buffer.row_bytes;
+}
+
+// Whether a row is its own sum already: in place, where it names no row, or just itself.
+__device__ bool stays(const AddRows& add, int batch, int row) {
+  const int64_t number = static_cast<int64_t>(batch) * add.num_sums + row;
+  const int32_t* replicas = add.replicas + number * add.max_replicas;
+  const unsigned char* first = find_row(add.buffer, batch, replicas[0]);
+  const bool is_single = add.max_replicas == 1 || find_row(add.buffer, batch, replicas[1]) == nullptr;
+  return first == nullptr || (first == add.buffer.own + number * add.buffer.row_bytes && is_single);
+}
+
+// visit(row, chunk) of each chunk of the rows of a batch element, which all blocks share out. Neighbours in time are
+// chunks of different rows: those over links and others go on together.
+template <class Visit>
+__device__ void visit_chunks(const AddRows& add, int batch, int64_t chunks, Visit visit) {
+  if (!add.in_place) {
+    for (int64_t unit = blockIdx.x; unit < add.num_sums * chunks; unit += gridDim.x) {
+      visit(static_cast<int>(unit % add.num_sums), unit / add.num_sums);
+    }
+    return;
+  }
+  // Of rows that stay nothing is to be done, and they are most: a block first lists the others.
+  __shared__ int changed[kThreads], of_warps[kThreads / kWarp];
+  const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
+  for (int first = 0; first < add.num_sums; first += kThreads) {
+    const int row = first + static_cast<int>(threadIdx.x);
+    const bool is_changed = row < add.num_sums && !stays(add, batch, row);
+    const unsigned of_warp = __ballot_sync(0xffffffffu, is_changed);
+    if (lane == 0) of_warps[warp] = __popc(of_warp);
+    __syncthreads();
+    int place = __popc(of_warp & ((1u << lane) - 1)), number = 0;
+    for (int i = 0; i < kThreads / kWarp; ++i) {
+      if (i < warp) place += of_warps[i];
+      number += of_warps[i];
+    }
+    if (is_changed) changed[place] = row;
+    __syncthreads();
+    for (int64_t unit = blockIdx.x; unit < number * chunks; unit += gridDim.x) {
+      visit(changed[unit % number], unit / number);
+    }
+    __syncthreads();
+  }
 }
 
 __global__ void expose_kernel(const __grid_constant__ Told told, uint64_t* addresses) {
@@ -56,10 +106,9 @@ __global__ void __launch_bounds__(kThreads) copy_rows_kernel(const AddRows add, 
   if (threadIdx.x == 0 && blockIdx.x == 0 && done != nullptr) done[batch] = 0;
   const int64_t words = add.buffer.row_bytes / sizeof(Word);
   const int64_t chunks = (words + kThreads * kLoads - 1) / (kThreads * kLoads);
-  for (int64_t unit = blockIdx.x; unit < add.num_sums * chunks; unit += gridDim.x) {
-    // Neighbours in time are chunks of different rows: those over links and others go on together.
-    const int64_t row = static_cast<int64_t>(batch) * add.num_sums + unit % add.num_sums;
-    const int64_t begin = unit / add.num_sums * (kThreads * kLoads) + threadIdx.x;
+  visit_chunks(add, batch, chunks, [&](int of_batch, int64_t chunk) {
+    const int64_t row = static_cast<int64_t>(batch) * add.num_sums + of_batch;
+    const int64_t begin = chunk * (kThreads * kLoads) + threadIdx.x;
     const Word* from = reinterpret_cast<const Word*>(find_row(add.buffer, batch, add.replicas[row]));
     Word* to = static_cast<Word*>(add.sums) + row * words;
     Word values[kLoads] = {};
@@ -71,7 +120,7 @@ __global__ void __launch_bounds__(kThreads) copy_rows_kernel(const AddRows add, 
     for (int i = 0; i < kLoads; ++i) {
       if (begin + i * kThreads < words) to[begin + i * kThreads] = values[i];
     }
-  }
+  });
 }
 
 template <class From, class To, int kElements>
@@ -80,11 +129,11 @@ __global__ void __launch_bounds__(kThreads) add_rows_kernel(AddRows add, int32_t
   if (threadIdx.x == 0 && blockIdx.x == 0 && done != nullptr) done[batch] = 0;
   const int64_t packs = add.row_elements / kElements;
   const int64_t chunks = (packs + kThreads * kLoads - 1) / (kThreads * kLoads);
-  for (int64_t unit = blockIdx.x; unit < add.num_sums * chunks; unit += gridDim.x) {
-    // Neighbours in time are chunks of different rows: sums over links and casts of rows without copies go on together.
-    const int64_t row = static_cast<int64_t>(batch) * add.num_sums + unit % add.num_sums;
-    const int64_t begin = unit / add.num_sums * (kThreads * kLoads) + threadIdx.x;
+  visit_chunks(add, batch, chunks, [&](int of_batch, int64_t chunk) {
+    const int64_t row = static_cast<int64_t>(batch) * add.num_sums + of_batch;
+    const int64_t begin = chunk * (kThreads * kLoads) + threadIdx.x;
     const int32_t* replicas = add.replicas + row * add.max_replicas;
+    auto* to = static_cast<Pack<To, kElements>*>(add.sums) + row * packs;
     const float first = find_row(add.buffer, batch, replicas[0]) == nullptr ? 0.0f : -0.0f;
     float total[kLoads][kElements];
 #pragma unroll
@@ -106,7 +155,6 @@ __global__ void __launch_bounds__(kThreads) add_rows_kernel(AddRows add, int32_t
         for (int j = 0; j < kElements; ++j) total[i][j] += to_float(values[i].values[j]);
       }
     }
-    auto* to = static_cast<Pack<To, kElements>*>(add.sums) + row * packs;
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       if (begin + i * kThreads >= packs) continue;
@@ -115,22 +163,20 @@ __global__ void __launch_bounds__(kThreads) add_rows_kernel(AddRows add, int32_t
       for (int j = 0; j < kElements; ++j) store(total[i][j], &sums.values[j]);
       to[begin + i * kThreads] = sums;
     }
-  }
+  });
 }
 
 template <class Word>
 cudaError_t copy_rows(cudaStream_t stream, const AddRows& add, int32_t* done) {
   const int64_t chunks = divide_up(add.buffer.row_bytes, sizeof(Word) * kThreads * kLoads);
-  const dim3 grid(at_most(add.num_sums * chunks, kMostBlocks), add.buffer.num_batches);
-  copy_rows_kernel<Word><<<grid, kThreads, 0, stream>>>(add, done);
+  copy_rows_kernel<Word><<<grid_of(add, chunks), kThreads, 0, stream>>>(add, done);
   return cudaGetLastError();
 }
 
 template <class From, class To, int kElements>
 cudaError_t add_rows(cudaStream_t stream, const AddRows& add, int32_t* done) {
   const int64_t chunks = divide_up(add.row_elements, static_cast<int64_t>(kElements) * kThreads * kLoads);
-  const dim3 grid(at_most(add.num_sums * chunks, kMostBlocks), add.buffer.num_batches);
-  add_rows_kernel<From, To, kElements><<<grid, kThreads, 0, stream>>>(add, done);
+  add_rows_kernel<From, To, kElements><<<grid_of(add, chunks), kThreads, 0, stream>>>(add, done);
   return cudaGetLastError();
 }
 

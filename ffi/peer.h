@@ -63,9 +63,11 @@ struct Told {
 };
 
 // Sums of rows in float32, each in the order in which `replicas` names its rows; zeros where there is none. Single rows
-// of the type of the sums are copied, whatever they hold.
+// of the type of the sums are copied, whatever they hold. In place, sums are in the memory of the rows themselves, and
+// those that name no row, or just their own, stay as they are.
 struct AddRows {
   PeerBuffer buffer;
+  bool in_place;
   bool is_copy;
   Float from, to;  // what rows hold, and sums
   int64_t row_elements;

@@ -15,9 +15,18 @@ const unsigned char* find_row(const PeerBuffer& buffer, int batch, int64_t numbe
          number % buffer.num_rows * buffer.row_bytes;
 }
 
+// Whether a row is its own sum already: in place, where it names no row, or just itself.
+bool stays(const AddRows& add, int batch, const int32_t* replicas, const void* own) {
+  if (!add.in_place) return false;
+  const unsigned char* first = find_row(add.buffer, batch, replicas[0]);
+  const bool is_single = add.max_replicas == 1 || find_row(add.buffer, batch, replicas[1]) == nullptr;
+  return first == nullptr || (first == own && is_single);
+}
+
 template <class From, class To>
 void add_row(const AddRows& add, int batch, int row, To* sum) {
   const int32_t* replicas = add.replicas + (static_cast<int64_t>(batch) * add.num_sums + row) * add.max_replicas;
+  if (stays(add, batch, replicas, sum)) return;
   constexpr int64_t kBlock = 512;
   for (int64_t first = 0; first < add.row_elements; first += kBlock) {
     const int64_t size = std::min(kBlock, add.row_elements - first);
@@ -45,7 +54,9 @@ void copy_rows(const AddRows& add) {
   auto* to = static_cast<unsigned char*>(add.sums);
   for (int batch = 0; batch < add.buffer.num_batches; ++batch) {
     for (int i = 0; i < add.num_sums; ++i, to += add.buffer.row_bytes) {
-      const unsigned char* from = find_row(add.buffer, batch, add.replicas[batch * add.num_sums + i]);
+      const int32_t* replica = add.replicas + batch * add.num_sums + i;
+      if (stays(add, batch, replica, to)) continue;
+      const unsigned char* from = find_row(add.buffer, batch, *replica);
       if (from != nullptr) {
         std::memcpy(to, from, add.buffer.row_bytes);
       } else {

@@ -322,7 +322,7 @@ def _bring(
     transfer: _replicate.Transfer | None, tokens: jax.Array, leaves: list[jax.Array], handle: Handle, rows: Any
 ) -> tuple[jax.Array, list[jax.Array]]:
     def by_peers(tokens: jax.Array, leaves: list[jax.Array], handle: Handle, rows: Any) -> Any:
-        dtypes, source = ((), None) if transfer is None else (transfer.slot_dtypes, rows.source[:, None])
+        dtypes, source = ((), None) if transfer is None else _replicate.to_bring(transfer, rows)
         operands = (tokens, handle.place, handle.group_sizes, leaves, source)
         return _peer_tokens.dispatch((handle.capacity, dtypes), handle.axis_name, *operands)
 
@@ -337,8 +337,10 @@ def _bring_backward(transfer: _replicate.Transfer | None, residuals: Any, gradie
     handle, rows = residuals
 
     def by_peers(of_rows: jax.Array, of_slots: list[jax.Array], handle: Handle, rows: Any) -> Any:
-        dtypes, replicas = ((), None) if transfer is None else (transfer.dtypes, rows.replicas)
-        return _sum_by_peers(handle, of_rows, None, dtypes, of_slots, replicas)
+        if transfer is None:
+            return _sum_by_peers(handle, of_rows, None, (), None, [])
+        of_tokens, sums = _sum_by_peers(handle, of_rows, None, *_replicate.to_add_up(transfer, rows), of_slots)
+        return of_tokens, _replicate.of_homes(transfer, sums, rows)
 
     def by_collectives(of_rows: jax.Array, of_slots: list[jax.Array], handle: Handle, rows: Any) -> Any:
         ones = _ffi.vary(jnp.ones(handle.place.shape, jnp.float32), _ffi.varying(of_rows, handle.place))
@@ -358,7 +360,7 @@ _bring.defvjp(
 @jax.custom_vjp
 def _add_up(rows: jax.Array, gates: jax.Array, handle: Handle) -> jax.Array:
     def by_peers(rows: jax.Array, gates: jax.Array, handle: Handle) -> jax.Array:
-        return _sum_by_peers(handle, rows, gates, (), [], None)[0]
+        return _sum_by_peers(handle, rows, gates, (), None, [])[0]
 
     def by_collectives(rows: jax.Array, gates: jax.Array, handle: Handle) -> jax.Array:
         return _collective_tokens.combine(handle.capacity, handle.axis_name, rows, handle.place, gates)
@@ -394,9 +396,9 @@ def _sum_by_peers(
     handle: Handle,
     rows: jax.Array,
     gates: jax.Array | None,
-    dtypes: tuple[Any, ...],
-    leaves: list[jax.Array],
+    dtypes: tuple[Any, ...] | None,
     replicas: jax.Array | None,
+    leaves: list[jax.Array],
 ) -> tuple[jax.Array, list[jax.Array]]:
     """float32 [num_tokens, d_model]: for each token the sum of its rows, times gates; and beside it sums of leaves."""
     place, k = handle.place, handle.place.shape[1]

@@ -45,7 +45,7 @@ def expert_parallel(
     dispatch: Dispatch | None,
     buffer_factor: float,
     dtype: Any,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, Any]:
     """For each token the sum of its experts' results, weighted by the gates.
 
     Args:
@@ -65,7 +65,7 @@ def expert_parallel(
       dtype: of the result; sums are float32.
 
     Returns:
-      [num_tokens, d_model], and the number of rounds, int32 [].
+      [num_tokens, d_model], the number of rounds, int32 [], and the slots; None where they are not kept.
     """
     ranks, most = placement.num_ranks, physical_ids.size
     axes = {axis_name} if isinstance(axis_name, str) else set(axis_name)
@@ -116,8 +116,11 @@ def expert_parallel(
         first = _all_to_all.gather_first(first, tokens)
     if capacity >= most:
         (rows, brought), group_sizes = way.begin(first, batch, slots, tokens)
-        return way.finish(first, group_sizes, rows, brought, gates).astype(dtype), jnp.int32(1)
-    return _all_rounds(way, dtype, num_rounds, batch, first, slots, tokens, gates), num_rounds
+        result, num_rounds = way.finish(first, group_sizes, rows, brought, gates).astype(dtype), jnp.int32(1)
+        kept = way.kept(brought)
+    else:
+        result, kept = _all_rounds(way, dtype, num_rounds, batch, first, slots, tokens, gates)
+    return result, num_rounds, slots if copies is None else kept
 
 
 Round = Handle | _all_to_all.Round  # where tokens go in a round
@@ -156,6 +159,13 @@ class _Way(NamedTuple):
         rows, group_sizes = self.dispatch(round_, tokens)
         return self.finish(round_, group_sizes, rows, slots, gates)
 
+    def kept(self, slots: Any) -> Any:
+        """The slots that were brought, where they are the caller's to keep: in the place of what was given.
+
+        Elsewhere they would take memory for nothing, if there is no backward pass.
+        """
+        return slots if self.transfer is not None and self.transfer.has_room else None
+
     def slots(self, batch: _Batch, weights: Any) -> Any:
         """The weights, brought before all rounds."""
         if self.transfer is None:
@@ -172,18 +182,22 @@ class _Way(NamedTuple):
 # GPUs wait for the host to learn of a condition: so there is one, before tokens travel, and then either the usual
 # single round or a loop. Then the host has to catch up, so that few launches come before what takes long.
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _all_rounds(way: _Way, dtype: Any, rounds: jax.Array, batch: _Batch, first: Round, *operands: Any) -> jax.Array:
-    """The sum of all rounds' results.
+def _all_rounds(way: _Way, dtype: Any, rounds: jax.Array, batch: _Batch, first: Round, *operands: Any) -> Any:
+    """The sum of all rounds' results, and the slots that are kept.
 
     `first`: the first round. `operands`: weights, tokens and gates, by which it is differentiated.
     """
     weights, tokens, gates = operands
 
-    def once() -> jax.Array:
+    def once() -> Any:
         (rows, slots), group_sizes = way.begin(first, batch, weights, tokens)
-        return way.finish(first, group_sizes, rows, slots, gates).astype(dtype)
+        return way.finish(first, group_sizes, rows, slots, gates).astype(dtype), way.kept(slots)
 
-    return lax.cond(rounds > 1, lambda: _several_rounds(way, rounds, batch, *operands)[0].astype(dtype), once)
+    def several() -> Any:
+        result, slots = _several_rounds(way, rounds, batch, *operands)
+        return result.astype(dtype), way.kept(slots)
+
+    return lax.cond(rounds > 1, several, once)
 
 
 def _several_rounds(way: _Way, rounds: jax.Array, batch: _Batch, weights: Any, *operands: Any) -> tuple[jax.Array, Any]:
@@ -222,10 +236,11 @@ def _all_rounds_forward(way: _Way, dtype: Any, rounds: jax.Array, batch: _Batch,
     slots = weights if way.transfer is None else jax.tree.unflatten(tree, brought)
     there, rest = [*given, *jax.tree.leaves(slots)], iter(kept)
     pulls = jax.tree.unflatten(structure, [next(rest) if i is None else there[i] for i in places])
-    return result, (rounds, batch, slots, tokens, gates, pulls)
+    return (result, way.kept(slots)), (rounds, batch, slots, tokens, gates, pulls)
 
 
-def _all_rounds_backward(way: _Way, dtype: Any, residuals: Any, gradient: jax.Array) -> Any:
+def _all_rounds_backward(way: _Way, dtype: Any, residuals: Any, gradients: Any) -> Any:
+    gradient, _ = gradients  # the slots that are kept have none
     rounds, batch, slots, tokens, gates, (pull_begin, pull_finish) = residuals
 
     def once() -> Any:

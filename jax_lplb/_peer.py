@@ -192,29 +192,33 @@ def expose(
     return Exposed(list(shown), exposed, table)
 
 
-def add_rows(exposed: Exposed, replicas: jax.Array, dtypes: Sequence[Any]) -> tuple[list[jax.Array], jax.Array]:
-    """Sums of rows of what all ranks have shown, in float32 and in the order in which they are listed.
+def add_rows(exposed: Exposed, replicas: jax.Array, dtypes: Sequence[Any] | None) -> tuple[list[jax.Array], jax.Array]:
+    """Sums of rows of what all ranks have exposed, in float32 and in the order in which they are listed.
 
     Args:
-      exposed: shown are float32, bfloat16 or float16, of equally many rows; or of any dtype, which is that of the sums,
-        where these are of one row each.
+      exposed: what is shown, or where sums are to be in place, buffers. They are float32, bfloat16 or float16, of
+        equally many rows; or of any dtype, which is that of the sums, where these are of one row each.
       replicas: int32 [n, r], for each sum the rows that it has: rank * rows + row, up to the first out of range. Zeros
         where there is none.
-      dtypes: of the sums, for each of what is shown.
+      dtypes: of the sums, for each of what is shown. None: each row of the buffers becomes its own sum, but for those
+        that list no row, or only themselves, which stay as they are. A rank then lists no rows that others change.
 
     Returns:
-      Sums [n, ...] for each of what is shown, and the marker for `release`.
+      Sums [n, ...], and the marker for `release`.
     """
-    operands = (exposed.table, replicas, *exposed.shown)
-    results = [_ffi.Result((), jnp.int32, operands), *sums_like(exposed.shown, replicas, dtypes)]
-    done, *sums = _ffi.call("lplb_add_rows", results, *operands, aliases={})
-    return sums, done
+    in_place = dtypes is None
+    leaves = exposed.buffers if in_place else exposed.shown
+    operands = (exposed.table, replicas, *leaves)
+    aliases = {2 + i: 1 + i for i in range(len(leaves))} if in_place else {}
+    results = [_ffi.Result((), jnp.int32, operands), *sums_like(leaves, replicas, dtypes)]
+    done, *added = _ffi.call("lplb_add_rows", results, *operands, aliases=aliases, in_place=in_place)
+    return added, done
 
 
-def sums_like(leaves: Sequence[jax.Array], replicas: jax.Array | None, dtypes: Sequence[Any]) -> list[_ffi.Result]:
-    """What sums of rows of the leaves are like, in these dtypes; none without replicas."""
-    if replicas is None:
-        return []
+def sums_like(leaves: Sequence[jax.Array], replicas: jax.Array, dtypes: Sequence[Any] | None) -> list[_ffi.Result]:
+    """What sums of rows of the leaves are like, in these dtypes; None: in their place."""
+    if dtypes is None:
+        return _like(leaves)
     return [
         _ffi.Result((len(replicas), *leaf.shape[1:]), dtype, [replicas, leaf])
         for leaf, dtype in zip(leaves, dtypes, strict=True)
@@ -264,13 +268,18 @@ def one_operation(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @one_operation
 def add_up(
-    dtypes: tuple[Any, ...], axis_name: AxisName, leaves: list[jax.Array], replicas: jax.Array
+    dtypes: tuple[Any, ...] | None, axis_name: AxisName, leaves: list[jax.Array], replicas: jax.Array
 ) -> list[jax.Array]:
     """Sums in these dtypes of rows of all ranks' leaves [rows, ...], added up in float32 and in the listed order.
 
     `replicas`: int32 [n, r], rank * rows + row of what is added, up to the first out of range. Sums of one row bring
-    rows, cast on the way; for those, leaves of other dtypes than sums may have are cast before.
+    rows, cast on the way; for those, leaves of other dtypes than sums may have are cast before. Without dtypes, sums
+    are in the place of the leaves' rows, as `add_rows` has it.
     """
+    if dtypes is None:
+        exposed = expose(leaves, replicas, axis_name)
+        sums, done = add_rows(exposed, replicas, None)
+        return release(exposed._replace(buffers=sums), done, axis_name)
     if replicas.shape[1] == 1:
         leaves = [
             leaf if {leaf.dtype, jnp.dtype(dtype)} <= set(SUMMED) else leaf.astype(dtype)

@@ -5,7 +5,7 @@ it, and puts it where each of those choices belongs. On the way back it adds up 
 writes the sum to where the token's rank adds up the ranks' parts.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ def why_out_of_reach(axis_name: AxisName, tokens: jax.Array, num_choices: int, *
 
 @_peer.one_operation
 def dispatch(
-    sizes: tuple[int, tuple[Any, ...]],
+    sizes: tuple[int, tuple[Any, ...] | None],
     axis_name: AxisName,
     tokens: jax.Array,
     place: jax.Array,
@@ -42,12 +42,12 @@ def dispatch(
     """Tokens' rows, and beside them rows of weights.
 
     Args:
-      sizes: capacity, and the dtypes of what is made of the leaves.
+      sizes: capacity, and the dtypes of what is made of the leaves; None: in their place.
       axis_name: of the ranks.
       tokens: [num_tokens, d_model].
       place: int32 [num_tokens, k], rank * capacity + row; negative: none.
       group_sizes: int32 [slots].
-      leaves: as `_peer.add_up` takes them, to bring the rows `source`; or none.
+      leaves: as `_peer.add_up` takes them, to bring the rows `source`; or none, and no dtypes.
       source: int32 [slots, 1], or None.
 
     Returns:
@@ -55,22 +55,23 @@ def dispatch(
       [slots, ...] of each leaf.
     """
     capacity, dtypes = sizes
-    exposed = _peer.expose([], _zero_like(group_sizes, source), axis_name, shown=[tokens, place, *leaves])
-    beside = _beside(leaves, source)
-    operands = (exposed.table, tokens, place, group_sizes, *beside)
-    results = [
-        _ffi.Result((), jnp.int32, operands),
-        _ffi.Result((capacity, *tokens.shape[1:]), tokens.dtype, (tokens, place, group_sizes)),
-        *_peer.sums_like(leaves, source, dtypes),
-    ]
-    done, *made = _ffi.call("lplb_dispatch", results, *operands, aliases={}, num_blocks=np.int64(_NUM_BLOCKS))
-    rows, *slots = _peer.release(exposed, done, axis_name, made)
+    beside = _Beside(leaves, source, dtypes)
+    exposed = _peer.expose(
+        beside.buffers, _zero_like(group_sizes, source), axis_name, shown=[tokens, place, *beside.shown]
+    )
+    operands = [exposed.table, tokens, place, group_sizes]
+    results = [_ffi.Result((capacity, *tokens.shape[1:]), tokens.dtype, (tokens, place, group_sizes))]
+    done, rows, *slots = beside.call("lplb_dispatch", exposed.buffers, operands, results, {})
+    if dtypes is not None:
+        rows, *slots = _peer.release(exposed, done, axis_name, [rows, *slots])
+    else:
+        *slots, rows = _peer.release(exposed._replace(buffers=slots), done, axis_name, [rows])
     return rows, slots
 
 
 @_peer.one_operation
 def combine(
-    sizes: tuple[int, tuple[Any, ...]],
+    sizes: tuple[int, tuple[Any, ...] | None],
     axis_name: AxisName,
     rows: jax.Array,
     place: jax.Array,
@@ -81,7 +82,8 @@ def combine(
     """Of each token the sum of its rows, times gates, on each rank that has any, and beside them sums of other rows.
 
     Args:
-      sizes: the number of parts that there is room for, and the dtypes of what is made of the leaves.
+      sizes: the number of parts that there is room for, and the dtypes of what is made of the leaves; None: in their
+        place.
       axis_name: of the ranks.
       rows: [capacity, d_model].
       place: int32 [num_tokens, k].
@@ -97,22 +99,55 @@ def combine(
     given = [] if gates is None else [gates]
     of_rows = (rows, place, *given)
     room = _ffi.Result((len(place), num_parts, *rows.shape[1:]), rows.dtype, of_rows)
-    exposed = _peer.expose([], _zero_like(rows, replicas), axis_name, shown=[place, *given, *leaves], rooms=[room])
-    operands = (exposed.table, place, rows, *exposed.buffers, *given, *_beside(leaves, replicas))
-    done, parts, *sums = _ffi.call(
-        "lplb_combine",
-        [_ffi.Result((), jnp.int32, operands), room, *_peer.sums_like(leaves, replicas, dtypes)],
-        *operands,
-        aliases={3: 1},
-        num_gates=np.int64(len(given)),
-        num_blocks=np.int64(_NUM_BLOCKS),
-    )
-    parts, *sums = _peer.release(exposed._replace(buffers=[parts]), done, axis_name, sums)
+    beside = _Beside(leaves, replicas, dtypes)
+    shown = [place, *given, *beside.shown]
+    exposed = _peer.expose(beside.buffers, _zero_like(rows, replicas), axis_name, shown=shown, rooms=[room])
+    *buffers, parts = exposed.buffers
+    operands, number = [exposed.table, place, rows, parts, *given], np.int64(len(given))
+    done, parts, *sums = beside.call("lplb_combine", buffers, operands, [room], {3: 1}, num_gates=number)
+    if dtypes is not None:
+        parts, *sums = _peer.release(exposed._replace(buffers=[parts]), done, axis_name, sums)
+    else:
+        *sums, parts = _peer.release(exposed._replace(buffers=[*sums, parts]), done, axis_name)
     return parts, sums
 
 
-def _beside(leaves: list[jax.Array], replicas: jax.Array | None) -> list[jax.Array]:
-    return [] if replicas is None else [replicas, *leaves]
+class _Beside(NamedTuple):
+    """What is added up beside tokens."""
+
+    leaves: list[jax.Array]
+    replicas: jax.Array | None
+    dtypes: tuple[Any, ...] | None  # of sums; None: in the leaves' place
+
+    @property
+    def shown(self) -> list[jax.Array]:
+        return [] if self.dtypes is None else self.leaves
+
+    @property
+    def buffers(self) -> list[jax.Array]:
+        return self.leaves if self.dtypes is None else []
+
+    def call(
+        self,
+        target: str,
+        buffers: list[jax.Array],
+        operands: list[jax.Array],
+        results: list[_ffi.Result],
+        aliases: dict[int, int],
+        **attributes: Any,
+    ) -> list[jax.Array]:
+        """The marker for `_peer.release`, the results, and the sums; `buffers`: those here, as they are exposed."""
+        in_place = self.dtypes is None
+        if self.replicas is not None:
+            leaves = buffers if in_place else self.leaves
+            first, number = len(operands) + 1, len(results) + 1
+            sums = _peer.sums_like(leaves, self.replicas, self.dtypes)
+            operands, results = [*operands, self.replicas, *leaves], [*results, *sums]
+            if in_place:
+                aliases = aliases | {first + i: number + i for i in range(len(leaves))}
+        done = _ffi.Result((), jnp.int32, operands)
+        fixed = {"num_blocks": np.int64(_NUM_BLOCKS), "in_place": in_place}
+        return _ffi.call(target, [done, *results], *operands, aliases=aliases, **fixed, **attributes)
 
 
 @_peer.one_operation

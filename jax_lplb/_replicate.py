@@ -35,7 +35,10 @@ def replicate(
 
     Args:
       home_weights: a pytree of this rank's rows [rows_per_rank, ...], in the order of `placement.home_order`; rows
-        of padding are not used, and their gradients are 0.
+        of padding are not used, and their gradients are 0. Or with room for copies, [slots_per_rank, ...], where a
+        rank's own experts come first, as with `per_batch` placements and along topologies: whatever the further rows
+        hold, their gradients are 0. Then nothing but copies is moved, in place, and so are their gradients: where
+        nothing else needs these arrays, as with ones that are donated, or carried by a loop. Else XLA copies them.
       placement: where the copies are; may be traced.
       axis_name: mesh axis, or axes, of the ranks.
       dtype: of the slots, by default that of each leaf. Copies and their gradients travel in it.
@@ -47,7 +50,8 @@ def replicate(
         process, "collective" elsewhere.
 
     Returns:
-      The tree, with leaves [slots_per_rank, ...]: the rank's slots. Zeros in slots that hold nothing.
+      The tree, with leaves [slots_per_rank, ...]: the rank's slots. Zeros in slots that hold nothing, or where weights
+      came with room for copies, anything.
 
     Raises:
       TypeError: `placement` is not a Placement.
@@ -56,18 +60,20 @@ def replicate(
       NotImplementedError: it is differentiated in forward mode or twice, unless `transport` is "collective" and the
         placement has no topology.
     """
-    leaves, dtypes, tree = _checked(home_weights, placement, axis_name, dtype, transport)
+    leaves, dtypes, tree, has_room = _checked(home_weights, placement, axis_name, dtype, transport)
     if not _has_copies(placement):
         varying = _ffi.varying(*jax.tree.leaves(placement))
         slots = [_ffi.vary(leaf, varying).astype(dtype) for leaf, dtype in zip(leaves, dtypes, strict=True)]
         return jax.tree.unflatten(tree, slots)
-    rows = _rows(placement, axis_name)
+    rows = _rows(placement, axis_name, has_room)
+    if has_room:
+        leaves = [leaf.astype(dtype) for leaf, dtype in zip(leaves, dtypes, strict=True)]
     leaves = [_ffi.vary(leaf, _ffi.varying(leaf, rows.replicas)) for leaf in leaves]
     full = [i for i, leaf in enumerate(leaves) if leaf.size > 0]
     brought = {}
     if full:
         of_leaves, of_slots = [leaves[i].dtype for i in full], [dtypes[i] for i in full]
-        transfer = _transfer(transport, placement, axis_name, of_leaves, of_slots)
+        transfer = _transfer(transport, placement, axis_name, of_leaves, of_slots, has_room)
         brought = dict(zip(full, bring_now(transfer, [leaves[i] for i in full], rows), strict=True))
 
     def empty(i: int) -> jax.Array:
@@ -90,33 +96,37 @@ def copies_of(
     home_weights: Any, placement: Placement, axis_name: AxisName, dtype: Any, transport: Transport
 ) -> Copies | None:
     """As `replicate` takes them; None where that has to bring them, or nothing needs to be brought."""
-    leaves, dtypes, tree = _checked(home_weights, placement, axis_name, dtype, transport)
+    leaves, dtypes, tree, has_room = _checked(home_weights, placement, axis_name, dtype, transport)
     summed = {leaf.dtype for leaf in leaves} | set(dtypes) <= set(_peer.SUMMED)
     if not summed or not 0 < len(leaves) <= _handlers.max_beside or any(leaf.size == 0 for leaf in leaves):
         return None
     if not _has_copies(placement) and all(leaf.dtype == dtype for leaf, dtype in zip(leaves, dtypes, strict=True)):
         return None
-    transfer = _transfer(transport, placement, axis_name, [leaf.dtype for leaf in leaves], list(dtypes))
+    if has_room:
+        leaves = [leaf.astype(dtype) for leaf, dtype in zip(leaves, dtypes, strict=True)]
+    transfer = _transfer(transport, placement, axis_name, [leaf.dtype for leaf in leaves], list(dtypes), has_room)
     if transfer.implementation == "xla":
         return None
-    rows = _rows(placement, axis_name)
+    rows = _rows(placement, axis_name, has_room)
     return Copies([_ffi.vary(leaf, _ffi.varying(leaf, rows.replicas)) for leaf in leaves], rows, transfer, tree)
 
 
 def _checked(
     home_weights: Any, placement: Placement, axis_name: AxisName, dtype: Any, transport: Transport
-) -> tuple[list[jax.Array], tuple[Any, ...], Any]:
-    """The leaves, the dtypes of their slots, and the tree that they are of."""
+) -> tuple[list[jax.Array], tuple[Any, ...], Any, bool]:
+    """The leaves, the dtypes of their slots, the tree that they are of, and whether there is room for copies."""
     check_one_layer("placement", placement)
     check_choice("transport", transport, TRANSPORTS)
     axis_size(axis_name, placement.num_ranks)
     leaves, tree = jax.tree.flatten(home_weights)
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(home_weights)]
+    rows, slots = placement.rows_per_rank, placement.slots_per_rank
+    has_room = _homes_first(placement) and slots > rows and bool(leaves) and jnp.shape(leaves[0])[:1] == (slots,)
     leaves = [
-        with_rows(leaf, placement.rows_per_rank, f"home_weights{path}")
+        with_rows(leaf, slots if has_room else rows, f"home_weights{path}")
         for path, leaf in zip(paths, leaves, strict=True)
     ]
-    return leaves, tuple(leaf.dtype if dtype is None else jnp.dtype(dtype) for leaf in leaves), tree
+    return leaves, tuple(leaf.dtype if dtype is None else jnp.dtype(dtype) for leaf in leaves), tree, has_room
 
 
 def _has_copies(placement: Placement) -> bool:
@@ -138,7 +148,7 @@ class Rows(NamedTuple):
     sent: Any  # along a topology: int32 [redundant experts], this rank's rows that others have copies of
 
 
-def _rows(placement: Placement, axis_name: AxisName) -> Rows:
+def _rows(placement: Placement, axis_name: AxisName, has_room: bool) -> Rows:
     ranks, slots, topology = placement.num_ranks, placement.slots_per_rank, placement.topology
     home = placement.rows_per_rank
     of_slots, log2phy = jnp.asarray(placement.phy2log).reshape(ranks, slots), jnp.asarray(placement.log2phy)
@@ -154,6 +164,8 @@ def _rows(placement: Placement, axis_name: AxisName) -> Rows:
         sent = (log2phy[copies, 0] % slots)[rank]
         first = log2phy[source, 0]  # its home
         source = first // slots * home + first % slots
+    if has_room:  # rows of buffers are slots
+        source = log2phy[jnp.minimum(of_slots[rank], placement.num_experts - 1), 0]
     own = jnp.asarray(placement.home_order).reshape(ranks, home)[rank]
     replicas = log2phy.at[own].get(mode="fill", fill_value=-1, wrap_negative_indices=False)
     brought = experts[:, home:] if _homes_first(placement) else experts
@@ -168,6 +180,7 @@ class Transfer:
     axis_name: AxisName
     homes_first: bool
     has_padding: bool  # among rows of weights
+    has_room: bool  # for copies, below the rows of weights
     dtypes: tuple[Any, ...]  # of the leaves
     slot_dtypes: tuple[Any, ...]
     # For collectives along a topology.
@@ -185,6 +198,7 @@ def _transfer(
     axis_name: AxisName,
     dtypes: list[Any],
     slot_dtypes: list[Any],
+    has_room: bool,
 ) -> Transfer:
     implementation: _ffi.Implementation = "xla"
     if transport != "collective":
@@ -216,6 +230,7 @@ def _transfer(
         axis_name,
         _homes_first(placement),
         has_padding(placement.num_experts, placement.num_ranks),
+        has_room,
         tuple(dtypes),
         tuple(slot_dtypes),
         axes,
@@ -286,14 +301,48 @@ _differentiated_once.defvjp(
 
 
 def _by_peers(transfer: Transfer, leaves: list[jax.Array], rows: Rows) -> list[jax.Array]:
-    return _peer.add_up(transfer.slot_dtypes, transfer.axis_name, leaves, rows.source[:, None])
+    dtypes, source = to_bring(transfer, rows)
+    return _peer.add_up(dtypes, transfer.axis_name, leaves, source)
 
 
 def _add_by_peers(transfer: Transfer, gradients: list[jax.Array], rows: Rows) -> list[jax.Array]:
-    return _peer.add_up(transfer.dtypes, transfer.axis_name, gradients, rows.replicas)
+    dtypes, replicas = to_add_up(transfer, rows)
+    return of_homes(transfer, _peer.add_up(dtypes, transfer.axis_name, gradients, replicas), rows)
+
+
+def to_bring(transfer: Transfer, rows: Rows) -> tuple[tuple[Any, ...] | None, jax.Array]:
+    """Dtypes and replicas, as `_peer.add_up` takes them, of the slots."""
+    return None if transfer.has_room else transfer.slot_dtypes, rows.source[:, None]
+
+
+def to_add_up(transfer: Transfer, rows: Rows) -> tuple[tuple[Any, ...] | None, jax.Array]:
+    """Dtypes and replicas, as `_peer.add_up` takes them, of the sums of gradients."""
+    if not transfer.has_room:
+        return transfer.dtypes, rows.replicas
+    room = len(rows.source) - len(rows.replicas)
+    return None, jnp.pad(rows.replicas, [(0, room), (0, 0)], constant_values=-1)
+
+
+def of_homes(transfer: Transfer, sums: list[jax.Array], rows: Rows) -> list[jax.Array]:
+    """The sums of gradients, with zeros in rooms, and in padding, where sums in place leave what was there."""
+    if not transfer.has_room:
+        return sums
+    home = len(rows.replicas)
+    sums = [leaf.at[home:].set(0) for leaf in sums]
+    if not transfer.has_padding:
+        return sums
+    return [leaf.at[:home].set(_where_held(leaf[:home], rows)) for leaf in sums]
+
+
+def _where_held(leaf: jax.Array, rows: Rows) -> jax.Array:
+    """Zeros in rows of padding."""
+    holds = rows.replicas[:, 0] >= 0
+    return jnp.where(holds.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, jnp.zeros_like(leaf))
 
 
 def by_collectives(transfer: Transfer, leaves: list[jax.Array], rows: Rows) -> list[jax.Array]:
+    if transfer.has_room:
+        leaves = [leaf[: len(rows.replicas)] for leaf in leaves]
     casted = [leaf.astype(dtype) for leaf, dtype in zip(leaves, transfer.slot_dtypes, strict=True)]
     if rows.wanted.shape[1] == 0:
         return casted
@@ -303,12 +352,18 @@ def by_collectives(transfer: Transfer, leaves: list[jax.Array], rows: Rows) -> l
     if not transfer.homes_first:
         return brought
     if transfer.has_padding:
-        holds = rows.replicas[:, 0] >= 0
-        casted = [jnp.where(holds.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, jnp.zeros_like(leaf)) for leaf in casted]
+        casted = [_where_held(leaf, rows) for leaf in casted]
     return [jnp.concatenate([leaf, below]) for leaf, below in zip(casted, brought, strict=True)]
 
 
 def add_by_collectives(transfer: Transfer, gradients: list[jax.Array], rows: Rows) -> list[jax.Array]:
+    sums = _added_by_collectives(transfer, gradients, rows)
+    if not transfer.has_room:
+        return sums
+    return [jnp.pad(leaf, [(0, len(rows.source) - len(leaf)), *[(0, 0)] * (leaf.ndim - 1)]) for leaf in sums]
+
+
+def _added_by_collectives(transfer: Transfer, gradients: list[jax.Array], rows: Rows) -> list[jax.Array]:
     if rows.wanted.shape[1] == 0:
         return [gradient.astype(dtype) for gradient, dtype in zip(gradients, transfer.dtypes, strict=True)]
     if transfer.routes is not None:

@@ -5,7 +5,7 @@ import logging
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -253,9 +253,9 @@ class MoE(nnx.Module):
         """The weights in `dtype` for several calls, such as of micro-batches between two updates: `layer(x, slots)`.
 
         Those of all slots, copies included, which then travel once; with a per-batch placement, whose copies no one
-        knows before the batch, those that are at home, and each call brings its copies from them. Differentiable, once
-        and in reverse mode. Each device has its own rows; the first axis of the arrays counts those of all,
-        [devices * slots_per_rank, ...], or with a per-batch placement [devices * home rows of a rank, ...].
+        knows before the batch, those that are at home, and room for copies, which each call brings for its own batch.
+        Differentiable, once and in reverse mode. Each device has its own rows; the first axis of the arrays counts
+        those of all, [devices * slots_per_rank, ...].
         """
         message = (
             "MoE.prepare can be differentiated once, in reverse mode (jax.grad, jax.vjp); for more make the layer with "
@@ -265,12 +265,37 @@ class MoE(nnx.Module):
         def on_rank(home: dict[str, jax.Array], placement: Placement) -> Any:
             home = self._varying(home)
             if placement.planning is not None:
-                return jax.tree.map(lambda leaf: leaf.astype(self.dtype), home)
+                room = placement.slots_per_rank - placement.rows_per_rank
+                return jax.tree.map(
+                    lambda leaf: jnp.pad(leaf.astype(self.dtype), [(0, room), *[(0, 0)] * (leaf.ndim - 1)]), home
+                )
             return replicate(home, placement, self.axis_name, self.dtype, self.transport)
 
         run = self._on_each_device(on_rank, (jax.P(self.axis_name), jax.P()), jax.P(self.slot_axes))
         run = partial(with_auto_axes, run, jax.P(self.slot_axes))
         return run(reverse_only(self._home_weights(), message), self.placement.get_value())
+
+    @overload
+    def __call__(
+        self,
+        x: jax.Array,
+        slots: dict[str, jax.Array] | None = None,
+        *,
+        mask: jax.Array | None = None,
+        rank_speed: jax.Array | np.ndarray | None = None,
+        return_slots: Literal[False] = False,
+    ) -> tuple[jax.Array, Metrics]: ...
+
+    @overload
+    def __call__(
+        self,
+        x: jax.Array,
+        slots: dict[str, jax.Array],
+        *,
+        mask: jax.Array | None = None,
+        rank_speed: jax.Array | np.ndarray | None = None,
+        return_slots: Literal[True],
+    ) -> tuple[jax.Array, Metrics, dict[str, jax.Array]]: ...
 
     def __call__(
         self,
@@ -279,7 +304,8 @@ class MoE(nnx.Module):
         *,
         mask: jax.Array | None = None,
         rank_speed: jax.Array | np.ndarray | None = None,
-    ) -> tuple[jax.Array, Metrics]:
+        return_slots: bool = False,
+    ) -> Any:
         """Runs the layer.
 
         Args:
@@ -292,22 +318,26 @@ class MoE(nnx.Module):
           rank_speed: float32 [num_ranks], how fast the ranks of `axis_name` are, constant or traced, as `balance` has
             it. A rank that is faster than the mean gets more rows by as much: where all are to fit in one round, so
             much larger a `buffer_factor` is needed. By default all are equally fast.
+          return_slots: whether to return slots, too. With copies chosen for each batch, the call brings them in the
+            place of those that it finds there. Where the next call takes the slots that this one returns, as the carry
+            of a loop over micro-batches or donated, nothing but copies is moved; else XLA copies all of them first.
+            A function that donates them should return them before gradients, whose shapes are theirs: a donated array
+            makes room for the first result of its shape.
 
         Returns:
-          The result, of the shape and dtype of `x`, and `Metrics`.
+          The result, of the shape and dtype of `x`, `Metrics`, and with `return_slots` the slots, which have no
+          gradient.
 
         Raises:
-          TypeError, ValueError: `x`, `slots`, `mask` or `rank_speed` has another dtype or shape, or a speed is wrong.
+          TypeError, ValueError: `x`, `slots`, `mask` or `rank_speed` has another dtype or shape, a speed is wrong, or
+            there are no slots to return.
           NotImplementedError: it is differentiated in forward mode or twice, and dispatch is not "dense".
         """
-        self._check_call(x, slots, mask, rank_speed)
+        self._check_call(x, slots, mask, rank_speed, return_slots)
         if x.size == 0:  # for GPUs, jax 0.11.2 crashes as it compiles a shard_map over empty arrays
-            return x, self._metrics_of_nothing()
-        if slots is None:
-            weights, axes = self._home_weights(), self.axis_name
-        else:
-            weights, axes = slots, self.slot_axes
-        has_copies = slots is not None and self.placement.get_value().planning is None
+            return x, self._metrics_of_nothing(), *([slots] if return_slots else [])
+        is_prepared = slots is not None
+        weights, axes = (slots, self.slot_axes) if is_prepared else (self._home_weights(), self.axis_name)
         dense = {"router": self.router[...]}
         if self.shared_in is not None and self.shared_out is not None:
             dense |= {"shared_in": self.shared_in[...], "shared_out": self.shared_out[...]}
@@ -317,12 +347,12 @@ class MoE(nnx.Module):
         row_axes = 1 if len(x) % shards else x.ndim - 1
         num_rows = math.prod(x.shape[: x.ndim - row_axes])
         run = self._on_each_device(
-            partial(self._on_rank, has_copies),
+            partial(self._on_rank, is_prepared),
             (jax.P(self.token_axes), jax.P(self.token_axes), jax.P(axes), jax.P(), jax.P(), jax.P(), jax.P()),
-            (jax.P(self.token_axes), jax.P()),
+            (jax.P(self.token_axes), jax.P(), jax.P(axes)),
         )
 
-        def padded(x: jax.Array, mask: jax.Array | None, *rest: Any) -> tuple[jax.Array, Metrics]:
+        def padded(x: jax.Array, mask: jax.Array | None, *rest: Any) -> tuple[jax.Array, Metrics, Any]:
             extra = -num_rows % shards
             if extra and mask is None:
                 mask = jnp.ones(x.shape[:-1], bool)
@@ -331,10 +361,10 @@ class MoE(nnx.Module):
                 array = array.reshape(num_rows, *array.shape[x.ndim - row_axes :])
                 return jnp.pad(array, [(0, extra), *[(0, 0)] * (array.ndim - 1)]) if extra else array
 
-            y, metrics = run(rows(x), None if mask is None else rows(mask), *rest)
-            return y[:num_rows].reshape(x.shape), metrics
+            y, metrics, slots = run(rows(x), None if mask is None else rows(mask), *rest)
+            return y[:num_rows].reshape(x.shape), metrics, slots
 
-        layer = partial(with_auto_axes, padded, (spec_of(x), jax.P()))
+        layer = partial(with_auto_axes, padded, (spec_of(x), jax.P(), jax.P(axes)))
         mask = None if mask is None else jnp.asarray(mask)
         operands = (x, mask, weights, dense, bias, self.placement.get_value(), rank_speed)
         if self.dispatch != "dense":
@@ -343,7 +373,8 @@ class MoE(nnx.Module):
                 f"a MoE layer with dispatch = {self.dispatch!r} can be differentiated once, in reverse mode (jax.grad, "
                 "jax.vjp); for forward mode and derivatives of derivatives make it with dispatch='dense'",
             )
-        return layer(*operands)
+        y, metrics, slots = layer(*operands)
+        return (y, metrics, lax.stop_gradient(slots)) if return_slots else (y, metrics)
 
     def set_experts(self, w_in: jax.typing.ArrayLike, w_out: jax.typing.ArrayLike) -> None:
         """Replaces the experts' weights by others in logical order, as checkpoints hold them.
@@ -388,7 +419,7 @@ class MoE(nnx.Module):
         """Over the other axes too, so that gradients are added up over those in the parameters' dtype."""
         return jax.tree.map(lambda leaf: _ffi.vary(leaf, frozenset(self.other_axes)), weights)
 
-    def _check_call(self, x: Any, slots: Any, mask: Any, rank_speed: Any) -> None:
+    def _check_call(self, x: Any, slots: Any, mask: Any, rank_speed: Any, return_slots: bool) -> None:
         if self.router.ndim != 2:
             raise ValueError(
                 f"the layer is a stack of layers, with a router of shape {self.router.shape}: run them one by one, "
@@ -408,12 +439,14 @@ class MoE(nnx.Module):
         placement = self.placement.get_value()
         _speed.check_rank_speed(rank_speed, placement)
         if slots is None:
+            if return_slots:
+                raise ValueError("return_slots = True: there are no slots to return; give those of prepare() as slots")
             return
         if self.dispatch == "dense":
             raise ValueError("slots: a layer with dispatch = 'dense' uses no copies; leave slots out")
         home = self._home_weights()
-        rows = placement.rows_per_rank if placement.planning is not None else placement.slots_per_rank
-        expected = {name: (self._num_shards * rows, *leaf.shape[1:]) for name, leaf in home.items()}
+        rows = self._num_shards * placement.slots_per_rank
+        expected = {name: (rows, *leaf.shape[1:]) for name, leaf in home.items()}
         got = jax.tree.map(jnp.shape, slots)
         if got != expected:
             raise ValueError(f"slots must be what prepare() returns, of shapes {expected}, got {got}")
@@ -431,7 +464,7 @@ class MoE(nnx.Module):
 
     def _on_rank(
         self,
-        has_copies: bool,
+        is_prepared: bool,
         x: jax.Array,
         mask: jax.Array | None,
         weights: dict[str, jax.Array],
@@ -439,7 +472,7 @@ class MoE(nnx.Module):
         bias: jax.Array | None,
         placement: Placement,
         rank_speed: jax.Array | None,
-    ) -> tuple[jax.Array, Metrics]:
+    ) -> tuple[jax.Array, Metrics, dict[str, jax.Array] | None]:
         def of_tokens(array: jax.Array, padding: int = 0) -> jax.Array:
             return array if mask is None else jnp.where(mask.reshape(-1, 1), array, padding)
 
@@ -456,11 +489,13 @@ class MoE(nnx.Module):
         out = balance(expert_ids, placement, axis_name=self.axis_name, rank_speed=rank_speed, **options)
         placement = out.placement
         metrics = self._metrics(out, expert_ids, probability, mask, placement, _speed.scale(rank_speed, placement))
-        tokens = tokens.astype(self.dtype)
+        tokens, slots = tokens.astype(self.dtype), None
         if self.dispatch == "dense":
             result, rounds = self._every_expert(tokens, expert_ids, gates, weights, placement), jnp.int32(1)
         else:
-            result, rounds = self._dispatch(has_copies, tokens, out, gates, weights, placement, x.dtype)
+            has_copies = is_prepared and placement.planning is None
+            given = weights if has_copies else Home(weights, self.dtype, self.transport)
+            result, rounds, slots = self._dispatch(tokens, out, gates, given, placement, x.dtype)
         if "shared_in" in dense:
             axes = _ffi.varying(tokens)  # first: gradients are added up over these in the parameters' dtype
             shared_in, shared_out = (
@@ -468,19 +503,18 @@ class MoE(nnx.Module):
             )
             shared = dense_swiglu(shared_in, shared_out, tokens)
             result = result.astype(jnp.float32) + shared.astype(jnp.float32)
-        return of_tokens(result).astype(x.dtype).reshape(x.shape), metrics._replace(rounds=rounds)
+        kept = slots if is_prepared else None
+        return of_tokens(result).astype(x.dtype).reshape(x.shape), metrics._replace(rounds=rounds), kept
 
     def _dispatch(
         self,
-        has_copies: bool,
         tokens: jax.Array,
         out: Balanced,
         gates: jax.Array,
-        weights: dict[str, jax.Array],
+        slots: dict[str, jax.Array] | Home,
         placement: Placement,
         dtype: Any,
-    ) -> tuple[jax.Array, jax.Array]:
-        slots = weights if has_copies else Home(weights, self.dtype, self.transport)
+    ) -> tuple[jax.Array, jax.Array, Any]:
         return expert_parallel(
             tokens,
             out.physical_ids,

@@ -51,7 +51,7 @@ def test_balanced_experts_and_their_gradient(name, dispatch, buffer_factor):
 
     def loss(home, tokens, gates, expert_ids):
         out = lplb.balance(expert_ids, place, axis_name="ep")
-        result, _ = _expert_parallel.expert_parallel(
+        result, *_ = _expert_parallel.expert_parallel(
             tokens,
             out.physical_ids,
             gates,

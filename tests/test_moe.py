@@ -157,7 +157,7 @@ def test_padding(rng, dispatch, buffer_factor):
     weights = rng.normal(size=(place.num_physical, D_MODEL, D_MODEL)).astype(np.float32)
 
     def on_rank(tokens, ids, gates, weights):
-        return _expert_parallel.expert_parallel(
+        result, rounds, _ = _expert_parallel.expert_parallel(
             tokens,
             ids,
             gates,
@@ -169,6 +169,7 @@ def test_padding(rng, dispatch, buffer_factor):
             buffer_factor=buffer_factor,
             dtype=np.float32,
         )
+        return result, rounds
 
     run = jax.jit(jax.shard_map(on_rank, mesh=mesh, in_specs=P("ep"), out_specs=(P("ep"), P())))
     result, rounds = run(tokens, ids, gates, weights)
@@ -313,6 +314,48 @@ def test_copies_chosen_for_each_batch(rng, dispatch, buffer_factor, balance_opti
     assert layer.placement.get_value() == place  # nothing is kept
 
 
+@pytest.mark.parametrize(("dispatch", "axis_type"), [("peer", "Auto"), ("all_to_all", "Explicit")])
+def test_micro_batches_hand_prepared_slots_on(rng, dispatch, axis_type):
+    """Each brings its own copies where those of the one before are; together they make the step of one large batch."""
+    mesh = jax.make_mesh((RANKS,), ("ep",), axis_types=(getattr(jax.sharding.AxisType, axis_type),))
+    layer = make(None, mesh, dispatch=dispatch, buffer_factor=8.0)
+    batches = [inputs(rng) for _ in range(3)]
+    x, weight = (jnp.stack(arrays) for arrays in zip(*batches, strict=True))
+    x = x + 2 * jnp.asarray(rng.normal(size=(3, 1, D_MODEL)), jnp.float32)
+
+    @nnx.jit
+    def step(layer, x, weight):
+        graph, params, rest = nnx.split(layer, nnx.Param, ...)
+
+        def loss(slots, x, weight):
+            result, metrics, slots = nnx.merge(graph, params, rest)(x, slots, return_slots=True)
+            return jnp.sum(result * weight), (slots, metrics.balanced)
+
+        def prepare(params):
+            return nnx.merge(graph, params, rest).prepare()
+
+        def micro_batch(carry, batch):
+            slots, total = carry
+            gradient, (slots, balanced) = jax.grad(loss, has_aux=True)(slots, *batch)
+            return (slots, jax.tree.map(jnp.add, total, gradient)), balanced
+
+        slots, pull = jax.vjp(prepare, params)
+        (slots, total), balanced = jax.lax.scan(micro_batch, (slots, jax.tree.map(jnp.zeros_like, slots)), (x, weight))
+        return pull(total)[0], total, balanced
+
+    gradient, total, balanced = step(layer, x, weight)
+    expected: dict = {}
+    for one in zip(x, weight, strict=True):
+        (_, metrics), (grads, _) = value_and_grads(layer, *one)
+        expected = {name: expected.get(name, 0) + leaf for name, leaf in arrays_of(grads).items()}
+        assert metrics.balanced in balanced
+    for name in ("w_in", "w_out"):
+        assert_close(arrays_of(gradient)[name], expected[name])
+        room = np.asarray(total[name]).reshape(RANKS, -1, *total[name].shape[1:])[:, EXPERTS // RANKS :]
+        assert room.shape[1] == 2
+        assert not room.any()
+
+
 def test_copies_of_a_batch_are_kept_where_they_are_no_longer_planned(rng):
     layer = make(None, mesh_of((RANKS, "ep")))
     x, weight = inputs(rng)
@@ -408,8 +451,7 @@ def test_data_and_expert_axes(rng, dispatch, buffer_factor, per_batch, prepared)
     options = {"token_axes": ("data", "ep"), "dispatch": dispatch, "buffer_factor": buffer_factor}
     layer = make(None if per_batch else place, mesh, **options)
     slots = jax.eval_shape(lambda layer: layer.prepare(), layer)
-    of_rank = EXPERTS // 4 if per_batch else place.slots_per_rank  # home weights alone, or copies too
-    assert {leaf.shape[0] for leaf in slots.values()} == {RANKS * of_rank}
+    assert {leaf.shape[0] for leaf in slots.values()} == {RANKS * place.slots_per_rank}
     x, weight = inputs(rng)
     x = x.at[: len(x) // 2].set(x[0])  # all tokens of one row pick the same experts
     metrics = check_against_dense(layer, x, weight, prepared)
@@ -695,6 +737,10 @@ def test_refuses_slots():
     x = np.zeros((16, D_MODEL), np.float32)
     with pytest.raises(ValueError, match=r"slots must be what prepare\(\) returns, of shapes .*32.*, got .*16"):
         layer(x, layer._home_weights())
+    with pytest.raises(
+        ValueError, match=r"return_slots = True: there are no slots to return; give those of prepare\(\)"
+    ):
+        layer(x, return_slots=True)
     with pytest.raises(ValueError, match="dispatch = 'dense' uses no copies; leave slots out"):
         make(placements()["cube"], mesh_of((8, "ep")), dispatch="dense")(x, {})
 

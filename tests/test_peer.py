@@ -597,6 +597,121 @@ def test_release_is_what_keeps_buffers_until_all_have_read(monkeypatch, fresh, m
     assert all(right() for _ in range(20 if broken else 1)) == (broken is None)
 
 
+# ---- In place --------------------------------------------------------------------------------------------------------
+
+
+def with_room(place: lplb.Placement, home: np.ndarray) -> np.ndarray:
+    """Home rows of all ranks, and below each rank's those for copies, which hold no numbers."""
+    rows = home.reshape(place.num_ranks, -1, *home.shape[1:])
+    below = np.full_like(rows, np.nan if np.issubdtype(home.dtype, np.floating) else 99, shape=())
+    room = place.slots_per_rank - place.rows_per_rank
+    filled = np.broadcast_to(below, (place.num_ranks, room, *home.shape[1:]))
+    return np.concatenate([rows, filled], axis=1).reshape(-1, *home.shape[1:])
+
+
+@pytest.mark.parametrize("transport", ["peer", "collective"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("name", ["topology", "per batch"])
+def test_rooms_are_filled_for_one_batch_after_another(rng, mesh, name, dtype, transport):
+    """In the carry of a loop: slots and gradients are bit by bit those in new memory, whatever rooms held before."""
+    options = {"num_experts": EXPERTS, "num_ranks": mesh.size, "redundants_per_rank": 2}
+    if name == "topology":
+        along = topology.cube() if mesh.size == RANKS else topology.ring(mesh.size)
+        places = [lplb.Placement.from_topology(along, **options)] * 4
+    else:
+        places = [chosen(np.random.default_rng(seed), mesh.size) for seed in range(4)]
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *places)
+    home = lplb.from_logical({"a": rng.normal(size=(EXPERTS, 3, 8)), "b": rng.normal(size=(EXPERTS, 5))}, places[0])
+    home = jax.tree.map(lambda leaf: np.asarray(leaf).astype(dtype), home)
+    home["b"] = rng.integers(-9, 9, (EXPERTS, 5)).astype(np.int32)  # travels, and has no gradient
+    gradient = rng.normal(size=(4, places[0].num_physical, 3, 8)).astype(dtype)
+    if name == "per batch":  # nobody needs the gradients of empty slots
+        gradient[np.asarray(stacked.phy2log) < 0] = np.nan
+
+    @partial(jax.jit, static_argnames="in_place")
+    def run(home, stacked, gradient, in_place):
+        def one(home, inputs):
+            place, of_slots = inputs
+
+            def bring(leaf):
+                slots = lplb.replicate({**home, "a": leaf}, place, "ep", transport=transport)
+                return slots["a"], slots
+
+            _, pull, slots = jax.vjp(bring, home["a"], has_aux=True)
+            return slots if in_place else home, (slots, pull(of_slots)[0])
+
+        return jax.lax.scan(one, home, (stacked, gradient))[1]
+
+    def mapped(home, in_place):
+        specs = (P("ep"), P(), P(None, "ep"))
+        step = jax.shard_map(partial(run, in_place=in_place), mesh=mesh, in_specs=specs, out_specs=P(None, "ep"))
+        return jax.jit(step)(home, stacked, gradient)
+
+    slots, sums = mapped(jax.tree.map(partial(with_room, places[0]), home), True)
+    expected_slots, expected_sums = mapped(home, False)
+    is_held = np.asarray(stacked.phy2log) >= 0
+    for leaf in ("a", "b"):
+        assert_same_bits(np.asarray(slots[leaf])[is_held], np.asarray(expected_slots[leaf])[is_held])
+    shape = (4, mesh.size, places[0].slots_per_rank, 3, 8)
+    of_home, of_room = np.split(np.asarray(sums).reshape(shape), [places[0].rows_per_rank], axis=2)
+    assert_same_bits(of_home.reshape(4, -1, 3, 8), np.asarray(expected_sums))
+    assert_same_bits(of_room, np.zeros_like(of_room))
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_rooms_are_filled_in_place(rng, mesh, kept):
+    """XLA copies the arrays only where something else needs what they held; else neither they nor gradients move."""
+    place = chosen(rng, mesh.size)
+    leaf = np.zeros((place.num_physical, 3, 8), np.float32)
+
+    @partial(jax.shard_map, mesh=mesh, in_specs=(P("ep"), P(), P("ep")), out_specs=P("ep"), check_vma=False)
+    def step(slots, place, gradient):
+        brought, pull = jax.vjp(lambda slots: lplb.replicate(slots, place, "ep", transport="peer"), slots)
+        return brought, pull(gradient)[0], slots + 1 if kept else None
+
+    compiled = jax.jit(step, donate_argnums=(0, 2)).lower(leaf, place, leaf).compile().as_text()
+    copies = re.findall(rf"= f32\[{place.slots_per_rank},3,8\]\S* copy\(", compiled)
+    assert bool(copies) == kept
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_delays_while_rooms_are_filled(monkeypatch, fresh, rng, mesh, broken):
+    """Each rank changes its own rows, and clears its rooms, as soon as it may: when all others have read them."""
+
+    def wait(rank, rows):
+        return jnp.maximum((jnp.sum(rows) * 7 + rank * 5) % 8 - 4, 0) * turns(mesh)
+
+    delayed(monkeypatch, wait, lambda rank, rows: wait(rank + 3, rows))
+    if broken:
+        monkeypatch.setattr(_peer, "release", lambda exposed, *_: exposed.buffers)
+    places = [chosen(np.random.default_rng(seed), mesh.size) for seed in range(6)]
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *places)
+    factor = rng.integers(-2, 3, (places[0].num_physical, 6)).astype(np.float32)
+
+    @partial(jax.jit, donate_argnums=0)
+    @partial(jax.shard_map, mesh=mesh, in_specs=(P("ep"), P(), P("ep")), out_specs=(P("ep"), P(None, "ep")))
+    def steps(slots, stacked, factor):
+        def one(slots, place):
+            slots, pull = jax.vjp(lambda slots: lplb.replicate(slots, place, "ep", transport="peer"), slots)
+            of_slots = jnp.where(slots == slots, factor, 0)  # new memory in each step
+            return slots + pull(of_slots)[0], slots
+
+        return jax.lax.scan(one, slots, stacked)
+
+    def right():
+        home = rng.integers(-9, 9, (EXPERTS, 6)).astype(np.float32)
+        rooms = np.nan_to_num(with_room(places[0], home))
+        _, slots = steps(jax.device_put(rooms, jax.NamedSharding(mesh, P("ep"))), stacked, factor)
+        is_right = []
+        for place, got in zip(places, np.asarray(slots), strict=True):
+            is_held = np.asarray(place.phy2log) >= 0
+            is_right.append((got == held(place, home))[is_held].all())
+            home = home + summed(place, factor, np.float32)
+        return all(is_right)
+
+    assert all(right() for _ in range(20 if broken else 2)) == (not broken)
+
+
 # ---- A few words of each rank ----------------------------------------------------------------------------------------
 
 
