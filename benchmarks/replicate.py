@@ -5,7 +5,7 @@ transport. Placements: along a topology (`spread`: each rank reads from others, 
 of which all are of one rank's experts (`of one rank`), as they are of a log-normal load (`per batch`), or none is
 needed (`none used`); and EPLB's. `no slots` is what the cast of the weights takes, and that of their gradients. Rows
 with `room` are of weights in bfloat16 with room for copies, which each call takes from the one before: nothing is cast,
-and nothing but copies moves.
+and nothing but copies moves; a program makes ROOM_CALLS of those, as its launch would take longer than CALLS.
 
 `forward`: the weights of the slots; `gradient`: those, and gradients of all slots added up at home. Time of a call, of
 `CALLS` in one program, one after the other, so that the host is ahead of the devices. `link_mb` is what the last rank
@@ -26,7 +26,7 @@ import numpy as np
 import jax_lplb as lplb
 
 P = jax.sharding.PartitionSpec
-CALLS = 8
+CALLS, ROOM_CALLS = 8, 64
 
 
 def placements(ranks: int, rows: int) -> dict[str, lplb.Placement]:
@@ -60,26 +60,26 @@ def after(result: Any, tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf + nothing.astype(leaf.dtype), tree)
 
 
-def median_us(run, repeats: int) -> float:
-    """Of a call of a program that makes CALLS, in five groups."""
+def median_us(run, repeats: int, calls: int = CALLS) -> float:
+    """Of a call of a program that makes so many, in five groups."""
     jax.block_until_ready(run())
-    times, programs = [], max(1, repeats // CALLS)
+    times, programs = [], max(1, repeats // calls)
     for _ in range(5):
         start = time.perf_counter()
         for _ in range(programs):
             result = run()
         jax.block_until_ready(result)
-        times.append((time.perf_counter() - start) / (programs * CALLS) * 1e6)
+        times.append((time.perf_counter() - start) / (programs * calls) * 1e6)
     return round(float(np.median(times)), 1)
 
 
 def handing_on(mesh: Any, place: lplb.Placement, backward: bool, full: Any) -> Any:
-    """A program of CALLS, each of which takes the slots of the one before, and gradients in the place of its own."""
+    """A program of ROOM_CALLS, each of which takes slots and gradients from the one before, and changes them."""
 
     @partial(jax.jit, donate_argnums=(0, 2))
     @partial(jax.shard_map, mesh=mesh, in_specs=(P("ep"), P(), P("ep")), out_specs=P("ep"))
     def calls(slots, place, gradient):
-        for _ in range(CALLS):
+        for _ in range(ROOM_CALLS):
             slots, pull = jax.vjp(lambda slots: lplb.replicate(slots, place, "ep", transport="peer"), slots)
             if backward:
                 (gradient,) = pull(gradient)
@@ -161,7 +161,7 @@ def main() -> None:
             row = {"bench": "replicate", "case": case, "transport": "peer", "room": True, "ranks": ranks, "used": used}
             row["link_mb"] = round(link_mb(place, ranks - 1, expert_bytes // 2), 1)  # of bfloat16
             for name, backward in (("forward_us", False), ("gradient_us", True)):
-                row[name] = median_us(handing_on(mesh, place, backward, full), args.repeats)
+                row[name] = median_us(handing_on(mesh, place, backward, full), args.repeats, ROOM_CALLS)
             if row["link_mb"] > 0:
                 row["of_link"] = round(row["link_mb"] / args.link_gb_per_s * 1e3 / row["forward_us"], 3)
             rows.append(row)

@@ -25,7 +25,7 @@ from jax_lplb import _dispatch
 from jax_lplb._grouped_matmul import _TILES, _kernels
 
 RANKS, TOKENS, D_MODEL, D_EXPERT = 4, 8192, 2048, 1408
-CHOICES = {  # stages and order; the first are those of before, the second those that `MoE` takes
+CHOICES = {  # stages and order; among them those that `MoE` takes
     "forward": [(4, (0, 1)), (3, (0, 1)), (2, (0, 1)), (3, (1, 4))],
     "transposed": [(4, 8), (6, 8), (5, 4)],
     "outer": [(4, 4), (5, 4), (6, 4)],

@@ -233,7 +233,7 @@ def layer_by_peers() -> list[str]:
 
 def layer_loads() -> list[str]:
     modes = "batch", "batch prepared"
-    rows = rows_of("layer_loads_h200x4")
+    rows = rows_of("layer_loads_h200x2")
     lines = table("load", *(f"{mode}, {name}" for mode in modes for name in ("forward", "forward+backward")))
     for load in unique(rows, "load"):
         here = [row for mode in modes for row in of_passes(rows, load=load, mode=mode)]

@@ -103,7 +103,7 @@ def _tokamax(rows: jax.Array, other: jax.Array, group_sizes: jax.Array, numbers:
     if tileable and numbers.dot_dimension_numbers[0][1] == (2,):
         # tokamax would transpose the weights in memory first.
         kernel = _kernels("ragged_dot_mgpu").ragged_dot
-        pipeline = {"grid_block_n": 8, "max_concurrent_steps": 6}
+        pipeline = {"grid_block_n": 8, "max_concurrent_steps": 4}
         return kernel(rows, other, group_sizes=group_sizes, transpose_rhs=True, **pipeline, **_TILES)
     choice: Any = None
     if tileable and rows.shape[0] >= 128 * len(group_sizes):
