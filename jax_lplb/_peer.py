@@ -4,7 +4,8 @@ A rank tells the others where its buffers are, they read them or write to them, 
 
 1. `expose`: a custom call writes down the addresses of the buffers, and `gather` shows them to all ranks. Buffers are
    of three kinds. What is *shown* is read only, by others as by the rank itself. *Rooms* are new, for others to write
-   to. The third kind others write to as well, but not to all of it: the rest keeps what it held.
+   to. The third kind is changed, by others or by the rank itself, but not all of it: the rest keeps what it held, and
+   may be read.
 2. A custom call reads and writes at the places that the addresses name: `add_rows` for weights and their gradients, and
    those of `_peer_tokens` for tokens.
 3. `release`: ranks that have read and written join another `gather`, and a custom call takes the buffers, what the call
@@ -30,8 +31,9 @@ This is right because of four things that XLA guarantees:
   then see slices and others copies of them, results are elsewhere than operands, and jaxlib 0.11 runs the call again
   besides. It does so across no `optimization_barrier`: there is one around all calls that belong together.
 
-No byte is written and read at once, nor written by two: what is shown is written by nobody, and of what others write
-to, each byte is written by one rank, and read by its owner after `release`.
+No byte is written and read at once, nor written by two: what is shown is written by nobody; of what others write to,
+each byte is written by one rank, and read by its owner after `release`; and of a buffer that its rank changes itself,
+others read only what it does not change.
 
 JAX's transformations keep to this too, as they meet each function that is `one_operation` as one: a policy of
 `jax.checkpoint` saves or repeats all of it, and so never keeps addresses for later. Under `jax.vmap` all calls are
@@ -151,7 +153,7 @@ class Exposed(NamedTuple):
     """What other ranks read from or write to, [rows, ...] each."""
 
     shown: list[jax.Array]  # read only, by others as by this rank, wherever else it is used
-    buffers: list[jax.Array]  # written by others, rooms last; they go through the calls in place
+    buffers: list[jax.Array]  # changed, rooms last; they go through the calls in place
     table: jax.Array  # uint32 [ranks, shown and buffers, 2], the address of each, the lower half first
 
 
@@ -166,7 +168,7 @@ def expose(
     """Where every rank has its own of these.
 
     Args:
-      buffers: what others write to, and what is there already: in the same memory from now on, or in a copy.
+      buffers: what is changed, and what is there already: in the same memory from now on, or in a copy.
       mapped_with: of what the call takes that reads and writes. Where that is mapped by `jax.vmap`, there are addresses
         for each element, even if nothing else is mapped.
       axis_name: of the ranks.

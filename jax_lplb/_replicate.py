@@ -164,10 +164,16 @@ def _rows(placement: Placement, axis_name: AxisName, has_room: bool) -> Rows:
         sent = (log2phy[copies, 0] % slots)[rank]
         first = log2phy[source, 0]  # its home
         source = first // slots * home + first % slots
-    if has_room:  # rows of buffers are slots
-        source = log2phy[jnp.minimum(of_slots[rank], placement.num_experts - 1), 0]
     own = jnp.asarray(placement.home_order).reshape(ranks, home)[rank]
     replicas = log2phy.at[own].get(mode="fill", fill_value=-1, wrap_negative_indices=False)
+    if has_room:  # rows of buffers are slots
+        source = log2phy[jnp.minimum(of_slots[rank], placement.num_experts - 1), 0]
+        # Whatever the contents say: rooms take rows of homes, and homes their own and those of rooms. So no rank reads
+        # what another changes.
+        row = np.arange(slots)
+        source = jnp.where((row >= home) & (source % slots < home), source, -1)
+        is_own = replicas == rank * slots + row[:home, None]
+        replicas = jnp.where(is_own | (replicas % slots >= home), replicas, -1)
     brought = experts[:, home:] if _homes_first(placement) else experts
     return Rows(jnp.where(of_slots[rank] < 0, -1, source), replicas, brought, sent)
 

@@ -314,11 +314,14 @@ def test_copies_chosen_for_each_batch(rng, dispatch, buffer_factor, balance_opti
     assert layer.placement.get_value() == place  # nothing is kept
 
 
-@pytest.mark.parametrize(("dispatch", "axis_type"), [("peer", "Auto"), ("all_to_all", "Explicit")])
-def test_micro_batches_hand_prepared_slots_on(rng, dispatch, axis_type):
+@pytest.mark.parametrize(
+    ("dispatch", "axis_type", "buffer_factor", "remat"),
+    [("peer", "Auto", 1.1, False), ("peer", "Auto", 0.4, True), ("all_to_all", "Explicit", 8.0, False)],
+)
+def test_micro_batches_hand_prepared_slots_on(rng, dispatch, axis_type, buffer_factor, remat):
     """Each brings its own copies where those of the one before are; together they make the step of one large batch."""
     mesh = jax.make_mesh((RANKS,), ("ep",), axis_types=(getattr(jax.sharding.AxisType, axis_type),))
-    layer = make(None, mesh, dispatch=dispatch, buffer_factor=8.0)
+    layer = make(None, mesh, dispatch=dispatch, buffer_factor=buffer_factor)
     batches = [inputs(rng) for _ in range(3)]
     x, weight = (jnp.stack(arrays) for arrays in zip(*batches, strict=True))
     x = x + 2 * jnp.asarray(rng.normal(size=(3, 1, D_MODEL)), jnp.float32)
@@ -336,7 +339,8 @@ def test_micro_batches_hand_prepared_slots_on(rng, dispatch, axis_type):
 
         def micro_batch(carry, batch):
             slots, total = carry
-            gradient, (slots, balanced) = jax.grad(loss, has_aux=True)(slots, *batch)
+            run = jax.checkpoint(loss) if remat else loss
+            gradient, (slots, balanced) = jax.grad(run, has_aux=True)(slots, *batch)
             return (slots, jax.tree.map(jnp.add, total, gradient)), balanced
 
         slots, pull = jax.vjp(prepare, params)

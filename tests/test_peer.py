@@ -1,5 +1,6 @@
 """What ranks read from each other's memory, and write there: the values, whatever they wait for; what is refused."""
 
+import dataclasses
 import itertools
 import logging
 import re
@@ -656,6 +657,26 @@ def test_rooms_are_filled_for_one_batch_after_another(rng, mesh, name, dtype, tr
     of_home, of_room = np.split(np.asarray(sums).reshape(shape), [places[0].rows_per_rank], axis=2)
     assert_same_bits(of_home.reshape(4, -1, 3, 8), np.asarray(expected_sums))
     assert_same_bits(of_room, np.zeros_like(of_room))
+
+
+def test_rooms_whatever_the_contents_say(rng):
+    """Rows at home are never those of another expert, and nothing is read from a room but by its expert's home."""
+    leaf = np.arange(PER_BATCH.num_physical, dtype=np.float32)[:, None] * np.ones((1, 6), np.float32)
+    step = slots_and_gradient()
+    rows = PER_BATCH.rows_per_rank
+    for _ in range(20):
+        place = dataclasses.replace(
+            chosen(rng),
+            phy2log=rng.integers(-3, EXPERTS, PER_BATCH.num_physical).astype(np.int32),
+            log2phy=rng.integers(-3, PER_BATCH.num_physical + 9, PER_BATCH.log2phy.shape).astype(np.int32),
+        )
+        slots, gradient = (np.asarray(one).reshape(RANKS, -1, 6) for one in step(leaf, place, leaf))
+        np.testing.assert_array_equal(slots[:, :rows], leaf.reshape(RANKS, -1, 6)[:, :rows])
+        is_home = np.arange(len(leaf)) % PER_BATCH.slots_per_rank < rows
+        for rank, filled in enumerate(slots[:, rows:]):
+            own = rank * PER_BATCH.slots_per_rank + rows + np.arange(len(filled))
+            assert np.all(is_home[filled[:, 0].astype(int)] | (filled[:, 0] == own))
+        assert not gradient[:, rows:].any()
 
 
 @pytest.mark.parametrize("kept", [False, True])
