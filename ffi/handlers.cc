@@ -409,7 +409,7 @@ PeerBuffer read_told(Shapes& shapes, const ffi::AnyBuffer& rows, const Words& ta
   return buffer;
 }
 
-// A result that takes the place of an operand: in its memory, where the call leaves what others have written.
+// A result that takes the place of an operand: in its memory, where what the call does not write stays.
 void expect_in_place(Shapes& shapes, const ffi::AnyBuffer& operand, const ffi::AnyBuffer& result) {
   shapes.require(operand.untyped_data() == result.untyped_data(),
                  [] { return "XLA has put a result elsewhere than the operand whose place it takes"; });

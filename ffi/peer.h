@@ -1,8 +1,8 @@
 // Peers' memory: rows that are read from the buffers of other devices, or written there. Raw pointers, no framework.
 //
-// Each rank tells the others where its buffers are: those that all only read, and those that others write to, each byte
-// of them one rank. Of each buffer, `num_rows` rows on every rank, row r of rank g has the number g * num_rows + r;
-// what is out of range is no row.
+// Each rank tells the others where its buffers are: those that all only read, those that others write to, each byte of
+// them one rank, and those that a rank changes itself, of which others read what stays. Of each buffer, `num_rows` rows
+// on every rank, row r of rank g has the number g * num_rows + r; what is out of range is no row.
 #pragma once
 
 #include <cstdint>

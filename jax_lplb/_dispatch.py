@@ -340,7 +340,7 @@ def _bring_backward(transfer: _replicate.Transfer | None, residuals: Any, gradie
         if transfer is None:
             return _sum_by_peers(handle, of_rows, None, (), None, [])
         of_tokens, sums = _sum_by_peers(handle, of_rows, None, *_replicate.to_add_up(transfer, rows), of_slots)
-        return of_tokens, _replicate.of_homes(transfer, sums, rows)
+        return of_tokens, _replicate.cleared(transfer, sums, rows)
 
     def by_collectives(of_rows: jax.Array, of_slots: list[jax.Array], handle: Handle, rows: Any) -> Any:
         ones = _ffi.vary(jnp.ones(handle.place.shape, jnp.float32), _ffi.varying(of_rows, handle.place))

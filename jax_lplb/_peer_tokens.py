@@ -62,10 +62,10 @@ def dispatch(
     operands = [exposed.table, tokens, place, group_sizes]
     results = [_ffi.Result((capacity, *tokens.shape[1:]), tokens.dtype, (tokens, place, group_sizes))]
     done, rows, *slots = beside.call("lplb_dispatch", exposed.buffers, operands, results, {})
-    if dtypes is not None:
-        rows, *slots = _peer.release(exposed, done, axis_name, [rows, *slots])
-    else:
+    if dtypes is None:
         *slots, rows = _peer.release(exposed._replace(buffers=slots), done, axis_name, [rows])
+    else:
+        rows, *slots = _peer.release(exposed, done, axis_name, [rows, *slots])
     return rows, slots
 
 
@@ -105,10 +105,10 @@ def combine(
     *buffers, parts = exposed.buffers
     operands, number = [exposed.table, place, rows, parts, *given], np.int64(len(given))
     done, parts, *sums = beside.call("lplb_combine", buffers, operands, [room], {3: 1}, num_gates=number)
-    if dtypes is not None:
-        parts, *sums = _peer.release(exposed._replace(buffers=[parts]), done, axis_name, sums)
-    else:
+    if dtypes is None:
         *sums, parts = _peer.release(exposed._replace(buffers=[*sums, parts]), done, axis_name)
+    else:
+        parts, *sums = _peer.release(exposed._replace(buffers=[parts]), done, axis_name, sums)
     return parts, sums
 
 

@@ -95,7 +95,7 @@ def _take_rows(tree: Any, source: Any, num_rows: int, axis_name: AxisName | None
         source = lax.dynamic_slice_in_dim(source, lax.axis_index(axis_name) * own, own)
 
     def take(path: Any, leaf: Any) -> jax.Array:
-        leaf = with_rows(leaf, rows, f"tree{jax.tree_util.keystr(path)}")
+        leaf = with_rows(leaf, rows, "expert", f"tree{jax.tree_util.keystr(path)}")
         return leaf if all_stay else _take_bits(leaf, source, axis_name)
 
     with jax.named_scope("lplb_permute"):

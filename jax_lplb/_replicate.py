@@ -36,12 +36,13 @@ def replicate(
     Args:
       home_weights: a pytree of this rank's rows [rows_per_rank, ...], in the order of `placement.home_order`; rows
         of padding are not used, and their gradients are 0. Or with room for copies, [slots_per_rank, ...], where a
-        rank's own experts come first, as with `per_batch` placements and along topologies: whatever the further rows
-        hold, their gradients are 0. Then nothing but copies is moved, in place, and so are their gradients: where
-        nothing else needs these arrays, as with ones that are donated, or carried by a loop. Else XLA copies them.
+        rank's own experts come first, as with `per_batch` placements and along topologies; gradients of room are 0.
+        Then through peers' memory nothing but copies is moved, in place, and nothing but their gradients. XLA copies
+        these arrays first where something else needs them: so donate them, or carry them through a loop.
       placement: where the copies are; may be traced.
       axis_name: mesh axis, or axes, of the ranks.
-      dtype: of the slots, by default that of each leaf. Copies and their gradients travel in it.
+      dtype: of the slots, by default that of each leaf. Copies and their gradients travel in it, and leaves with room
+        for copies are cast to it first: so their gradients are rounded to it once they are added up.
       transport: how copies travel. "peer": ranks read them from each other's memory, those that there are and no more,
         whatever the placement; gradients are added up in float32, in the order of `placement.log2phy`. It takes
         devices of one process, CPUs or GPUs that can access each other's memory, or GPUs of several processes on one
@@ -50,8 +51,8 @@ def replicate(
         process, "collective" elsewhere.
 
     Returns:
-      The tree, with leaves [slots_per_rank, ...]: the rank's slots. Zeros in slots that hold nothing, or where weights
-      came with room for copies, anything.
+      The tree, with leaves [slots_per_rank, ...]: the rank's slots. Zeros in slots that hold nothing; or where weights
+      came with room for copies, what was there: begin with zeros, since some matmuls spread what is no number.
 
     Raises:
       TypeError: `placement` is not a Placement.
@@ -66,8 +67,6 @@ def replicate(
         slots = [_ffi.vary(leaf, varying).astype(dtype) for leaf, dtype in zip(leaves, dtypes, strict=True)]
         return jax.tree.unflatten(tree, slots)
     rows = _rows(placement, axis_name, has_room)
-    if has_room:
-        leaves = [leaf.astype(dtype) for leaf, dtype in zip(leaves, dtypes, strict=True)]
     leaves = [_ffi.vary(leaf, _ffi.varying(leaf, rows.replicas)) for leaf in leaves]
     full = [i for i, leaf in enumerate(leaves) if leaf.size > 0]
     brought = {}
@@ -102,8 +101,6 @@ def copies_of(
         return None
     if not _has_copies(placement) and all(leaf.dtype == dtype for leaf, dtype in zip(leaves, dtypes, strict=True)):
         return None
-    if has_room:
-        leaves = [leaf.astype(dtype) for leaf, dtype in zip(leaves, dtypes, strict=True)]
     transfer = _transfer(transport, placement, axis_name, [leaf.dtype for leaf in leaves], list(dtypes), has_room)
     if transfer.implementation == "xla":
         return None
@@ -111,10 +108,24 @@ def copies_of(
     return Copies([_ffi.vary(leaf, _ffi.varying(leaf, rows.replicas)) for leaf in leaves], rows, transfer, tree)
 
 
+def with_room(home_weights: Any, placement: Placement, axis_name: AxisName, dtype: Any) -> Any:
+    """The weights in a dtype, with room for copies, as `replicate` takes them. Zeros in room and padding."""
+    home, room = placement.rows_per_rank, placement.slots_per_rank - placement.rows_per_rank
+    own = jnp.asarray(placement.home_order).reshape(-1, home)[lax.axis_index(axis_name)]
+
+    def of_leaf(leaf: jax.Array) -> jax.Array:
+        leaf = leaf.astype(dtype)
+        if has_padding(placement.num_experts, placement.num_ranks):
+            leaf = _where(own >= 0, leaf)
+        return jnp.pad(leaf, [(0, room), *[(0, 0)] * (leaf.ndim - 1)])
+
+    return jax.tree.map(of_leaf, home_weights)
+
+
 def _checked(
     home_weights: Any, placement: Placement, axis_name: AxisName, dtype: Any, transport: Transport
 ) -> tuple[list[jax.Array], tuple[Any, ...], Any, bool]:
-    """The leaves, the dtypes of their slots, the tree that they are of, and whether there is room for copies."""
+    """The leaves, the dtypes of their slots, the tree that they are of, and whether they have room for copies."""
     check_one_layer("placement", placement)
     check_choice("transport", transport, TRANSPORTS)
     axis_size(axis_name, placement.num_ranks)
@@ -123,10 +134,13 @@ def _checked(
     rows, slots = placement.rows_per_rank, placement.slots_per_rank
     has_room = _homes_first(placement) and slots > rows and bool(leaves) and jnp.shape(leaves[0])[:1] == (slots,)
     leaves = [
-        with_rows(leaf, slots if has_room else rows, f"home_weights{path}")
+        with_rows(leaf, *((slots, "slot") if has_room else (rows, "expert")), f"home_weights{path}")
         for path, leaf in zip(paths, leaves, strict=True)
     ]
-    return leaves, tuple(leaf.dtype if dtype is None else jnp.dtype(dtype) for leaf in leaves), tree, has_room
+    dtypes = tuple(leaf.dtype if dtype is None else jnp.dtype(dtype) for leaf in leaves)
+    if has_room:
+        leaves = [leaf.astype(of_slots) for leaf, of_slots in zip(leaves, dtypes, strict=True)]
+    return leaves, dtypes, tree, has_room
 
 
 def _has_copies(placement: Placement) -> bool:
@@ -142,7 +156,7 @@ def _homes_first(placement: Placement) -> bool:
 class Rows(NamedTuple):
     """Which rows go where, for this rank. Rows of buffers are numbered over all ranks, rank * rows + row."""
 
-    source: jax.Array  # int32 [slots], the home row of each of this rank's slots; none: negative
+    source: jax.Array  # int32 [slots], the home row of each of this rank's slots; none, or in place: negative
     replicas: jax.Array  # int32 [home rows, max_replicas], the slots of each row's expert; none: out of range
     wanted: jax.Array  # int32 [ranks, n], the home rows of what collectives bring to each rank; none: negative
     sent: Any  # along a topology: int32 [redundant experts], this rank's rows that others have copies of
@@ -166,7 +180,7 @@ def _rows(placement: Placement, axis_name: AxisName, has_room: bool) -> Rows:
         source = first // slots * home + first % slots
     own = jnp.asarray(placement.home_order).reshape(ranks, home)[rank]
     replicas = log2phy.at[own].get(mode="fill", fill_value=-1, wrap_negative_indices=False)
-    if has_room:  # rows of buffers are slots
+    if has_room:  # buffers have a row for each slot
         source = log2phy[jnp.minimum(of_slots[rank], placement.num_experts - 1), 0]
         # Whatever the contents say: rooms take rows of homes, and homes their own and those of rooms. So no rank reads
         # what another changes.
@@ -313,7 +327,7 @@ def _by_peers(transfer: Transfer, leaves: list[jax.Array], rows: Rows) -> list[j
 
 def _add_by_peers(transfer: Transfer, gradients: list[jax.Array], rows: Rows) -> list[jax.Array]:
     dtypes, replicas = to_add_up(transfer, rows)
-    return of_homes(transfer, _peer.add_up(dtypes, transfer.axis_name, gradients, replicas), rows)
+    return cleared(transfer, _peer.add_up(dtypes, transfer.axis_name, gradients, replicas), rows)
 
 
 def to_bring(transfer: Transfer, rows: Rows) -> tuple[tuple[Any, ...] | None, jax.Array]:
@@ -329,20 +343,20 @@ def to_add_up(transfer: Transfer, rows: Rows) -> tuple[tuple[Any, ...] | None, j
     return None, jnp.pad(rows.replicas, [(0, room), (0, 0)], constant_values=-1)
 
 
-def of_homes(transfer: Transfer, sums: list[jax.Array], rows: Rows) -> list[jax.Array]:
-    """The sums of gradients, with zeros in rooms, and in padding, where sums in place leave what was there."""
+def cleared(transfer: Transfer, sums: list[jax.Array], rows: Rows) -> list[jax.Array]:
+    """The sums of gradients, with zeros in room and padding, where sums in place leave what was there."""
     if not transfer.has_room:
         return sums
     home = len(rows.replicas)
-    sums = [leaf.at[home:].set(0) for leaf in sums]
     if not transfer.has_padding:
-        return sums
-    return [leaf.at[:home].set(_where_held(leaf[:home], rows)) for leaf in sums]
+        return [leaf.at[home:].set(0) for leaf in sums]
+    below = np.arange(home - 1, len(rows.source))  # a rank's last row may be padding
+    holds = jnp.asarray(below < home) & (rows.replicas[-1, 0] >= 0)
+    return [leaf.at[home - 1 :].set(_where(holds, leaf[home - 1 :])) for leaf in sums]
 
 
-def _where_held(leaf: jax.Array, rows: Rows) -> jax.Array:
-    """Zeros in rows of padding."""
-    holds = rows.replicas[:, 0] >= 0
+def _where(holds: jax.Array, leaf: jax.Array) -> jax.Array:
+    """Zeros in rows that hold nothing."""
     return jnp.where(holds.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, jnp.zeros_like(leaf))
 
 
@@ -358,7 +372,7 @@ def by_collectives(transfer: Transfer, leaves: list[jax.Array], rows: Rows) -> l
     if not transfer.homes_first:
         return brought
     if transfer.has_padding:
-        casted = [_where_held(leaf, rows) for leaf in casted]
+        casted = [_where(rows.replicas[:, 0] >= 0, leaf) for leaf in casted]
     return [jnp.concatenate([leaf, below]) for leaf, below in zip(casted, brought, strict=True)]
 
 
@@ -383,8 +397,8 @@ def _added_by_collectives(transfer: Transfer, gradients: list[jax.Array], rows: 
     return sums
 
 
-def with_rows(leaf: Any, rows: int, where: str) -> jax.Array:
+def with_rows(leaf: Any, rows: int, of: str, where: str) -> jax.Array:
     leaf = jnp.asarray(leaf)
     if leaf.ndim == 0 or leaf.shape[0] != rows:
-        raise ValueError(f"{where} must have {rows} rows, one for each expert, got shape {leaf.shape}")
+        raise ValueError(f"{where} must have {rows} rows, one for each {of}, got shape {leaf.shape}")
     return leaf

@@ -22,7 +22,7 @@ from jax_lplb._mesh import shard, spec_of, with_auto_axes
 from jax_lplb._permute_experts import from_logical
 from jax_lplb._placement import Placement
 from jax_lplb._plan import to_rows
-from jax_lplb._replicate import TRANSPORTS, Transport, replicate
+from jax_lplb._replicate import TRANSPORTS, Transport, replicate, with_room
 from jax_lplb._reverse_only import reverse_only
 from jax_lplb._router import Router, logits
 from jax_lplb._rows import has_padding, rows_of_experts
@@ -265,10 +265,7 @@ class MoE(nnx.Module):
         def on_rank(home: dict[str, jax.Array], placement: Placement) -> Any:
             home = self._varying(home)
             if placement.planning is not None:
-                room = placement.slots_per_rank - placement.rows_per_rank
-                return jax.tree.map(
-                    lambda leaf: jnp.pad(leaf.astype(self.dtype), [(0, room), *[(0, 0)] * (leaf.ndim - 1)]), home
-                )
+                return with_room(home, placement, self.axis_name, self.dtype)
             return replicate(home, placement, self.axis_name, self.dtype, self.transport)
 
         run = self._on_each_device(on_rank, (jax.P(self.axis_name), jax.P()), jax.P(self.slot_axes))
@@ -320,9 +317,9 @@ class MoE(nnx.Module):
             much larger a `buffer_factor` is needed. By default all are equally fast.
           return_slots: whether to return slots, too. With copies chosen for each batch, the call brings them in the
             place of those that it finds there. Where the next call takes the slots that this one returns, as the carry
-            of a loop over micro-batches or donated, nothing but copies is moved; else XLA copies all of them first.
-            A function that donates them should return them before gradients, whose shapes are theirs: a donated array
-            makes room for the first result of its shape.
+            of a loop over micro-batches or donated, through peers' memory nothing but copies is moved; else, as under
+            `jax.checkpoint`, XLA copies all of them first. A function that donates them should return them before
+            gradients, whose shapes and dtypes are theirs: a donated array makes room for the first result like it.
 
         Returns:
           The result, of the shape and dtype of `x`, `Metrics`, and with `return_slots` the slots, which have no
@@ -335,7 +332,7 @@ class MoE(nnx.Module):
         """
         self._check_call(x, slots, mask, rank_speed, return_slots)
         if x.size == 0:  # for GPUs, jax 0.11.2 crashes as it compiles a shard_map over empty arrays
-            return x, self._metrics_of_nothing(), *([slots] if return_slots else [])
+            return x, self._metrics_of_nothing(), *([lax.stop_gradient(slots)] if return_slots else [])
         is_prepared = slots is not None
         weights, axes = (slots, self.slot_axes) if is_prepared else (self._home_weights(), self.axis_name)
         dense = {"router": self.router[...]}

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 import subprocess
 import sys
 from functools import partial
@@ -358,6 +359,50 @@ def test_micro_batches_hand_prepared_slots_on(rng, dispatch, axis_type, buffer_f
         room = np.asarray(total[name]).reshape(RANKS, -1, *total[name].shape[1:])[:, EXPERTS // RANKS :]
         assert room.shape[1] == 2
         assert not room.any()
+
+
+@pytest.mark.parametrize("buffer_factor", [1.1, 8.0])
+def test_prepared_slots_are_changed_in_place(rng, buffer_factor):
+    """With a branch on several rounds, and without: XLA copies no array of their shape, nor of their gradients'."""
+    layer = make(None, mesh_of((RANKS, "ep")), dispatch="peer", buffer_factor=buffer_factor)
+    graph, state = nnx.split(layer)
+
+    def step(slots, state, x):
+        def loss(slots):
+            result, _, slots = nnx.merge(graph, state)(x, slots, return_slots=True)
+            return jnp.sum(result**2), slots
+
+        gradient, slots = jax.grad(loss, has_aux=True)(slots)
+        return slots, gradient
+
+    slots = jax.eval_shape(layer.prepare)
+    compiled = jax.jit(step, donate_argnums=0).lower(slots, state, inputs(rng)[0]).compile().as_text()
+    for leaf in slots.values():
+        shape = ",".join(map(str, (leaf.shape[0] // RANKS, *leaf.shape[1:])))
+        assert f"f32[{shape}]" in compiled
+        assert not re.findall(rf"= f32\[{shape}\]\S* (copy|copy-start|select|concatenate|pad)\(", compiled)
+
+
+@pytest.mark.parametrize("name", ["cube", None])
+def test_slots_that_are_returned(rng, name):
+    """With copies that stay they are those given, and so for no tokens; they have no gradient."""
+    layer = make(placements()[name] if name else None, mesh_of((RANKS, "ep")), dispatch="peer")
+    x, _ = inputs(rng)
+
+    @nnx.jit
+    def run(layer, tokens):
+        given = layer.prepare()
+        returned, pull = jax.vjp(lambda slots: layer(tokens, slots, return_slots=True)[2], given)
+        return given, returned, pull(given)[0]
+
+    for tokens in (x, x[:0]):
+        given, slots, gradient = run(layer, tokens)
+        of_home = layer.placement.get_value().rows_per_rank
+        for one, other, of_leaf in zip(*map(jax.tree.leaves, (given, slots, gradient)), strict=True):
+            one, other = (np.asarray(leaf).reshape(RANKS, -1, *leaf.shape[1:]) for leaf in (one, other))
+            np.testing.assert_array_equal(one[:, :of_home], other[:, :of_home])
+            assert np.any(one[:, of_home:] != other[:, of_home:]) == (name is None and len(tokens) > 0)
+            assert not np.any(of_leaf)
 
 
 def test_copies_of_a_batch_are_kept_where_they_are_no_longer_planned(rng):

@@ -311,15 +311,17 @@ def test_the_layer_equals_the_dense_one(rng, name, dispatch, transport, buffer_f
     np.testing.assert_allclose(metrics.balanced, evaluation.assigned.item(), rtol=1e-6)
 
 
-@pytest.mark.parametrize(("dispatch", "transport"), [("peer", "peer"), ("dense", None)])
-def test_what_rows_of_padding_hold_does_not_show(rng, dispatch, transport):
+@pytest.mark.parametrize(
+    ("dispatch", "transport", "prepared"), [("peer", "peer", False), ("peer", "peer", True), ("dense", None, False)]
+)
+def test_what_rows_of_padding_hold_does_not_show(rng, dispatch, transport, prepared):
     """Nor is it what tokens that are masked pick: results and gradients are as with zeros."""
     layer, (x, weight) = make(dispatch=dispatch, transport=transport), inputs(rng, 64)
     mask, got = np.arange(len(x)) % 3 > 0, []
     for value in (0, jnp.nan):
         for param in (layer.w_in, layer.w_out):
             param[...] = jnp.where((ORDER < 0)[:, None, None], value, param[...])
-        (result, _), grads = of_masked(layer, x, weight, mask)
+        (result, _), grads = of_masked(layer, x, weight, mask, prepared)
         got.append((result, *jax.tree.leaves(grads)))
     for leaf, other in zip(*got, strict=True):
         np.testing.assert_array_equal(leaf, other)
