@@ -64,10 +64,9 @@ def cases() -> dict:
 @pytest.mark.parametrize(
     ("mesh", "in_context"),
     [
-        ("explicit", False),
         ("explicit", True),
         ("auto", False),
-        ("explicit x explicit", True),
+        ("explicit x explicit", False),
         ("explicit x auto", False),
         ("auto x explicit", False),
     ],
