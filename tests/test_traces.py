@@ -29,8 +29,7 @@ PLACEMENTS = {
 ON_A_MESH = ("ring", "cube")
 DECODE = {
     "cube": placement(topology.cube(), 32, 8, 2),
-    "cube of copies": placement(topology.cube(), 32, 8, 4),  # of all experts
-    "hypercube": placement(topology.hypercube(), 32, 16, 2),  # likewise
+    "hypercube": placement(topology.hypercube(), 32, 16, 2),  # copies of all experts
 }
 
 
@@ -269,7 +268,7 @@ def test_decode_steps(name, traces, implementation, platform):
 
 def test_decode_steps_to_ids(traces, implementation, platform, rng):
     """gpt-oss-20b: as ids in any order, whose loads per rank are those that `balance` says."""
-    place = DECODE["cube of copies"]
+    place = DECODE["cube"]
     with np.load(traces / "gpt_oss_20b_decode_counts.npz") as archive:
         loads = archive["counts"][::50].reshape(-1, 32)
     ids = np.stack([rng.permutation(np.repeat(np.arange(32, dtype=np.int32), load)) for load in loads])
