@@ -235,10 +235,11 @@ class Runner:
             slots = self.run(prepare)
 
         def call(state: Any, slots: Any, x: jax.Array) -> tuple[jax.Array, tuple[Metrics, Any]]:
-            if not prepared:
-                y, metrics = nnx.merge(graph, state)(x)
-                return y, (metrics, slots)
-            y, metrics, slots = nnx.merge(graph, state)(x, slots, return_slots=True)
+            layer = nnx.merge(graph, state)
+            if prepared:
+                y, metrics, slots = layer(x, slots, return_slots=True)
+            else:
+                y, metrics = layer(x)
             return y, (metrics, slots)
 
         def forward(state: Any, slots: Any, x: jax.Array) -> Any:

@@ -22,23 +22,6 @@ dim3 grid_of(const AddRows& add, int64_t chunks) {
   return dim3(at_most(add.num_sums * chunks, most), add.buffer.num_batches);
 }
 
-// Where row `number` of the batch element is; nullptr: there is no such row.
-__device__ const unsigned char* find_row(const PeerBuffer& buffer, int batch, int64_t number) {
-  if (number < 0 || number >= buffer.num_ranks * buffer.num_rows) return nullptr;
-  const int rank = static_cast<int>(number / buffer.num_rows);
-  const int64_t row = number - rank * buffer.num_rows;
-  return reinterpret_cast<const unsigned char*>(buffer.address(batch, rank)) + row * buffer.row_bytes;
-}
-
-// Whether a row is its own sum already: in place, where it names no row, or just itself.
-__device__ bool stays(const AddRows& add, int batch, int row) {
-  const int64_t number = static_cast<int64_t>(batch) * add.num_sums + row;
-  const int32_t* replicas = add.replicas + number * add.max_replicas;
-  const unsigned char* first = find_row(add.buffer, batch, replicas[0]);
-  const bool is_single = add.max_replicas == 1 || find_row(add.buffer, batch, replicas[1]) == nullptr;
-  return first == nullptr || (first == add.buffer.own + number * add.buffer.row_bytes && is_single);
-}
-
 // visit(row, chunk) of each chunk of the rows of a batch element, which all blocks share out. Neighbours in time are
 // chunks of different rows: those over links and others go on together.
 template <class Visit>
@@ -54,7 +37,7 @@ __device__ void visit_chunks(const AddRows& add, int batch, int64_t chunks, Visi
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
   for (int first = 0; first < add.num_sums; first += kThreads) {
     const int row = first + static_cast<int>(threadIdx.x);
-    const bool is_changed = row < add.num_sums && !stays(add, batch, row);
+    const bool is_changed = row < add.num_sums && !add.stays(batch, row);
     const unsigned of_warp = __ballot_sync(0xffffffffu, is_changed);
     if (lane == 0) of_warps[warp] = __popc(of_warp);
     __syncthreads();
@@ -109,7 +92,7 @@ __global__ void __launch_bounds__(kThreads) copy_rows_kernel(const AddRows add, 
   visit_chunks(add, batch, chunks, [&](int of_batch, int64_t chunk) {
     const int64_t row = static_cast<int64_t>(batch) * add.num_sums + of_batch;
     const int64_t begin = chunk * (kThreads * kLoads) + threadIdx.x;
-    const Word* from = reinterpret_cast<const Word*>(find_row(add.buffer, batch, add.replicas[row]));
+    const Word* from = reinterpret_cast<const Word*>(add.buffer.find_row(batch, add.replicas[row]));
     Word* to = static_cast<Word*>(add.sums) + row * words;
     Word values[kLoads] = {};
 #pragma unroll
@@ -134,7 +117,7 @@ __global__ void __launch_bounds__(kThreads) add_rows_kernel(AddRows add, int32_t
     const int64_t begin = chunk * (kThreads * kLoads) + threadIdx.x;
     const int32_t* replicas = add.replicas + row * add.max_replicas;
     auto* to = static_cast<Pack<To, kElements>*>(add.sums) + row * packs;
-    const float first = find_row(add.buffer, batch, replicas[0]) == nullptr ? 0.0f : -0.0f;
+    const float first = add.buffer.find_row(batch, replicas[0]) == nullptr ? 0.0f : -0.0f;
     float total[kLoads][kElements];
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
@@ -142,7 +125,7 @@ __global__ void __launch_bounds__(kThreads) add_rows_kernel(AddRows add, int32_t
       for (int j = 0; j < kElements; ++j) total[i][j] = first;  // -0 + x is x, and 0 + -0 were 0
     }
     for (int replica = 0; replica < add.max_replicas; ++replica) {
-      const auto* from = reinterpret_cast<const Pack<From, kElements>*>(find_row(add.buffer, batch, replicas[replica]));
+      const auto* from = reinterpret_cast<const Pack<From, kElements>*>(add.buffer.find_row(batch, replicas[replica]));
       if (from == nullptr) break;
       Pack<From, kElements> values[kLoads] = {};
 #pragma unroll

@@ -48,6 +48,13 @@ struct PeerBuffer {
   LPLB_INLINE uint64_t address(int64_t batch, int64_t rank) const {
     return table[(batch * num_ranks + rank) * num_buffers + buffer];
   }
+  // Where row `number` of the batch element is; nullptr: there is no such row.
+  LPLB_INLINE const unsigned char* find_row(int batch, int64_t number) const {
+    if (number < 0 || number >= num_ranks * num_rows) return nullptr;
+    const int rank = static_cast<int>(number / num_rows);
+    const int64_t row = number - rank * num_rows;
+    return reinterpret_cast<const unsigned char*>(address(batch, rank)) + row * row_bytes;
+  }
 };
 
 // Buffers of this rank, number `first` and following of those that the table tells of.
@@ -75,6 +82,16 @@ struct AddRows {
   int max_replicas;
   const int32_t* replicas;  // [batch, num_sums, max_replicas], up to the first that is none
   void* sums;               // [batch, num_sums, row_elements]
+
+  // Whether a row is its own sum already: in place, where it names no row, or just itself.
+  LPLB_INLINE bool stays(int batch, int row) const {
+    if (!in_place) return false;
+    const int64_t number = static_cast<int64_t>(batch) * num_sums + row;
+    const int32_t* named = replicas + number * max_replicas;
+    const unsigned char* first = buffer.find_row(batch, named[0]);
+    const bool is_single = max_replicas == 1 || buffer.find_row(batch, named[1]) == nullptr;
+    return first == nullptr || (first == buffer.own + number * buffer.row_bytes && is_single);
+  }
 };
 
 // addresses [batch, num_buffers]: where each batch element of these buffers is.

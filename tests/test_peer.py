@@ -528,16 +528,18 @@ def delayed(monkeypatch, before, after) -> None:
     monkeypatch.setattr(_peer, "add_rows", slow(_peer.add_rows))
 
 
-def check_any_delays(monkeypatch, rng, mesh, elements: int = 5) -> None:
-    """Steps in a loop, donated weights, slots and gradients written over in place: each step's values are right."""
+def delayed_by_chance(monkeypatch, mesh: jax.sharding.Mesh) -> None:
+    """Before and after, half of the time, by what is read and who reads."""
 
     def before(rank, rows):
         return jnp.maximum((jnp.sum(rows) * 7 + rank * 5) % 8 - 4, 0) * turns(mesh)
 
-    def after(rank, rows):
-        return before(rank + 3, rows)
+    delayed(monkeypatch, before, lambda rank, rows: before(rank + 3, rows))
 
-    delayed(monkeypatch, before, after)
+
+def check_any_delays(monkeypatch, rng, mesh, elements: int = 5) -> None:
+    """Steps in a loop, donated weights, slots and gradients written over in place: each step's values are right."""
+    delayed_by_chance(monkeypatch, mesh)
     places = [chosen(np.random.default_rng(seed), mesh.size) for seed in range(6)]
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *places)
     factor = rng.integers(-2, 3, (places[0].num_physical, elements)).astype(np.float32)
@@ -733,11 +735,7 @@ def test_rooms_are_filled_in_place(rng, mesh, kept):
 @pytest.mark.parametrize("broken", [False, True])
 def test_delays_while_rooms_are_filled(monkeypatch, fresh, rng, mesh, broken):
     """Each rank changes its own rows, and clears its rooms, as soon as it may: when all others have read them."""
-
-    def wait(rank, rows):
-        return jnp.maximum((jnp.sum(rows) * 7 + rank * 5) % 8 - 4, 0) * turns(mesh)
-
-    delayed(monkeypatch, wait, lambda rank, rows: wait(rank + 3, rows))
+    delayed_by_chance(monkeypatch, mesh)
     if broken:
         monkeypatch.setattr(_peer, "release", lambda exposed, *_: exposed.buffers)
     places = [chosen(np.random.default_rng(seed), mesh.size) for seed in range(6)]
