@@ -30,6 +30,7 @@ def main(process: int, processes: int, port: int) -> None:
     ring = lplb.topology.ring(processes)
     along = lplb.Placement.from_topology(ring, num_experts=16, num_ranks=processes, redundants_per_rank=2)
     check_layer(mesh, along)
+    check_layer(mesh, None, redundants_per_rank=2, prepared=True)
     check_steps(mesh)
 
 
@@ -56,7 +57,7 @@ def check_weights(mesh, transport: str | None, elements: int = 3) -> None:
             assert_shards(sums, expected)
 
 
-def check_layer(mesh, place, **options) -> None:
+def check_layer(mesh, place, prepared: bool = False, **options) -> None:
     """Results and gradients of the layer against a dense one."""
     import jax
     import numpy as np
@@ -65,17 +66,27 @@ def check_layer(mesh, place, **options) -> None:
     by_rank = jax.NamedSharding(mesh, P("ep"))
     x, weight = jax.device_put([np.asarray(v) for v in inputs(np.random.default_rng(0))], by_rank)
     options |= {"transport": "peer", "buffer_factor": 0.7, "grouped_matmul": "ragged_dot"}
-    check_against_dense(make(place, mesh, **options), x, weight)
+    check_against_dense(make(place, mesh, **options), x, weight, prepared)
 
 
 def check_steps(mesh) -> None:
+    """Any delays: of weights and gradients in new memory, and in place."""
     import jax
     import numpy as np
     import pytest
-    from test_peer import check_any_delays
+    from test_peer import check_any_delays, right_in_rooms
 
-    jax.clear_caches()  # what was traced has no delays
-    check_any_delays(pytest.MonkeyPatch(), np.random.default_rng(0), mesh, elements=1 << 12)
+    def rng():
+        return np.random.default_rng(0)
+
+    for elements in (6, 1 << 14):
+        jax.clear_caches()  # what was traced has no delays
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            check_any_delays(monkeypatch, rng(), mesh, elements)
+        jax.clear_caches()
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            right = right_in_rooms(monkeypatch, rng(), mesh, elements)
+            assert all(right() for _ in range(3))
 
 
 def check_refused(mesh) -> None:
