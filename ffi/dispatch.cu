@@ -1,7 +1,5 @@
 #include <cuda_runtime.h>
 
-#include <mutex>
-
 #include "dispatch.h"
 #include "float16.cuh"
 
@@ -11,7 +9,8 @@ namespace {
 constexpr int kWarp = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
 constexpr int kThreads = 512;
-constexpr int kLoads = 4;  // of 16 bytes, that a lane has in flight
+constexpr int kLoads = 4;           // of 16 bytes, that a lane has in flight
+constexpr int kLoadsOfCombine = 2;  // registers for more would leave none to what goes on beside it
 
 template <class T>
 __device__ T* rows_of(const PeerBuffer& buffer, int batch, int rank) {
@@ -181,25 +180,25 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const Combine combine
       const int part = __popc(firsts & lanes & ((1u << (__ffs(of_token) - 1)) - 1));
       Word* to =
           rows_of<Word>(combine.parts, batch, tokens.rank) + ((tokens.first + i) * combine.num_parts + part) * words;
-      for (int64_t begin = lane; begin - lane < words; begin += kWarp * kLoads) {
-        float total[kLoads][kElements] = {};
+      for (int64_t begin = lane; begin - lane < words; begin += kWarp * kLoadsOfCombine) {
+        float total[kLoadsOfCombine][kElements] = {};
         for (unsigned left = of_token; left != 0; left &= left - 1) {
           const int from_lane = __ffs(left) - 1;
           const Word* from = rows + __shfl_sync(kFullWarp, row, from_lane) * words;
           const float by = __shfl_sync(kFullWarp, gate, from_lane);
-          Word values[kLoads] = {};
+          Word values[kLoadsOfCombine] = {};
 #pragma unroll
-          for (int k = 0; k < kLoads; ++k) {
+          for (int k = 0; k < kLoadsOfCombine; ++k) {
             if (begin + k * kWarp < words) values[k] = from[begin + k * kWarp];
           }
 #pragma unroll
-          for (int k = 0; k < kLoads; ++k) {
+          for (int k = 0; k < kLoadsOfCombine; ++k) {
 #pragma unroll
             for (int e = 0; e < kElements; ++e) total[k][e] += by * to_float(values[k].values[e]);
           }
         }
 #pragma unroll
-        for (int k = 0; k < kLoads; ++k) {
+        for (int k = 0; k < kLoadsOfCombine; ++k) {
           if (begin + k * kWarp >= words) continue;
           Word sum;
 #pragma unroll
@@ -270,59 +269,6 @@ __global__ void __launch_bounds__(kThreads) combine_gradient_kernel(const Combin
   clear_padding(dispatch, batch, reinterpret_cast<uint4*>(of_rows));
 }
 
-// A stream of each device for what runs beside the kernel that a call is for. It forks from the call's stream and joins
-// it again within the call, so that XLA sees nothing of it, and a capture both.
-struct Fork {
-  std::mutex mutex;  // of what a call puts into the side stream, from its event to that after it
-  cudaStream_t side = nullptr;
-  cudaEvent_t begin = nullptr, end = nullptr;
-};
-
-constexpr int kMaxDevices = 64;
-
-cudaError_t own_fork(Fork** fork) {
-  static Fork forks[kMaxDevices];
-  int device = 0;
-  const cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess && device >= kMaxDevices) return cudaErrorInvalidDevice;
-  *fork = &forks[device];
-  return error;
-}
-
-// Whether what forks from `stream` can go into the side stream. That is in a capture until the capture ends, which is
-// after the call that it records: until then the stream of another call cannot reach it.
-cudaError_t is_free(cudaStream_t side, cudaStream_t stream, bool* result) {
-  cudaStreamCaptureStatus of_side, of_stream;
-  unsigned long long side_capture = 0, stream_capture = 0;
-  cudaError_t error = cudaStreamGetCaptureInfo(side, &of_side, &side_capture);
-  if (error == cudaSuccess) error = cudaStreamGetCaptureInfo(stream, &of_stream, &stream_capture);
-  if (error != cudaSuccess) return error;
-  *result = of_side == cudaStreamCaptureStatusNone ||
-            (of_side == cudaStreamCaptureStatusActive && of_stream == of_side && side_capture == stream_capture);
-  return cudaSuccess;
-}
-
-// launch(), and the rest beside it; or after it, where the side stream is not free.
-template <class Launch>
-cudaError_t launch_beside(cudaStream_t stream, const Beside& beside, Launch launch) {
-  if (beside.number == 0) return launch();
-  Fork* fork;
-  if (const cudaError_t error = own_fork(&fork); error != cudaSuccess) return error;
-  std::lock_guard lock(fork->mutex);
-  bool forks = false;
-  cudaError_t error = is_free(fork->side, stream, &forks);
-  if (error == cudaSuccess && forks) error = cudaEventRecord(fork->begin, stream);
-  if (error == cudaSuccess && forks) error = cudaStreamWaitEvent(fork->side, fork->begin, 0);
-  // First what takes a part of each multiprocessor; the other's many blocks take what is left.
-  if (error == cudaSuccess) error = launch();
-  for (int i = 0; i < beside.number && error == cudaSuccess; ++i) {
-    error = add_rows_cuda(forks ? fork->side : stream, beside.adds[i], nullptr);
-  }
-  if (error == cudaSuccess && forks) error = cudaEventRecord(fork->end, fork->side);
-  if (error == cudaSuccess && forks) error = cudaStreamWaitEvent(stream, fork->end, 0);
-  return error;
-}
-
 dim3 grid_of(const Places& places, int num_blocks) {
   return dim3(static_cast<unsigned>(num_blocks), static_cast<unsigned>(places.place.num_batches));
 }
@@ -335,34 +281,15 @@ cudaError_t number_cuda(cudaStream_t stream, const Number& number, int32_t* resu
   return cudaGetLastError();
 }
 
-cudaError_t prepare_dispatch_cuda() {
-  Fork* fork;
-  if (const cudaError_t error = own_fork(&fork); error != cudaSuccess) return error;
-  std::lock_guard lock(fork->mutex);
-  cudaError_t error = cudaSuccess;
-  if (fork->begin == nullptr) error = cudaEventCreateWithFlags(&fork->begin, cudaEventDisableTiming);
-  if (error == cudaSuccess && fork->end == nullptr)
-    error = cudaEventCreateWithFlags(&fork->end, cudaEventDisableTiming);
-  if (error == cudaSuccess && fork->side == nullptr) {
-    error = cudaStreamCreateWithFlags(&fork->side, cudaStreamNonBlocking);
-  }
-  return error;
+cudaError_t dispatch_cuda(cudaStream_t stream, const Dispatch& dispatch, int32_t* done) {
+  dispatch_kernel<<<grid_of(dispatch.places, dispatch.num_blocks), kThreads, 0, stream>>>(dispatch, done);
+  return cudaGetLastError();
 }
 
-cudaError_t dispatch_cuda(cudaStream_t stream, const Dispatch& dispatch, const Beside& beside, int32_t* done) {
-  return launch_beside(stream, beside, [&] {
-    dispatch_kernel<<<grid_of(dispatch.places, dispatch.num_blocks), kThreads, 0, stream>>>(dispatch, done);
+cudaError_t combine_cuda(cudaStream_t stream, const Combine& combine, int32_t* done) {
+  return visit_float(combine.type, [&](auto zero) {
+    combine_kernel<decltype(zero)><<<grid_of(combine.places, combine.num_blocks), kThreads, 0, stream>>>(combine, done);
     return cudaGetLastError();
-  });
-}
-
-cudaError_t combine_cuda(cudaStream_t stream, const Combine& combine, const Beside& beside, int32_t* done) {
-  return launch_beside(stream, beside, [&] {
-    return visit_float(combine.type, [&](auto zero) {
-      combine_kernel<decltype(zero)>
-          <<<grid_of(combine.places, combine.num_blocks), kThreads, 0, stream>>>(combine, done);
-      return cudaGetLastError();
-    });
   });
 }
 

@@ -68,26 +68,16 @@ struct CombineGradient {
   int64_t row_elements;
 };
 
-constexpr int kMostBeside = 16;
-
-// Rows that are brought, or added up, beside tokens: casts keep the memory busy while tokens keep the links.
-struct Beside {
-  int number;
-  AddRows adds[kMostBeside];
-};
-
 // done [batch], where there is one: zeros.
 void number_cpu(const Number& number, int32_t* result);
-void dispatch_cpu(const Dispatch& dispatch, const Beside& beside, int32_t* done);
-void combine_cpu(const Combine& combine, const Beside& beside, int32_t* done);
+void dispatch_cpu(const Dispatch& dispatch, int32_t* done);
+void combine_cpu(const Combine& combine, int32_t* done);
 void combine_gradient_cpu(const CombineGradient& gradient, int32_t* done);
 
 #ifdef LPLB_CUDA
 cudaError_t number_cuda(cudaStream_t stream, const Number& number, int32_t* result);
-// Before the first launch on a device, and not while a stream is captured.
-cudaError_t prepare_dispatch_cuda();
-cudaError_t dispatch_cuda(cudaStream_t stream, const Dispatch& dispatch, const Beside& beside, int32_t* done);
-cudaError_t combine_cuda(cudaStream_t stream, const Combine& combine, const Beside& beside, int32_t* done);
+cudaError_t dispatch_cuda(cudaStream_t stream, const Dispatch& dispatch, int32_t* done);
+cudaError_t combine_cuda(cudaStream_t stream, const Combine& combine, int32_t* done);
 cudaError_t combine_gradient_cuda(cudaStream_t stream, const CombineGradient& gradient, int32_t* done);
 #endif
 

@@ -114,7 +114,7 @@ void number_cpu(const Number& number, int32_t* result) {
   }
 }
 
-void dispatch_cpu(const Dispatch& dispatch, const Beside& beside, int32_t* done) {
+void dispatch_cpu(const Dispatch& dispatch, int32_t* done) {
   const Places& places = dispatch.places;
   const int64_t row_bytes = dispatch.tokens.row_bytes;
   for (int batch = 0; batch < places.place.num_batches; ++batch) {
@@ -128,13 +128,11 @@ void dispatch_cpu(const Dispatch& dispatch, const Beside& beside, int32_t* done)
     });
     clear_padding(dispatch, batch, rows);
   }
-  for (int i = 0; i < beside.number; ++i) add_rows_cpu(beside.adds[i], nullptr);
   report(places.place, done);
 }
 
-void combine_cpu(const Combine& of, const Beside& beside, int32_t* done) {
+void combine_cpu(const Combine& of, int32_t* done) {
   visit_float(of.type, [&](auto zero) { combine<decltype(zero)>(of); });
-  for (int i = 0; i < beside.number; ++i) add_rows_cpu(beside.adds[i], nullptr);
   report(of.places.place, done);
 }
 

@@ -23,6 +23,7 @@
 #include "solve_assign.h"
 #include "xla/ffi/api/ffi.h"
 #ifdef LPLB_CUDA
+#include "fork.h"
 #include "gather.h"
 #endif
 
@@ -521,20 +522,61 @@ ffi::Error add_rows(Launch launch, Words table, Ids replicas, ffi::RemainingArgs
   });
 }
 
+// Begins what `finish_rows` waits for: until then results are not there, whatever XLA thinks.
+template <class Launch>
+ffi::Error begin_rows(Launch launch, Words table, Ids replicas, ffi::RemainingArgs buffers, ffi::RemainingRets sums,
+                      bool in_place) {
+  BeginRows begin = {};
+  const ffi::Error error = for_each_buffer(buffers, buffers.size(), [&](int i, const ffi::AnyBuffer& rows) {
+    auto of_rows = sums.get<ffi::AnyBuffer>(i);
+    if (!of_rows) return of_rows.error();
+    Shapes shapes("begin_rows");
+    shapes.require(i < kMostBegun, [] { return "at most " + std::to_string(kMostBegun) + " buffers"; });
+    if (!shapes.ok()) return shapes.error();
+    AddRows& add = begin.adds[begin.number++];
+    add = read_add(shapes, table, i, replicas, rows, **of_rows, in_place);
+    add.is_beside = true;
+    return shapes.ok() ? ffi::Error::Success() : shapes.error();
+  });
+  if (error.failure()) return error;
+  return launch(begin);
+}
+
+// Results in the places of the last operands.
+ffi::Error expect_last_in_place(const char* call, const ffi::RemainingArgs& operands, ffi::RemainingRets& results) {
+  for (size_t i = 0; i < results.size(); ++i) {
+    const auto operand = operands.get<ffi::AnyBuffer>(operands.size() - results.size() + i);
+    auto result = results.get<ffi::AnyBuffer>(i);
+    if (!operand) return operand.error();
+    if (!result) return result.error();
+    Shapes shapes(call);
+    expect_in_place(shapes, *operand, **result);
+    if (!shapes.ok()) return shapes.error();
+  }
+  return ffi::Error::Success();
+}
+
+// Waits for what `begin_rows` has begun, which gave the last operands as results. All operands are there until then.
+template <class Launch>
+ffi::Error finish_rows(Launch launch, ffi::AnyBuffer before, ffi::RemainingArgs operands,
+                       ffi::Result<ffi::AnyBuffer> done, ffi::RemainingRets rows) {
+  Shapes shapes("finish_rows");
+  expect_in_place(shapes, before, *done);
+  if (!shapes.ok()) return shapes.error();
+  const ffi::Error error = expect_last_in_place("finish_rows", operands, rows);
+  if (error.failure()) return error;
+  auto first = rows.get<ffi::AnyBuffer>(0);
+  if (!first) return first.error();
+  return launch((*first)->untyped_data());
+}
+
 // Does nothing: it is there so that the buffers are until all have read, which `done` says. But the first `num_told`
 // must be where the table says that they are, and results in the places of the last buffers.
 template <class Launch>
 ffi::Error release(Launch launch, Words table, Ids, ffi::RemainingArgs buffers, ffi::RemainingRets results,
                    int64_t num_told) {
-  for (size_t i = 0; i < results.size(); ++i) {
-    const auto buffer = buffers.get<ffi::AnyBuffer>(buffers.size() - results.size() + i);
-    auto result = results.get<ffi::AnyBuffer>(i);
-    if (!buffer) return buffer.error();
-    if (!result) return result.error();
-    Shapes shapes("release");
-    expect_in_place(shapes, *buffer, **result);
-    if (!shapes.ok()) return shapes.error();
-  }
+  const ffi::Error error = expect_last_in_place("release", buffers, results);
+  if (error.failure()) return error;
   Told told = {};
   return for_each_buffer(buffers, static_cast<size_t>(num_told), [&](int i, const ffi::AnyBuffer& rows) {
     Shapes shapes("release");
@@ -618,53 +660,25 @@ Dispatch read_dispatch(Shapes& shapes, const Words& table, const ffi::AnyBuffer&
   return dispatch;
 }
 
-// What is added up beside tokens: `given`, from number `first` on, are the replicas, and then buffers, which are the
-// columns `column` and following of the table. Nothing where nothing is given.
-ffi::Error read_beside(Shapes& shapes, const Words& table, int column, const ffi::RemainingArgs& given, size_t first,
-                       ffi::RemainingRets& sums, bool in_place, Beside* beside) {
-  if (given.size() == first) return ffi::Error::Success();
-  const auto replicas = given.get<Ids>(first);
-  if (!replicas) return replicas.error();
-  shapes.require(sums.size() <= kMostBeside && given.size() == first + 1 + sums.size(), [&] {
-    return "as many sums as buffers, at most " + std::to_string(kMostBeside) + ", got " + std::to_string(sums.size());
-  });
-  if (!shapes.ok()) return shapes.error();
-  for (size_t i = 0; i < sums.size(); ++i) {
-    const auto rows = given.get<ffi::AnyBuffer>(first + 1 + i);
-    auto of_rows = sums.get<ffi::AnyBuffer>(i);
-    if (!rows) return rows.error();
-    if (!of_rows) return of_rows.error();
-    beside->adds[beside->number++] =
-        read_add(shapes, table, column + static_cast<int>(i), *replicas, *rows, **of_rows, in_place);
-    if (!shapes.ok()) return shapes.error();
-  }
-  return ffi::Error::Success();
-}
-
 template <class Launch>
 ffi::Error dispatch(Launch launch, Words table, ffi::AnyBuffer tokens, ffi::AnyBuffer place, Ids group_sizes,
-                    ffi::RemainingArgs given, ffi::Result<Ids> done, ffi::Result<ffi::AnyBuffer> rows,
-                    ffi::RemainingRets slots, int64_t num_blocks, bool in_place) {
+                    ffi::Result<Ids> done, ffi::Result<ffi::AnyBuffer> rows, int64_t num_blocks) {
   Shapes shapes("dispatch");
   const Dispatch of = read_dispatch(shapes, table, tokens, place, group_sizes, *rows, *done, num_blocks);
   if (!shapes.ok()) return shapes.error();
-  Beside beside = {};
-  const ffi::Error error = read_beside(shapes, table, 2, given, 0, slots, in_place, &beside);
-  if (error.failure()) return error;
-  return launch(of, beside, done->typed_data());
+  return launch(of, done->typed_data());
 }
 
-// The first `num_gates` (0 or 1) of what is given are gates, and the second column of the table.
+// `given`: gates, or nothing. They are the second column of the table.
 template <class Launch>
 ffi::Error combine(Launch launch, Words table, ffi::AnyBuffer place, ffi::AnyBuffer rows, ffi::AnyBuffer parts,
                    ffi::RemainingArgs given, ffi::Result<Ids> done, ffi::Result<ffi::AnyBuffer> written,
-                   ffi::RemainingRets sums, int64_t num_gates, int64_t num_blocks, bool in_place) {
+                   int64_t num_blocks) {
   Shapes shapes("combine");
   expect_in_place(shapes, parts, *written);
   Combine of = {};
-  of.has_gates = num_gates > 0;
-  const int column = of.has_gates ? 2 : 1;  // the first of what is added up
-  of.parts = read_told(shapes, parts, table, column + static_cast<int>(sums.size()));
+  of.has_gates = given.size() > 0;
+  of.parts = read_told(shapes, parts, table, of.has_gates ? 2 : 1);
   if (!shapes.ok()) return shapes.error();
   const size_t batch_dimensions = table.dimensions().size() - 3;
   const PeerBuffer own = read_buffer(shapes, "rows", rows, batch_dimensions);
@@ -687,10 +701,7 @@ ffi::Error combine(Launch launch, Words table, ffi::AnyBuffer place, ffi::AnyBuf
   of.num_blocks = read_blocks(shapes, num_blocks, own.row_bytes);
   if (!shapes.ok()) return shapes.error();
   of.row_elements = own.row_bytes / static_cast<int64_t>(ffi::ByteWidth(rows.element_type()));
-  Beside beside = {};
-  const ffi::Error error = read_beside(shapes, table, column, given, of.has_gates ? 1 : 0, sums, in_place, &beside);
-  if (error.failure()) return error;
-  return launch(of, beside, done->typed_data());
+  return launch(of, done->typed_data());
 }
 
 template <class Launch>
@@ -868,6 +879,23 @@ auto bind_add_rows(Binding binding) {
       .template Attr<bool>("in_place");
 }
 template <class Binding>
+auto bind_begin_rows(Binding binding) {
+  return std::move(binding)
+      .template Arg<Words>()
+      .template Arg<Ids>()
+      .RemainingArgs()
+      .RemainingRets()
+      .template Attr<bool>("in_place");
+}
+template <class Binding>
+auto bind_finish_rows(Binding binding) {
+  return std::move(binding)
+      .template Arg<ffi::AnyBuffer>()
+      .RemainingArgs()
+      .template Ret<ffi::AnyBuffer>()
+      .RemainingRets();
+}
+template <class Binding>
 auto bind_release(Binding binding) {
   return std::move(binding)
       .template Arg<Words>()
@@ -882,31 +910,28 @@ auto bind_number(Binding binding) {
   return std::move(binding).template Arg<Ids>().template Arg<Ids>().template Ret<Ids>().template Attr<int64_t>(
       "chunk_size");
 }
-// What is added up beside tokens, and the sums, come last.
-template <class Binding>
-auto bind_beside(Binding&& binding) {
-  return std::move(binding).RemainingArgs().template Ret<Ids>().template Ret<ffi::AnyBuffer>().RemainingRets();
-}
 template <class Binding>
 auto bind_dispatch(Binding binding) {
-  return bind_beside(std::move(binding)
-                         .template Arg<Words>()
-                         .template Arg<ffi::AnyBuffer>()
-                         .template Arg<ffi::AnyBuffer>()
-                         .template Arg<Ids>())
-      .template Attr<int64_t>("num_blocks")
-      .template Attr<bool>("in_place");
+  return std::move(binding)
+      .template Arg<Words>()
+      .template Arg<ffi::AnyBuffer>()
+      .template Arg<ffi::AnyBuffer>()
+      .template Arg<Ids>()
+      .template Ret<Ids>()
+      .template Ret<ffi::AnyBuffer>()
+      .template Attr<int64_t>("num_blocks");
 }
 template <class Binding>
 auto bind_combine(Binding binding) {
-  return bind_beside(std::move(binding)
-                         .template Arg<Words>()
-                         .template Arg<ffi::AnyBuffer>()
-                         .template Arg<ffi::AnyBuffer>()
-                         .template Arg<ffi::AnyBuffer>())
-      .template Attr<int64_t>("num_gates")
-      .template Attr<int64_t>("num_blocks")
-      .template Attr<bool>("in_place");
+  return std::move(binding)
+      .template Arg<Words>()
+      .template Arg<ffi::AnyBuffer>()
+      .template Arg<ffi::AnyBuffer>()
+      .template Arg<ffi::AnyBuffer>()
+      .RemainingArgs()
+      .template Ret<Ids>()
+      .template Ret<ffi::AnyBuffer>()
+      .template Attr<int64_t>("num_blocks");
 }
 template <class Binding>
 auto bind_combine_gradient(Binding binding) {
@@ -959,10 +984,16 @@ LPLB_CPU_HANDLER(PlanCpu, plan, plan_solve_cpu);
 LPLB_CPU_HANDLER(PlanAssignCpu, plan_assign, plan_assign_cpu);
 LPLB_CPU_HANDLER(ExposeCpu, expose, expose_cpu);
 LPLB_CPU_HANDLER(AddRowsCpu, add_rows, add_rows_cpu);
+LPLB_CPU_HANDLER(BeginRowsCpu, begin_rows, begin_rows_cpu);
 LPLB_CPU_HANDLER(NumberCpu, number, number_cpu);
 LPLB_CPU_HANDLER(DispatchCpu, dispatch, dispatch_cpu);
 LPLB_CPU_HANDLER(CombineCpu, combine, combine_cpu);
 LPLB_CPU_HANDLER(CombineGradientCpu, combine_gradient, combine_gradient_cpu);
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    FinishRowsCpu,
+    [](auto... operands) { return finish_rows([](const void*) { return ffi::Error::Success(); }, operands...); },
+    bind_finish_rows(ffi::Ffi::Bind()));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     ReleaseCpu,
@@ -1001,6 +1032,29 @@ LPLB_CUDA_HANDLER(DispatchCuda, dispatch, dispatch_cuda);
 LPLB_CUDA_HANDLER(CombineCuda, combine, combine_cuda);
 LPLB_CUDA_HANDLER(CombineGradientCuda, combine_gradient, combine_gradient_cuda);
 LPLB_CUDA_HANDLER(ReleaseCuda, release, in_place_cuda);
+
+// These two have no kCmdBufferCompatible: what one begins the other ends, outside of any capture.
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    BeginRowsCuda,
+    [](cudaStream_t stream, auto... operands) {
+      return begin_rows(
+          [stream](const BeginRows& begin) { return check_launch("begin_rows", begin_rows_cuda(stream, begin)); },
+          operands...);
+    },
+    bind_begin_rows(ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>()));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    FinishRowsCuda,
+    [](cudaStream_t stream, auto... operands) {
+      return finish_rows(
+          [stream](const void* rows) {
+            const cudaError_t error = join(stream, rows);
+            if (error != cudaErrorInvalidValue) return check_launch("finish_rows", error);
+            return ffi::Error::Internal("finish_rows: XLA has moved rows that are still being written");
+          },
+          operands...);
+    },
+    bind_finish_rows(ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>()));
 
 // What goes wrong between processes is an error of the call.
 template <class Call>
@@ -1056,7 +1110,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
       int device = 0;
       cudaError_t error = cudaGetDevice(&device);
       if (error == cudaSuccess && device < kMaxDevices && prepared[device].load()) return ffi::Error::Success();
-      for (const auto prepare : {prepare_plan_cuda, prepare_solve_cuda, prepare_assign_cuda, prepare_dispatch_cuda}) {
+      for (const auto prepare : {prepare_plan_cuda, prepare_solve_cuda, prepare_assign_cuda, prepare_forks}) {
         if (error == cudaSuccess) error = prepare();
       }
       if (error == cudaSuccess && device < kMaxDevices) prepared[device].store(true);

@@ -40,6 +40,8 @@ nb::dict handlers() {
   cpu["lplb_plan_assign"] = execute(lplb::PlanAssignCpu);
   cpu["lplb_expose"] = execute(lplb::ExposeCpu);
   cpu["lplb_add_rows"] = execute(lplb::AddRowsCpu);
+  cpu["lplb_begin_rows"] = execute(lplb::BeginRowsCpu);
+  cpu["lplb_finish_rows"] = execute(lplb::FinishRowsCpu);
   cpu["lplb_release"] = execute(lplb::ReleaseCpu);
   cpu["lplb_number"] = execute(lplb::NumberCpu);
   cpu["lplb_dispatch"] = execute(lplb::DispatchCpu);
@@ -62,10 +64,12 @@ nb::dict handlers() {
   cuda["lplb_plan_assign"] = initialize_and_execute(lplb::PlanAssignCuda);
   cuda["lplb_expose"] = execute(lplb::ExposeCuda);
   cuda["lplb_add_rows"] = execute(lplb::AddRowsCuda);
+  cuda["lplb_begin_rows"] = initialize_and_execute(lplb::BeginRowsCuda);
+  cuda["lplb_finish_rows"] = execute(lplb::FinishRowsCuda);
   cuda["lplb_release"] = execute(lplb::ReleaseCuda);
   cuda["lplb_number"] = execute(lplb::NumberCuda);
-  cuda["lplb_dispatch"] = initialize_and_execute(lplb::DispatchCuda);
-  cuda["lplb_combine"] = initialize_and_execute(lplb::CombineCuda);
+  cuda["lplb_dispatch"] = execute(lplb::DispatchCuda);
+  cuda["lplb_combine"] = execute(lplb::CombineCuda);
   cuda["lplb_combine_gradient"] = execute(lplb::CombineGradientCuda);
   cuda["lplb_share"] = execute(lplb::ShareCuda);
   cuda["lplb_translate"] = execute(lplb::TranslateCuda);
@@ -139,7 +143,7 @@ NB_MODULE(_handlers, m) {
   m.def("map_region", &lplb::map_region, nb::call_guard<nb::gil_scoped_release>());
 #endif
   m.attr("max_choices") = lplb::kMostChoices;
-  m.attr("max_beside") = lplb::kMostBeside;
+  m.attr("max_begun") = lplb::kMostBegun;
   m.attr("ffi_api_version") = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
   m.attr("mathdx_sizes") = mathdx_sizes();
   m.attr("max_experts") = lplb::kMaxExperts;

@@ -1,6 +1,7 @@
 #include <cuda_runtime.h>
 
 #include "float16.cuh"
+#include "fork.h"
 #include "handover.h"
 #include "peer.h"
 
@@ -9,16 +10,21 @@ namespace {
 
 constexpr int kWarp = 32;
 constexpr int kThreads = 256;
-constexpr int kLoads = 4;  // of 16 bytes, that a thread has in flight
 constexpr int kMostBlocks = 2048;
 constexpr int kMostInPlace = 528;  // of blocks, 4 for each of 132 multiprocessors: most rows stay, and starts take time
+constexpr int kMostBeside = 264;   // 2 for each, which leave room for the blocks of other kernels
+constexpr int kMostBytes = 1 << 20;  // in flight beside others, all over links: more only hold up what others load
+
+// Loads of 16 bytes that a thread has in flight: as many as registers allow where others are to have some.
+constexpr int kLoadsOfCopy = 4, kLoadsOfCast = 8, kLoadsOfSum = 2;
 
 int divide_up(int64_t value, int64_t by) { return static_cast<int>((value + by - 1) / by); }
 unsigned at_most(int64_t blocks, int most) { return static_cast<unsigned>(blocks < most ? blocks : most); }
 
 // For so many chunks of each row.
-dim3 grid_of(const AddRows& add, int64_t chunks) {
-  const int most = add.in_place ? kMostInPlace : kMostBlocks;
+dim3 grid_of(const AddRows& add, int64_t chunks, int loads) {
+  int most = add.in_place ? kMostInPlace : kMostBlocks;
+  if (add.is_beside) most = add.in_place ? kMostBytes / (kThreads * loads * 16) : kMostBeside;
   return dim3(at_most(add.num_sums * chunks, most), add.buffer.num_batches);
 }
 
@@ -83,26 +89,44 @@ __global__ void translate_kernel(const volatile uint64_t* regions, const uint64_
   addresses[i] = begin + (words[i] & ((uint64_t{1} << kOffsetBits) - 1));
 }
 
-template <class Word>
-__global__ void __launch_bounds__(kThreads) copy_rows_kernel(const AddRows add, int32_t* done) {
+// to[i] = convert(a value of from[i]) for each of the rows, which are of `words` values; zeros where there is no row.
+template <int kLoads, class From, class To, class Convert>
+__device__ void bring_rows(const AddRows& add, int32_t* done, int64_t words, Convert convert) {
   const int batch = blockIdx.y;
   if (threadIdx.x == 0 && blockIdx.x == 0 && done != nullptr) done[batch] = 0;
-  const int64_t words = add.buffer.row_bytes / sizeof(Word);
   const int64_t chunks = (words + kThreads * kLoads - 1) / (kThreads * kLoads);
   visit_chunks(add, batch, chunks, [&](int of_batch, int64_t chunk) {
     const int64_t row = static_cast<int64_t>(batch) * add.num_sums + of_batch;
     const int64_t begin = chunk * (kThreads * kLoads) + threadIdx.x;
-    const Word* from = reinterpret_cast<const Word*>(add.buffer.find_row(batch, add.replicas[row]));
-    Word* to = static_cast<Word*>(add.sums) + row * words;
-    Word values[kLoads] = {};
+    const auto* from = reinterpret_cast<const From*>(add.buffer.find_row(batch, add.replicas[row]));
+    To* to = static_cast<To*>(add.sums) + row * words;
+    From values[kLoads] = {};
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       if (from != nullptr && begin + i * kThreads < words) values[i] = from[begin + i * kThreads];
     }
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      if (begin + i * kThreads < words) to[begin + i * kThreads] = values[i];
+      if (begin + i * kThreads < words) to[begin + i * kThreads] = convert(values[i]);
     }
+  });
+}
+
+template <class Word>
+__global__ void __launch_bounds__(kThreads) copy_rows_kernel(const AddRows add, int32_t* done) {
+  bring_rows<kLoadsOfCopy, Word, Word>(add, done, add.buffer.row_bytes / sizeof(Word),
+                                       [](const Word& word) { return word; });
+}
+
+template <class From, class To, int kElements>
+__global__ void __launch_bounds__(kThreads) cast_rows_kernel(const AddRows add, int32_t* done) {
+  using Casted = Pack<To, kElements>;
+  using Given = Pack<From, kElements>;
+  bring_rows<kLoadsOfCast, Given, Casted>(add, done, add.row_elements / kElements, [](const Given& given) {
+    Casted casted;
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) store(to_float(given.values[i]), &casted.values[i]);
+    return casted;
   });
 }
 
@@ -111,35 +135,35 @@ __global__ void __launch_bounds__(kThreads) add_rows_kernel(AddRows add, int32_t
   const int batch = blockIdx.y;
   if (threadIdx.x == 0 && blockIdx.x == 0 && done != nullptr) done[batch] = 0;
   const int64_t packs = add.row_elements / kElements;
-  const int64_t chunks = (packs + kThreads * kLoads - 1) / (kThreads * kLoads);
+  const int64_t chunks = (packs + kThreads * kLoadsOfSum - 1) / (kThreads * kLoadsOfSum);
   visit_chunks(add, batch, chunks, [&](int of_batch, int64_t chunk) {
     const int64_t row = static_cast<int64_t>(batch) * add.num_sums + of_batch;
-    const int64_t begin = chunk * (kThreads * kLoads) + threadIdx.x;
+    const int64_t begin = chunk * (kThreads * kLoadsOfSum) + threadIdx.x;
     const int32_t* replicas = add.replicas + row * add.max_replicas;
     auto* to = static_cast<Pack<To, kElements>*>(add.sums) + row * packs;
     const float first = add.buffer.find_row(batch, replicas[0]) == nullptr ? 0.0f : -0.0f;
-    float total[kLoads][kElements];
+    float total[kLoadsOfSum][kElements];
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
+    for (int i = 0; i < kLoadsOfSum; ++i) {
 #pragma unroll
       for (int j = 0; j < kElements; ++j) total[i][j] = first;  // -0 + x is x, and 0 + -0 were 0
     }
     for (int replica = 0; replica < add.max_replicas; ++replica) {
       const auto* from = reinterpret_cast<const Pack<From, kElements>*>(add.buffer.find_row(batch, replicas[replica]));
       if (from == nullptr) break;
-      Pack<From, kElements> values[kLoads] = {};
+      Pack<From, kElements> values[kLoadsOfSum] = {};
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
+      for (int i = 0; i < kLoadsOfSum; ++i) {
         if (begin + i * kThreads < packs) values[i] = from[begin + i * kThreads];
       }
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
+      for (int i = 0; i < kLoadsOfSum; ++i) {
 #pragma unroll
         for (int j = 0; j < kElements; ++j) total[i][j] += to_float(values[i].values[j]);
       }
     }
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
+    for (int i = 0; i < kLoadsOfSum; ++i) {
       if (begin + i * kThreads >= packs) continue;
       Pack<To, kElements> sums;
 #pragma unroll
@@ -151,15 +175,18 @@ __global__ void __launch_bounds__(kThreads) add_rows_kernel(AddRows add, int32_t
 
 template <class Word>
 cudaError_t copy_rows(cudaStream_t stream, const AddRows& add, int32_t* done) {
-  const int64_t chunks = divide_up(add.buffer.row_bytes, sizeof(Word) * kThreads * kLoads);
-  copy_rows_kernel<Word><<<grid_of(add, chunks), kThreads, 0, stream>>>(add, done);
+  const int64_t chunks = divide_up(add.buffer.row_bytes, sizeof(Word) * kThreads * kLoadsOfCopy);
+  copy_rows_kernel<Word><<<grid_of(add, chunks, kLoadsOfCopy), kThreads, 0, stream>>>(add, done);
   return cudaGetLastError();
 }
 
 template <class From, class To, int kElements>
 cudaError_t add_rows(cudaStream_t stream, const AddRows& add, int32_t* done) {
-  const int64_t chunks = divide_up(add.row_elements, static_cast<int64_t>(kElements) * kThreads * kLoads);
-  add_rows_kernel<From, To, kElements><<<grid_of(add, chunks), kThreads, 0, stream>>>(add, done);
+  const int loads = add.max_replicas == 1 ? kLoadsOfCast : kLoadsOfSum;
+  const int64_t chunks = divide_up(add.row_elements, static_cast<int64_t>(kElements) * kThreads * loads);
+  const auto kernel =
+      add.max_replicas == 1 ? cast_rows_kernel<From, To, kElements> : add_rows_kernel<From, To, kElements>;
+  kernel<<<grid_of(add, chunks, loads), kThreads, 0, stream>>>(add, done);
   return cudaGetLastError();
 }
 
@@ -190,6 +217,14 @@ cudaError_t add_rows_cuda(cudaStream_t stream, const AddRows& add, int32_t* done
   }
   return visit_float(add.from, [&](auto from) {
     return visit_float(add.to, [&](auto to) { return add_packs<decltype(from), decltype(to)>(stream, add, done); });
+  });
+}
+
+cudaError_t begin_rows_cuda(cudaStream_t stream, const BeginRows& begin) {
+  return fork(stream, begin.adds[0].sums, [&](cudaStream_t side) {
+    cudaError_t error = cudaSuccess;
+    for (int i = 0; i < begin.number && error == cudaSuccess; ++i) error = add_rows_cuda(side, begin.adds[i], nullptr);
+    return error;
   });
 }
 

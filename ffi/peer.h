@@ -74,6 +74,7 @@ struct Told {
 // those that name no row, or just their own, stay as they are.
 struct AddRows {
   PeerBuffer buffer;
+  bool is_beside;  // other kernels need room at the same time
   bool in_place;
   bool is_copy;
   Float from, to;  // what rows hold, and sums
@@ -94,18 +95,30 @@ struct AddRows {
   }
 };
 
+constexpr int kMostBegun = 16;
+
+// Sums that a call begins, and a later one waits for.
+struct BeginRows {
+  int number;
+  AddRows adds[kMostBegun];
+};
+
 // addresses [batch, num_buffers]: where each batch element of these buffers is.
 void expose_cpu(const Told& told, uint64_t* addresses);
 // Whether this rank's buffers are where the table says that they are: XLA has not moved them since.
 bool in_place_cpu(const Told& told);
 // done [batch], where there is one: zeros.
 void add_rows_cpu(const AddRows& add, int32_t* done);
+// Does it all.
+void begin_rows_cpu(const BeginRows& begin);
 
 #ifdef LPLB_CUDA
 cudaError_t expose_cuda(cudaStream_t stream, const Told& told, uint64_t* addresses);
 // Stops the program (a trap in the kernel) where a buffer is elsewhere.
 cudaError_t in_place_cuda(cudaStream_t stream, const Told& told);
 cudaError_t add_rows_cuda(cudaStream_t stream, const AddRows& add, int32_t* done);
+// Beside the stream, which is to `join` what writes the first sums.
+cudaError_t begin_rows_cuda(cudaStream_t stream, const BeginRows& begin);
 // addresses [count]: of what `share` made words, by where this process has each region. See handover.h.
 cudaError_t translate_cuda(cudaStream_t stream, const uint64_t* regions, const uint64_t* words, int64_t count,
                            uint64_t* addresses);

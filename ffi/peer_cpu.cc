@@ -81,4 +81,8 @@ void add_rows_cpu(const AddRows& add, int32_t* done) {
   if (done != nullptr) std::fill_n(done, add.buffer.num_batches, 0);
 }
 
+void begin_rows_cpu(const BeginRows& begin) {
+  for (int i = 0; i < begin.number; ++i) add_rows_cpu(begin.adds[i], nullptr);
+}
+
 }  // namespace lplb

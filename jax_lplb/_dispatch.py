@@ -276,7 +276,7 @@ def implementation_of(
 
 def bring(tokens: jax.Array, handle: Handle) -> jax.Array:
     """The tokens' rows [capacity, d_model]."""
-    return bring_beside(tokens, handle, [], None, None)[0]
+    return bring_beside(tokens, handle, [], None, None, None)[0]
 
 
 def bring_beside(
@@ -285,15 +285,16 @@ def bring_beside(
     leaves: list[jax.Array],
     rows: _replicate.Rows | None,
     transfer: _replicate.Transfer | None,
+    coming: _peer.Coming | None,
 ) -> tuple[jax.Array, list[jax.Array]]:
-    """The tokens' rows, and the slots of `_replicate.Copies`.
+    """The tokens' rows, and the slots of `_replicate.Copies`: those that `_replicate.begin` began, or that begin here.
 
     Casting weights keeps the memory busy, and tokens the links: together both take little longer than one of them. In
     the backward pass likewise, where gradients of weights are added up.
     """
     tokens, place, group_sizes = _alike(tokens, handle.place, handle.group_sizes)
     handle = dataclasses.replace(handle, place=place, group_sizes=group_sizes)
-    return _bring(transfer, _once(tokens), _once(leaves), handle, rows)
+    return _bring(transfer, _once(tokens), _once(leaves), handle, rows, coming)
 
 
 def add_up(rows: jax.Array, gates: jax.Array, handle: Handle) -> jax.Array:
@@ -319,18 +320,27 @@ def _once(tree: Any) -> Any:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _bring(
-    transfer: _replicate.Transfer | None, tokens: jax.Array, leaves: list[jax.Array], handle: Handle, rows: Any
+    transfer: _replicate.Transfer | None,
+    tokens: jax.Array,
+    leaves: list[jax.Array],
+    handle: Handle,
+    rows: Any,
+    coming: _peer.Coming | None,
 ) -> tuple[jax.Array, list[jax.Array]]:
-    def by_peers(tokens: jax.Array, leaves: list[jax.Array], handle: Handle, rows: Any) -> Any:
+    def by_peers(tokens: jax.Array, leaves: list[jax.Array], handle: Handle, rows: Any, coming: Any) -> Any:
         dtypes, source = ((), None) if transfer is None else _replicate.to_bring(transfer, rows)
-        operands = (tokens, handle.place, handle.group_sizes, leaves, source)
-        return _peer_tokens.dispatch((handle.capacity, dtypes), handle.axis_name, *operands)
+        sizes, operands = (handle.capacity, dtypes), (tokens, handle.place, handle.group_sizes, leaves)
+        if coming is None:
+            return _peer_tokens.dispatch_beside(sizes, handle.axis_name, *operands, source)
+        return _peer_tokens.dispatch(sizes, handle.axis_name, *operands, coming)
 
-    def by_collectives(tokens: jax.Array, leaves: list[jax.Array], handle: Handle, rows: Any) -> Any:
-        slots = [] if transfer is None else _replicate.by_collectives(transfer, leaves, rows)
+    def by_collectives(tokens: jax.Array, leaves: list[jax.Array], handle: Handle, rows: Any, coming: Any) -> Any:
+        slots: list[jax.Array] = []
+        if transfer is not None:
+            slots = _replicate.by_collectives(transfer, leaves, rows) if coming is None else coming.sums
         return _collective_tokens.dispatch(handle.capacity, handle.axis_name, tokens, handle.place), slots
 
-    return _choose("dispatch", by_peers, by_collectives, handle, tokens, leaves, handle, rows)
+    return _choose("dispatch", by_peers, by_collectives, handle, tokens, leaves, handle, rows, coming)
 
 
 def _bring_backward(transfer: _replicate.Transfer | None, residuals: Any, gradients: Any) -> Any:
@@ -348,11 +358,14 @@ def _bring_backward(transfer: _replicate.Transfer | None, residuals: Any, gradie
         return sums, [] if transfer is None else _replicate.add_by_collectives(transfer, of_slots, rows)
 
     of_tokens, of_leaves = _choose("dispatch", by_peers, by_collectives, handle, *gradients, handle, rows)
-    return of_tokens.astype(gradients[0].dtype), of_leaves, None, None
+    return of_tokens.astype(gradients[0].dtype), of_leaves, None, None, None
 
 
 _bring.defvjp(
-    lambda transfer, tokens, leaves, handle, rows: (_bring(transfer, tokens, leaves, handle, rows), (handle, rows)),
+    lambda transfer, tokens, leaves, handle, rows, coming: (
+        _bring(transfer, tokens, leaves, handle, rows, coming),
+        (handle, rows),
+    ),
     _bring_backward,
 )
 

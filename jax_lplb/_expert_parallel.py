@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_lplb import _all_to_all, _dispatch, _ffi
+from jax_lplb import _all_to_all, _dispatch, _ffi, _peer, _replicate
 from jax_lplb._dispatch import Handle, Queues
 from jax_lplb._mesh import AxisName
 from jax_lplb._placement import Placement
-from jax_lplb._replicate import Copies, Transfer, Transport, add_up_at_home, bring_now, copies_of, replicate
+from jax_lplb._replicate import Copies, Transfer, Transport, add_up_at_home, copies_of, replicate
 
 Dispatch = Literal["peer", "all_to_all", "ring"]
 # (weights of slots, rows [n, d_model] sorted by slot, group_sizes int32 [slots]) -> [n, d_model]; rows beyond those of
@@ -115,7 +115,7 @@ def expert_parallel(
     if dispatch == "all_to_all":
         first = _all_to_all.gather_first(first, tokens)
     if capacity >= most:
-        (rows, brought), group_sizes = way.begin(first, batch, slots, tokens)
+        (rows, brought), group_sizes = way.begin(first, batch, None, slots, tokens)
         result, num_rounds = way.finish(first, group_sizes, rows, brought, gates).astype(dtype), jnp.int32(1)
         kept = way.kept(brought)
     else:
@@ -143,12 +143,18 @@ class _Way(NamedTuple):
     transfer: Transfer | None = None  # of weights that are brought with tokens
     tree: Any = None  # that their slots are leaves of
 
-    def begin(self, round_: Any, batch: _Batch, weights: Any, tokens: jax.Array) -> tuple[Any, jax.Array]:
+    def coming(self, batch: _Batch, weights: Any) -> _peer.Coming | None:
+        """Weights that are on their way from now on; None: they are there."""
+        return None if self.transfer is None else _replicate.begin(self.transfer, weights, batch.rows)
+
+    def begin(
+        self, round_: Any, batch: _Batch, coming: _peer.Coming | None, weights: Any, tokens: jax.Array
+    ) -> tuple[Any, jax.Array]:
         """The only round of a batch, which brings weights with its tokens: rows and slots, and group sizes."""
         if self.transfer is None:
             rows, group_sizes = self.dispatch(round_, tokens)
             return (rows, weights), group_sizes
-        rows, slots = _dispatch.bring_beside(tokens, round_, weights, batch.rows, self.transfer)
+        rows, slots = _dispatch.bring_beside(tokens, round_, weights, batch.rows, self.transfer, coming)
         return (rows, jax.tree.unflatten(self.tree, slots)), round_.group_sizes
 
     def finish(self, round_: Any, group_sizes: jax.Array, rows: jax.Array, slots: Any, gates: jax.Array) -> jax.Array:
@@ -166,11 +172,11 @@ class _Way(NamedTuple):
         """
         return slots if self.transfer is not None and self.transfer.has_room else None
 
-    def slots(self, batch: _Batch, weights: Any) -> Any:
-        """The weights, brought before all rounds."""
-        if self.transfer is None:
+    def slots(self, coming: _peer.Coming | None, weights: Any) -> Any:
+        """The weights, there before all rounds."""
+        if self.transfer is None or coming is None:
             return weights
-        return jax.tree.unflatten(self.tree, bring_now(self.transfer, weights, batch.rows))
+        return jax.tree.unflatten(self.tree, _replicate.finish(self.transfer, weights, coming))
 
     def of_weights(self, batch: _Batch, of_slots: Any) -> Any:
         """The gradients of the weights."""
@@ -180,61 +186,76 @@ class _Way(NamedTuple):
 
 
 # GPUs wait for the host to learn of a condition: so there is one, before tokens travel, and then either the usual
-# single round or a loop. Then the host has to catch up, so that few launches come before what takes long.
+# single round or a loop. Then the host has to catch up, so that few launches come before what takes long. Meanwhile
+# weights are on their way already.
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _all_rounds(way: _Way, dtype: Any, rounds: jax.Array, batch: _Batch, first: Round, *operands: Any) -> Any:
     """The sum of all rounds' results, and the slots that are kept.
 
     `first`: the first round. `operands`: weights, tokens and gates, by which it is differentiated.
     """
-    weights, tokens, gates = operands
 
-    def once() -> Any:
-        (rows, slots), group_sizes = way.begin(first, batch, weights, tokens)
-        return way.finish(first, group_sizes, rows, slots, gates).astype(dtype), way.kept(slots)
+    @_peer.at_once
+    def run(rounds: jax.Array, batch: _Batch, first: Round, weights: Any, tokens: jax.Array, gates: jax.Array) -> Any:
+        coming = way.coming(batch, weights)
 
-    def several() -> Any:
-        result, slots = _several_rounds(way, rounds, batch, *operands)
-        return result.astype(dtype), way.kept(slots)
+        def once() -> Any:
+            (rows, slots), group_sizes = way.begin(first, batch, coming, weights, tokens)
+            return way.finish(first, group_sizes, rows, slots, gates).astype(dtype), way.kept(slots)
 
-    return lax.cond(rounds > 1, several, once)
+        def several() -> Any:
+            result, slots = _several_rounds(way, rounds, batch, coming, weights, tokens, gates)
+            return result.astype(dtype), way.kept(slots)
+
+        return lax.cond(rounds > 1, several, once)
+
+    return run(rounds, batch, first, *operands)
 
 
-def _several_rounds(way: _Way, rounds: jax.Array, batch: _Batch, weights: Any, *operands: Any) -> tuple[jax.Array, Any]:
-    slots = way.slots(batch, weights)
+def _several_rounds(
+    way: _Way, rounds: jax.Array, batch: _Batch, coming: _peer.Coming | None, weights: Any, *operands: Any
+) -> tuple[jax.Array, Any]:
+    slots = way.slots(coming, weights)
     return _sum_of(rounds, lambda number: way.run(way.prepare(batch.queues, number), slots, *operands)), slots
 
 
 def _all_rounds_forward(way: _Way, dtype: Any, rounds: jax.Array, batch: _Batch, first: Round, *operands: Any) -> Any:
-    weights, tokens, gates = operands
-    given = jax.tree.leaves((batch, first, operands))
     structure, tree, places = None, None, []  # of what the backward pass needs; among what need not be copied
 
-    def once() -> tuple[jax.Array, list[jax.Array], list[jax.Array]]:
-        nonlocal structure, tree, places
-        (rows, slots), pull_begin, group_sizes = jax.vjp(
-            partial(way.begin, first, batch), weights, tokens, has_aux=True
-        )
-        result, pull_finish = jax.vjp(
-            lambda *operands: way.finish(first, group_sizes, *operands).astype(dtype), rows, slots, gates
-        )
-        kept, structure = jax.tree.flatten((pull_begin, pull_finish))
-        brought, tree = jax.tree.flatten(slots)
-        there = [*given, *brought]
-        places = [next((i for i, leaf in enumerate(there) if leaf is one), None) for one in kept]
-        kept = [one for one, i in zip(kept, places, strict=True) if i is None]
-        return result, [] if way.transfer is None else brought, kept
+    @_peer.at_once
+    def run(rounds: jax.Array, batch: _Batch, first: Round, weights: Any, tokens: jax.Array, gates: jax.Array) -> Any:
+        given = jax.tree.leaves((batch, first, weights, tokens, gates))
+        coming = way.coming(batch, weights)
 
-    def several() -> tuple[jax.Array, list[jax.Array], list[jax.Array]]:
-        _, _, kept = jax.eval_shape(once)
-        result, slots = _several_rounds(way, rounds, batch, *operands)
-        brought = [] if way.transfer is None else jax.tree.leaves(slots)
-        # Rounds are run again in the backward pass.
-        return result.astype(dtype), brought, [_zeros_like(leaf) for leaf in kept]
+        def once() -> tuple[jax.Array, list[jax.Array], list[jax.Array]]:
+            nonlocal structure, tree, places
+            (rows, slots), pull_begin, group_sizes = jax.vjp(
+                partial(way.begin, first, batch, coming), weights, tokens, has_aux=True
+            )
+            result, pull_finish = jax.vjp(
+                lambda *operands: way.finish(first, group_sizes, *operands).astype(dtype), rows, slots, gates
+            )
+            kept, structure = jax.tree.flatten((pull_begin, pull_finish))
+            brought, tree = jax.tree.flatten(slots)
+            there = [*given, *brought]
+            places = [next((i for i, leaf in enumerate(there) if leaf is one), None) for one in kept]
+            kept = [one for one, i in zip(kept, places, strict=True) if i is None]
+            return result, [] if way.transfer is None else brought, kept
 
-    result, brought, kept = lax.cond(rounds > 1, several, once)
+        def several() -> tuple[jax.Array, list[jax.Array], list[jax.Array]]:
+            _, _, kept = jax.eval_shape(once)
+            result, slots = _several_rounds(way, rounds, batch, coming, weights, tokens, gates)
+            brought = [] if way.transfer is None else jax.tree.leaves(slots)
+            # Rounds are run again in the backward pass.
+            return result.astype(dtype), brought, [_zeros_like(leaf) for leaf in kept]
+
+        return lax.cond(rounds > 1, several, once)
+
+    result, brought, kept = run(rounds, batch, first, *operands)
+    weights, tokens, gates = operands
     slots = weights if way.transfer is None else jax.tree.unflatten(tree, brought)
-    there, rest = [*given, *jax.tree.leaves(slots)], iter(kept)
+    there = [*jax.tree.leaves((batch, first, operands)), *jax.tree.leaves(slots)]
+    rest = iter(kept)
     pulls = jax.tree.unflatten(structure, [next(rest) if i is None else there[i] for i in places])
     return (result, way.kept(slots)), (rounds, batch, slots, tokens, gates, pulls)
 

@@ -5,7 +5,7 @@ ffi_api_version: tuple[int, int]
 mathdx_sizes: tuple[int, ...]
 max_experts: int
 max_choices: int
-max_beside: int
+max_begun: int
 max_group_ranks: int
 max_group_slots: int
 max_near_slots: int

@@ -46,7 +46,6 @@ processes, and a further call after the `all_gather` makes addresses of it, of m
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 import jax
@@ -227,21 +226,80 @@ def sums_like(leaves: Sequence[jax.Array], replicas: jax.Array, dtypes: Sequence
     ]
 
 
+class Coming(NamedTuple):
+    """Sums of rows that are on their way: nothing but `finish_rows` may have to do with them."""
+
+    table: jax.Array
+    replicas: jax.Array
+    sums: list[jax.Array]
+
+
+def begin_rows(
+    dtypes: tuple[Any, ...] | None,
+    axis_name: AxisName,
+    leaves: Sequence[jax.Array],
+    replicas: jax.Array,
+    mapped_with: jax.Array | None = None,
+) -> Coming:
+    """Begins `add_up`, of at most `_handlers.max_begun` leaves, which goes on beside all that is before `finish_rows`.
+
+    `mapped_with`: where that is mapped by `jax.vmap`, this is.
+    """
+    in_place = dtypes is None
+    shown, buffers = ([], leaves) if in_place else (leaves, [])
+    exposed = expose(buffers, replicas if mapped_with is None else mapped_with, axis_name, shown=shown)
+    rows = exposed.buffers if in_place else exposed.shown
+    sums = _ffi.call(
+        "lplb_begin_rows",
+        sums_like(rows, replicas, dtypes),
+        exposed.table,
+        replicas,
+        *rows,
+        aliases={2 + i: i for i in range(len(rows))} if in_place else {},
+        in_place=in_place,
+    )
+    return Coming(exposed.table, replicas, sums)
+
+
+def finish_rows(
+    dtypes: tuple[Any, ...] | None, leaves: Sequence[jax.Array], coming: Coming, done: jax.Array
+) -> tuple[Exposed, list[jax.Array], jax.Array]:
+    """The sums, with what was exposed for them and the marker for `kept`, that of another call which is over by then.
+
+    `dtypes` and `leaves` are those that it began with.
+    """
+    in_place = dtypes is None
+    shown = [] if in_place else list(leaves)
+    kept = (coming.table, coming.replicas, *shown)
+    aliases = {0: 0} | {1 + len(kept) + i: 1 + i for i in range(len(coming.sums))}
+    done = _ffi.vary(done, _ffi.varying(done, *kept, *coming.sums))
+    marker = _ffi.Result((), jnp.int32, [done])
+    done, *sums = _ffi.call(
+        "lplb_finish_rows", [marker, *_like(coming.sums)], done, *kept, *coming.sums, aliases=aliases
+    )
+    exposed = Exposed(shown, sums if in_place else [], coming.table)
+    return exposed, [] if in_place else sums, done
+
+
 def release(exposed: Exposed, done: jax.Array, axis_name: AxisName, made: Sequence[jax.Array] = ()) -> list[jax.Array]:
     """The buffers, and what was `made` of all that was exposed, once all ranks have read and written."""
-    done = gather(done, axis_name)
-    kept = [*exposed.shown, *exposed.buffers]
+    return kept(exposed, gather(done, axis_name), made)
+
+
+def kept(exposed: Exposed, all_done: jax.Array, made: Sequence[jax.Array] = ()) -> list[jax.Array]:
+    """`release`, where ranks have gathered their markers already."""
+    buffers = [*exposed.shown, *exposed.buffers]
     results = [*exposed.buffers, *made]
     aliases = {2 + len(exposed.shown) + i: i for i in range(len(results))}
     return _ffi.call(
         "lplb_release",
         _like(results),
         exposed.table,
-        done,
-        *kept,
+        all_done,
+        *buffers,
         *made,
         aliases=aliases,
-        num_told=np.int64(len(kept)),
+        num_told=np.int64(len(buffers)),
     )
 
 
@@ -257,15 +315,22 @@ def one_operation(function: Callable[..., Any]) -> Callable[..., Any]:
 
     # Outside of jit, shard_map would otherwise run each call in it as a program of its own.
     operation = jax.custom_jvp(jax.jit(apart, static_argnums=(0, 1)), nondiff_argnums=(0, 1))
-
-    @partial(operation.defjvp)
-    def refuse(*_: Any) -> NoReturn:
-        raise NotImplementedError(
-            "what is read from peers' memory can be differentiated once, in reverse mode; for more pass "
-            "transport='collective'"
-        )
-
+    operation.defjvp(_refuse)
     return operation
+
+
+def at_once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Of several operations, with what goes on beside them, one; under `jax.vmap` for one element after the other."""
+    operation = jax.custom_jvp(jax.custom_batching.sequential_vmap(jax.jit(function)))
+    operation.defjvp(_refuse)
+    return operation
+
+
+def _refuse(*_: Any) -> NoReturn:
+    raise NotImplementedError(
+        "what is read from peers' memory can be differentiated once, in reverse mode; for more pass "
+        "transport='collective'"
+    )
 
 
 @one_operation

@@ -5,7 +5,7 @@ it, and puts it where each of those choices belongs. On the way back it adds up 
 writes the sum to where the token's rank adds up the ranks' parts.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +29,50 @@ def why_out_of_reach(axis_name: AxisName, tokens: jax.Array, num_choices: int, *
     return _peer.why_out_of_reach(axis_name, [tokens.dtype], [tokens.dtype], asked=asked)
 
 
-@_peer.one_operation
 def dispatch(
+    sizes: tuple[int, tuple[Any, ...] | None],
+    axis_name: AxisName,
+    tokens: jax.Array,
+    place: jax.Array,
+    group_sizes: jax.Array,
+    leaves: list[jax.Array],
+    coming: _peer.Coming | None,
+) -> tuple[jax.Array, list[jax.Array]]:
+    """Tokens' rows, and beside them rows of weights that `_peer.begin_rows` has begun to bring.
+
+    Args:
+      sizes: capacity, and the dtypes that the rows of weights began with.
+      axis_name: of the ranks.
+      tokens: [num_tokens, d_model].
+      place: int32 [num_tokens, k], rank * capacity + row; negative: none.
+      group_sizes: int32 [slots].
+      leaves: those that the rows of weights began with.
+      coming: these; None: there are none.
+
+    Returns:
+      Rows [capacity, d_model]: the tokens whose places are this rank's, and zeros beyond those of the groups. And
+      [slots, ...] of each leaf.
+    """
+    capacity, dtypes = sizes
+    mapped_with = _zero_like(group_sizes, None if coming is None else coming.table)
+    exposed = _peer.expose([], mapped_with, axis_name, shown=[tokens, place])
+    operands = (exposed.table, tokens, place, group_sizes)
+    done, rows = _ffi.call(
+        "lplb_dispatch",
+        [
+            _ffi.Result((), jnp.int32, operands),
+            _ffi.Result((capacity, *tokens.shape[1:]), tokens.dtype, (tokens, place, group_sizes)),
+        ],
+        *operands,
+        aliases={},
+        num_blocks=np.int64(_NUM_BLOCKS),
+    )
+    (rows,), slots = _released(axis_name, exposed, done, [rows], dtypes, leaves, coming)
+    return rows, slots
+
+
+@_peer.one_operation
+def dispatch_beside(
     sizes: tuple[int, tuple[Any, ...] | None],
     axis_name: AxisName,
     tokens: jax.Array,
@@ -39,34 +81,12 @@ def dispatch(
     leaves: list[jax.Array],
     source: jax.Array | None,
 ) -> tuple[jax.Array, list[jax.Array]]:
-    """Tokens' rows, and beside them rows of weights.
-
-    Args:
-      sizes: capacity, and the dtypes of what is made of the leaves; None: in their place.
-      axis_name: of the ranks.
-      tokens: [num_tokens, d_model].
-      place: int32 [num_tokens, k], rank * capacity + row; negative: none.
-      group_sizes: int32 [slots].
-      leaves: as `_peer.add_up` takes them, to bring the rows `source`; or none, and no dtypes.
-      source: int32 [slots, 1], or None.
-
-    Returns:
-      Rows [capacity, d_model]: the tokens whose places are this rank's, and zeros beyond those of the groups. And
-      [slots, ...] of each leaf.
-    """
-    capacity, dtypes = sizes
-    beside = _Beside(leaves, source, dtypes)
-    exposed = _peer.expose(
-        beside.buffers, _zero_like(group_sizes, source), axis_name, shown=[tokens, place, *beside.shown]
-    )
-    operands = [exposed.table, tokens, place, group_sizes]
-    results = [_ffi.Result((capacity, *tokens.shape[1:]), tokens.dtype, (tokens, place, group_sizes))]
-    done, rows, *slots = beside.call("lplb_dispatch", exposed.buffers, operands, results, {})
-    if dtypes is None:
-        *slots, rows = _peer.release(exposed._replace(buffers=slots), done, axis_name, [rows])
-    else:
-        rows, *slots = _peer.release(exposed, done, axis_name, [rows, *slots])
-    return rows, slots
+    """`dispatch`, with rows of weights begun here: rows `source`, int32 [slots, 1], or None."""
+    coming = None
+    if source is not None:
+        mapped_with = _zero_like(source, tokens, place, group_sizes)
+        coming = _peer.begin_rows(sizes[1], axis_name, leaves, source, mapped_with)
+    return dispatch(sizes, axis_name, tokens, place, group_sizes, leaves, coming)
 
 
 @_peer.one_operation
@@ -97,57 +117,35 @@ def combine(
     """
     num_parts, dtypes = sizes
     given = [] if gates is None else [gates]
-    of_rows = (rows, place, *given)
-    room = _ffi.Result((len(place), num_parts, *rows.shape[1:]), rows.dtype, of_rows)
-    beside = _Beside(leaves, replicas, dtypes)
-    shown = [place, *given, *beside.shown]
-    exposed = _peer.expose(beside.buffers, _zero_like(rows, replicas), axis_name, shown=shown, rooms=[room])
-    *buffers, parts = exposed.buffers
-    operands, number = [exposed.table, place, rows, parts, *given], np.int64(len(given))
-    done, parts, *sums = beside.call("lplb_combine", buffers, operands, [room], {3: 1}, num_gates=number)
-    if dtypes is None:
-        *sums, parts = _peer.release(exposed._replace(buffers=[*sums, parts]), done, axis_name)
-    else:
-        parts, *sums = _peer.release(exposed._replace(buffers=[parts]), done, axis_name, sums)
+    coming = None
+    if replicas is not None:
+        mapped_with = _zero_like(replicas, rows, place, *given)
+        coming = _peer.begin_rows(dtypes, axis_name, leaves, replicas, mapped_with)
+    room = _ffi.Result((len(place), num_parts, *rows.shape[1:]), rows.dtype, (rows, place, *given))
+    mapped_with = _zero_like(rows, None if coming is None else coming.table)
+    exposed = _peer.expose([], mapped_with, axis_name, shown=[place, *given], rooms=[room])
+    operands = (exposed.table, place, rows, *exposed.buffers, *given)
+    results = [_ffi.Result((), jnp.int32, operands), room]
+    done, parts = _ffi.call("lplb_combine", results, *operands, aliases={3: 1}, num_blocks=np.int64(_NUM_BLOCKS))
+    (parts,), sums = _released(axis_name, exposed._replace(buffers=[parts]), done, [], dtypes, leaves, coming)
     return parts, sums
 
 
-class _Beside(NamedTuple):
-    """What is added up beside tokens."""
-
-    leaves: list[jax.Array]
-    replicas: jax.Array | None
-    dtypes: tuple[Any, ...] | None  # of sums; None: in the leaves' place
-
-    @property
-    def shown(self) -> list[jax.Array]:
-        return [] if self.dtypes is None else self.leaves
-
-    @property
-    def buffers(self) -> list[jax.Array]:
-        return self.leaves if self.dtypes is None else []
-
-    def call(
-        self,
-        target: str,
-        buffers: list[jax.Array],
-        operands: list[jax.Array],
-        results: list[_ffi.Result],
-        aliases: dict[int, int],
-        **attributes: Any,
-    ) -> list[jax.Array]:
-        """The marker for `_peer.release`, the results, and the sums; `buffers`: those here, as they are exposed."""
-        in_place = self.dtypes is None
-        if self.replicas is not None:
-            leaves = buffers if in_place else self.leaves
-            first, number = len(operands) + 1, len(results) + 1
-            sums = _peer.sums_like(leaves, self.replicas, self.dtypes)
-            operands, results = [*operands, self.replicas, *leaves], [*results, *sums]
-            if in_place:
-                aliases = aliases | {first + i: number + i for i in range(len(leaves))}
-        done = _ffi.Result((), jnp.int32, operands)
-        fixed = {"num_blocks": np.int64(_NUM_BLOCKS), "in_place": in_place}
-        return _ffi.call(target, [done, *results], *operands, aliases=aliases, **fixed, **attributes)
+def _released(
+    axis_name: AxisName,
+    exposed: _peer.Exposed,
+    done: jax.Array,
+    made: list[jax.Array],
+    dtypes: tuple[Any, ...] | None,
+    leaves: list[jax.Array],
+    coming: _peer.Coming | None,
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """What was exposed and made of tokens, and what was coming beside them, once all ranks have all of it."""
+    if coming is None:
+        return _peer.release(exposed, done, axis_name, made), []
+    beside, sums, done = _peer.finish_rows(dtypes, leaves, coming, done)
+    all_done = _peer.gather(done, axis_name)
+    return _peer.kept(exposed, all_done, made), _peer.kept(beside, all_done, sums)
 
 
 @_peer.one_operation

@@ -97,7 +97,7 @@ def copies_of(
     """As `replicate` takes them; None where that has to bring them, or nothing needs to be brought."""
     leaves, dtypes, tree, has_room = _checked(home_weights, placement, axis_name, dtype, transport)
     summed = {leaf.dtype for leaf in leaves} | set(dtypes) <= set(_peer.SUMMED)
-    if not summed or not 0 < len(leaves) <= _handlers.max_beside or any(leaf.size == 0 for leaf in leaves):
+    if not summed or not 0 < len(leaves) <= _handlers.max_begun or any(leaf.size == 0 for leaf in leaves):
         return None
     if not _has_copies(placement) and all(leaf.dtype == dtype for leaf, dtype in zip(leaves, dtypes, strict=True)):
         return None
@@ -287,6 +287,46 @@ def _differentiated_once(transfer: Transfer, leaves: list[jax.Array], rows: Rows
         peers, collectives = partial(_by_peers, transfer), partial(by_collectives, transfer)
         operands, platforms = (leaves, rows), _peer.platforms()
         return _ffi.choose("add_rows", transfer.implementation, peers, collectives, *operands, platforms=platforms)
+
+
+def begin(transfer: Transfer, leaves: list[jax.Array], rows: Rows) -> _peer.Coming:
+    """Begins what `bring_now` does, which then goes on beside what is done until `finish`; within one operation."""
+    axes = {transfer.axis_name} if isinstance(transfer.axis_name, str) else set(transfer.axis_name)
+
+    def peers(leaves: list[jax.Array], rows: Rows) -> _peer.Coming:
+        dtypes, source = to_bring(transfer, rows)
+        return _peer.begin_rows(dtypes, transfer.axis_name, leaves, source)
+
+    def collectives(leaves: list[jax.Array], rows: Rows) -> _peer.Coming:
+        no_table = jnp.zeros((lax.axis_size(transfer.axis_name), len(leaves), 2), jnp.uint32)
+        no_table = _ffi.vary(no_table, _ffi.varying(rows.source, *leaves) - axes)
+        return _peer.Coming(no_table, rows.source[:, None], by_collectives(transfer, leaves, rows))
+
+    with jax.named_scope("lplb_replicate"):
+        return _ffi.choose(
+            "begin_rows", transfer.implementation, peers, collectives, leaves, rows, platforms=_peer.platforms()
+        )
+
+
+def finish(transfer: Transfer, leaves: list[jax.Array], coming: _peer.Coming) -> list[jax.Array]:
+    """The slots, once all ranks have theirs."""
+
+    def peers(leaves: list[jax.Array], coming: _peer.Coming) -> list[jax.Array]:
+        dtypes = None if transfer.has_room else transfer.slot_dtypes
+        done = jnp.int32(0)
+        exposed, slots, done = _peer.finish_rows(dtypes, leaves, coming, done)
+        return _peer.release(exposed, done, transfer.axis_name, slots)
+
+    with jax.named_scope("lplb_replicate"):
+        return _ffi.choose(
+            "finish_rows",
+            transfer.implementation,
+            peers,
+            lambda _, coming: coming.sums,
+            leaves,
+            coming,
+            platforms=_peer.platforms(),
+        )
 
 
 def add_up_at_home(transfer: Transfer, rows: Rows, gradients: list[Any]) -> list[Any]:
