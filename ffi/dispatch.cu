@@ -9,8 +9,8 @@ namespace {
 constexpr int kWarp = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
 constexpr int kThreads = 512;
-constexpr int kLoads = 4;           // of 16 bytes, that a lane has in flight
-constexpr int kLoadsOfCombine = 2;  // registers for more would leave none to what goes on beside it
+constexpr int kLoads = 4;                // of 16 bytes, that a lane has in flight
+constexpr int kRegistersOfCombine = 88;  // of a thread, which leave some to blocks of what goes on beside it
 
 template <class T>
 __device__ T* rows_of(const PeerBuffer& buffer, int batch, int rank) {
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kThreads) dispatch_kernel(const Dispatch dispa
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) combine_kernel(const Combine combine, int32_t* done) {
+__global__ void __maxnreg__(kRegistersOfCombine) combine_kernel(const Combine combine, int32_t* done) {
   constexpr int kElements = sizeof(uint4) / sizeof(T);
   using Word = Pack<T, kElements>;
   const Places& places = combine.places;
@@ -180,25 +180,25 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const Combine combine
       const int part = __popc(firsts & lanes & ((1u << (__ffs(of_token) - 1)) - 1));
       Word* to =
           rows_of<Word>(combine.parts, batch, tokens.rank) + ((tokens.first + i) * combine.num_parts + part) * words;
-      for (int64_t begin = lane; begin - lane < words; begin += kWarp * kLoadsOfCombine) {
-        float total[kLoadsOfCombine][kElements] = {};
+      for (int64_t begin = lane; begin - lane < words; begin += kWarp * kLoads) {
+        float total[kLoads][kElements] = {};
         for (unsigned left = of_token; left != 0; left &= left - 1) {
           const int from_lane = __ffs(left) - 1;
           const Word* from = rows + __shfl_sync(kFullWarp, row, from_lane) * words;
           const float by = __shfl_sync(kFullWarp, gate, from_lane);
-          Word values[kLoadsOfCombine] = {};
+          Word values[kLoads] = {};
 #pragma unroll
-          for (int k = 0; k < kLoadsOfCombine; ++k) {
+          for (int k = 0; k < kLoads; ++k) {
             if (begin + k * kWarp < words) values[k] = from[begin + k * kWarp];
           }
 #pragma unroll
-          for (int k = 0; k < kLoadsOfCombine; ++k) {
+          for (int k = 0; k < kLoads; ++k) {
 #pragma unroll
             for (int e = 0; e < kElements; ++e) total[k][e] += by * to_float(values[k].values[e]);
           }
         }
 #pragma unroll
-        for (int k = 0; k < kLoadsOfCombine; ++k) {
+        for (int k = 0; k < kLoads; ++k) {
           if (begin + k * kWarp >= words) continue;
           Word sum;
 #pragma unroll

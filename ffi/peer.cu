@@ -24,7 +24,9 @@ unsigned at_most(int64_t blocks, int most) { return static_cast<unsigned>(blocks
 // For so many chunks of each row.
 dim3 grid_of(const AddRows& add, int64_t chunks, int loads) {
   int most = add.in_place ? kMostInPlace : kMostBlocks;
-  if (add.is_beside) most = add.in_place ? kMostBytes / (kThreads * loads * 16) : kMostBeside;
+  if (add.is_beside && add.in_place) most = kMostBytes / (kThreads * loads * 16);
+  // Sums keep the memory busy in any case; rows that are brought wait for what comes from the host meanwhile.
+  if (add.is_beside && !add.in_place && add.max_replicas == 1) most = kMostBeside;
   return dim3(at_most(add.num_sums * chunks, most), add.buffer.num_batches);
 }
 
