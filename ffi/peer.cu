@@ -12,11 +12,11 @@ constexpr int kWarp = 32;
 constexpr int kThreads = 256;
 constexpr int kMostBlocks = 2048;
 constexpr int kMostInPlace = 528;  // of blocks, 4 for each of 132 multiprocessors: most rows stay, and starts take time
-constexpr int kMostBeside = 264;   // 2 for each, which leave room for the blocks of other kernels
+constexpr int kMostBeside = 396;   // 3 for each, which leave room for the blocks of other kernels
 constexpr int kMostBytes = 1 << 20;  // in flight beside others, all over links: more only hold up what others load
 
-// Loads of 16 bytes that a thread has in flight: as many as registers allow where others are to have some.
-constexpr int kLoadsOfCopy = 4, kLoadsOfCast = 8, kLoadsOfSum = 2;
+// Loads of 16 bytes that a thread has in flight: for sums, which take more registers, fewer.
+constexpr int kLoads = 4, kLoadsOfSum = 2;
 
 int divide_up(int64_t value, int64_t by) { return static_cast<int>((value + by - 1) / by); }
 unsigned at_most(int64_t blocks, int most) { return static_cast<unsigned>(blocks < most ? blocks : most); }
@@ -92,7 +92,7 @@ __global__ void translate_kernel(const volatile uint64_t* regions, const uint64_
 }
 
 // to[i] = convert(a value of from[i]) for each of the rows, which are of `words` values; zeros where there is no row.
-template <int kLoads, class From, class To, class Convert>
+template <class From, class To, class Convert>
 __device__ void bring_rows(const AddRows& add, int32_t* done, int64_t words, Convert convert) {
   const int batch = blockIdx.y;
   if (threadIdx.x == 0 && blockIdx.x == 0 && done != nullptr) done[batch] = 0;
@@ -116,15 +116,14 @@ __device__ void bring_rows(const AddRows& add, int32_t* done, int64_t words, Con
 
 template <class Word>
 __global__ void __launch_bounds__(kThreads) copy_rows_kernel(const AddRows add, int32_t* done) {
-  bring_rows<kLoadsOfCopy, Word, Word>(add, done, add.buffer.row_bytes / sizeof(Word),
-                                       [](const Word& word) { return word; });
+  bring_rows<Word, Word>(add, done, add.buffer.row_bytes / sizeof(Word), [](const Word& word) { return word; });
 }
 
 template <class From, class To, int kElements>
 __global__ void __launch_bounds__(kThreads) cast_rows_kernel(const AddRows add, int32_t* done) {
   using Casted = Pack<To, kElements>;
   using Given = Pack<From, kElements>;
-  bring_rows<kLoadsOfCast, Given, Casted>(add, done, add.row_elements / kElements, [](const Given& given) {
+  bring_rows<Given, Casted>(add, done, add.row_elements / kElements, [](const Given& given) {
     Casted casted;
 #pragma unroll
     for (int i = 0; i < kElements; ++i) store(to_float(given.values[i]), &casted.values[i]);
@@ -177,14 +176,14 @@ __global__ void __launch_bounds__(kThreads) add_rows_kernel(AddRows add, int32_t
 
 template <class Word>
 cudaError_t copy_rows(cudaStream_t stream, const AddRows& add, int32_t* done) {
-  const int64_t chunks = divide_up(add.buffer.row_bytes, sizeof(Word) * kThreads * kLoadsOfCopy);
-  copy_rows_kernel<Word><<<grid_of(add, chunks, kLoadsOfCopy), kThreads, 0, stream>>>(add, done);
+  const int64_t chunks = divide_up(add.buffer.row_bytes, sizeof(Word) * kThreads * kLoads);
+  copy_rows_kernel<Word><<<grid_of(add, chunks, kLoads), kThreads, 0, stream>>>(add, done);
   return cudaGetLastError();
 }
 
 template <class From, class To, int kElements>
 cudaError_t add_rows(cudaStream_t stream, const AddRows& add, int32_t* done) {
-  const int loads = add.max_replicas == 1 ? kLoadsOfCast : kLoadsOfSum;
+  const int loads = add.max_replicas == 1 ? kLoads : kLoadsOfSum;
   const int64_t chunks = divide_up(add.row_elements, static_cast<int64_t>(kElements) * kThreads * loads);
   const auto kernel =
       add.max_replicas == 1 ? cast_rows_kernel<From, To, kElements> : add_rows_kernel<From, To, kElements>;

@@ -70,23 +70,22 @@ def check_layer(mesh, place, prepared: bool = False, **options) -> None:
 
 
 def check_steps(mesh) -> None:
-    """Any delays: of weights and gradients in new memory, and in place."""
+    """Any delays, of weights and gradients in new memory and in place; and rows that are begun."""
     import jax
     import numpy as np
     import pytest
-    from test_peer import check_any_delays, right_in_rooms
+    from test_peer import begun_rows_are_right, check_any_delays, right_in_rooms
 
-    def rng():
-        return np.random.default_rng(0)
-
-    for elements in (6, 1 << 14):
-        jax.clear_caches()  # what was traced has no delays
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            check_any_delays(monkeypatch, rng(), mesh, elements)
-        jax.clear_caches()
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            right = right_in_rooms(monkeypatch, rng(), mesh, elements)
-            assert all(right() for _ in range(3))
+    rng = np.random.default_rng
+    jax.clear_caches()  # what was traced has no delays
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        check_any_delays(monkeypatch, rng(0), mesh, 1 << 12)
+    jax.clear_caches()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        right = right_in_rooms(monkeypatch, rng(0), mesh, 1 << 12)
+        assert all(right() for _ in range(2))
+    for in_place in (False, True):
+        assert begun_rows_are_right(mesh, in_place, 1 << 20)
 
 
 def check_refused(mesh) -> None:

@@ -776,6 +776,58 @@ def test_delays_while_rooms_are_filled(monkeypatch, fresh, rng, mesh, broken):
     assert all(right() for _ in range(20 if broken else 2)) == (not broken)
 
 
+# ---- Begun, and waited for -------------------------------------------------------------------------------------------
+
+
+def begun_rows_are_right(mesh, in_place: bool, elements: int, wait: bool = True) -> bool:
+    """In a loop of steps that change the rows at home, all that is there once they have been waited for; or before."""
+    place = chosen(np.random.default_rng(0), mesh.size)
+    logical = np.arange(1, EXPERTS + 1, dtype=np.float32)[:, None]
+    home = with_room(place, logical) if in_place else logical
+    is_held = np.asarray(place.phy2log) >= 0
+
+    def extremes(slots):
+        return jnp.min(slots, axis=1), jnp.max(slots, axis=1)
+
+    @_peer.at_once
+    def bring(home, source):
+        dtypes = None if in_place else (jnp.float32,)
+        coming = _peer.begin_rows(dtypes, "ep", [home], source)
+        early, coming = jax.lax.optimization_barrier((None if wait else extremes(*coming.sums), coming))
+        exposed, made, done = _peer.finish_rows(dtypes, [home], coming, jnp.int32(0))
+        (slots,) = _peer.release(exposed, done, "ep", made)
+        return slots, extremes(slots) if wait else early
+
+    @jax.jit
+    @partial(jax.shard_map, mesh=mesh, in_specs=(P("ep"), P()), out_specs=(P(None, "ep"), P(None, "ep")))
+    def run(home, place):
+        source = _replicate._rows(place, "ep", in_place).source[:, None]
+
+        def step(home, _):
+            slots, found = bring(home, source)
+            return (slots if in_place else home) * 2, found
+
+        return jax.lax.scan(step, jnp.broadcast_to(home, (len(home), elements)), None, 4)[1]
+
+    home = jax.device_put(home, jax.NamedSharding(mesh, P("ep")))
+    expected = held(place, logical)[:, 0] * 2.0 ** np.arange(4)[:, None]
+    return all(
+        ((np.asarray(shard.data) == expected[shard.index]) | ~is_held[shard.index[1]]).all()
+        for found in run(home, place)
+        for shard in found.addressable_shards
+    )
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_rows_that_are_begun_are_waited_for(mesh, in_place):
+    """On GPUs they are long enough not to be there at once."""
+    is_cpu = mesh.devices.flat[0].platform == "cpu"
+    for elements in (6, 1 << (12 if is_cpu else 22)):
+        assert begun_rows_are_right(mesh, in_place, elements)
+    if not is_cpu:
+        assert not all(begun_rows_are_right(mesh, in_place, 1 << 22, wait=False) for _ in range(5))
+
+
 # ---- A few words of each rank ----------------------------------------------------------------------------------------
 
 
