@@ -329,10 +329,10 @@ def _bring(
 ) -> tuple[jax.Array, list[jax.Array]]:
     def by_peers(tokens: jax.Array, leaves: list[jax.Array], handle: Handle, rows: Any, coming: Any) -> Any:
         dtypes, source = ((), None) if transfer is None else _replicate.to_bring(transfer, rows)
-        sizes, operands = (handle.capacity, dtypes), (tokens, handle.place, handle.group_sizes, leaves)
+        operands = handle.axis_name, tokens, handle.place, handle.group_sizes
         if coming is None:
-            return _peer_tokens.dispatch_beside(sizes, handle.axis_name, *operands, source)
-        return _peer_tokens.dispatch(sizes, handle.axis_name, *operands, coming)
+            return _peer_tokens.dispatch_beside((handle.capacity, dtypes), *operands, leaves, source)
+        return _peer_tokens.dispatch(handle.capacity, *operands, [] if dtypes is None else leaves, coming)
 
     def by_collectives(tokens: jax.Array, leaves: list[jax.Array], handle: Handle, rows: Any, coming: Any) -> Any:
         slots: list[jax.Array] = []

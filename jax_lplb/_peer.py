@@ -35,6 +35,11 @@ No byte is written and read at once, nor written by two: what is shown is writte
 each byte is written by one rank, and read by its owner after `release`; and of a buffer that its rank changes itself,
 others read only what it does not change.
 
+Step 2 may be two calls, `begin_rows` and `finish_rows`, for rows that are read beside whatever is between: on GPUs the
+first launches it on another stream, and the second waits for that. What the first one gives is then not there yet,
+against the first of these guarantees: only the second may take it, which finds by its address what has begun, and is an
+error where XLA has moved it. `at_once` makes one operation for JAX of all that is between.
+
 JAX's transformations keep to this too, as they meet each function that is `one_operation` as one: a policy of
 `jax.checkpoint` saves or repeats all of it, and so never keeps addresses for later. Under `jax.vmap` all calls are
 mapped together, and addresses are those of the elements: so `expose` has to be mapped where the call after it is.
@@ -262,23 +267,27 @@ def begin_rows(
 
 
 def finish_rows(
-    dtypes: tuple[Any, ...] | None, leaves: Sequence[jax.Array], coming: Coming, done: jax.Array
+    shown: Sequence[jax.Array], coming: Coming, done: jax.Array
 ) -> tuple[Exposed, list[jax.Array], jax.Array]:
-    """The sums, with what was exposed for them and the marker for `kept`, that of another call which is over by then.
+    """What was exposed, what was made of it, and the marker for `kept`; all of it is there.
 
-    `dtypes` and `leaves` are those that it began with.
+    Args:
+      shown: the leaves that it began with; none where sums are in their place.
+      coming: what has begun.
+      done: the marker of another call, which is over then, too.
     """
-    in_place = dtypes is None
-    shown = [] if in_place else list(leaves)
-    kept = (coming.table, coming.replicas, *shown)
-    aliases = {0: 0} | {1 + len(kept) + i: 1 + i for i in range(len(coming.sums))}
-    done = _ffi.vary(done, _ffi.varying(done, *kept, *coming.sums))
-    marker = _ffi.Result((), jnp.int32, [done])
+    given = (coming.table, coming.replicas, *shown)
+    done = _ffi.vary(done, _ffi.varying(done, *given, *coming.sums))
     done, *sums = _ffi.call(
-        "lplb_finish_rows", [marker, *_like(coming.sums)], done, *kept, *coming.sums, aliases=aliases
+        "lplb_finish_rows",
+        [_ffi.Result((), jnp.int32, [done]), *_like(coming.sums)],
+        done,
+        *given,
+        *coming.sums,
+        aliases={0: 0} | {1 + len(given) + i: 1 + i for i in range(len(coming.sums))},
     )
-    exposed = Exposed(shown, sums if in_place else [], coming.table)
-    return exposed, [] if in_place else sums, done
+    buffers, made = ([], sums) if shown else (sums, [])
+    return Exposed(list(shown), buffers, coming.table), made, done
 
 
 def release(exposed: Exposed, done: jax.Array, axis_name: AxisName, made: Sequence[jax.Array] = ()) -> list[jax.Array]:
@@ -307,21 +316,26 @@ def _like(buffers: Sequence[jax.Array]) -> list[_ffi.Result]:
     return [_ffi.Result(buffer.shape, buffer.dtype, [buffer]) for buffer in buffers]
 
 
+def apart(function: Callable[..., Any], static: int = 0) -> Callable[..., Any]:
+    """The function, across whose ends XLA makes no call see a slice of an array; its first arguments are static."""
+
+    def run(*arguments: Any) -> Any:
+        return lax.optimization_barrier(function(*arguments[:static], *lax.optimization_barrier(arguments[static:])))
+
+    return run
+
+
 def one_operation(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function as one operation for JAX, which runs and repeats all of it or nothing; two arguments are static."""
-
-    def apart(*arguments: Any) -> Any:
-        return lax.optimization_barrier(function(*arguments[:2], *lax.optimization_barrier(arguments[2:])))
-
     # Outside of jit, shard_map would otherwise run each call in it as a program of its own.
-    operation = jax.custom_jvp(jax.jit(apart, static_argnums=(0, 1)), nondiff_argnums=(0, 1))
+    operation = jax.custom_jvp(jax.jit(apart(function, 2), static_argnums=(0, 1)), nondiff_argnums=(0, 1))
     operation.defjvp(_refuse)
     return operation
 
 
 def at_once(function: Callable[..., Any]) -> Callable[..., Any]:
     """Of several operations, with what goes on beside them, one; under `jax.vmap` for one element after the other."""
-    operation = jax.custom_jvp(jax.custom_batching.sequential_vmap(jax.jit(function)))
+    operation = jax.custom_jvp(jax.custom_batching.sequential_vmap(jax.jit(apart(function))))
     operation.defjvp(_refuse)
     return operation
 

@@ -5,6 +5,7 @@ it, and puts it where each of those choices belongs. On the way back it adds up 
 writes the sum to where the token's rank adds up the ranks' parts.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -29,31 +30,31 @@ def why_out_of_reach(axis_name: AxisName, tokens: jax.Array, num_choices: int, *
     return _peer.why_out_of_reach(axis_name, [tokens.dtype], [tokens.dtype], asked=asked)
 
 
+@partial(_peer.apart, static=2)
 def dispatch(
-    sizes: tuple[int, tuple[Any, ...] | None],
+    capacity: int,
     axis_name: AxisName,
     tokens: jax.Array,
     place: jax.Array,
     group_sizes: jax.Array,
-    leaves: list[jax.Array],
+    shown: list[jax.Array],
     coming: _peer.Coming | None,
 ) -> tuple[jax.Array, list[jax.Array]]:
     """Tokens' rows, and beside them rows of weights that `_peer.begin_rows` has begun to bring.
 
     Args:
-      sizes: capacity, and the dtypes that the rows of weights began with.
+      capacity: rows of each rank.
       axis_name: of the ranks.
       tokens: [num_tokens, d_model].
       place: int32 [num_tokens, k], rank * capacity + row; negative: none.
       group_sizes: int32 [slots].
-      leaves: those that the rows of weights began with.
-      coming: these; None: there are none.
+      shown: the leaves that rows of weights began with, as `_peer.finish_rows` takes them.
+      coming: these rows; None: there are none.
 
     Returns:
       Rows [capacity, d_model]: the tokens whose places are this rank's, and zeros beyond those of the groups. And
       [slots, ...] of each leaf.
     """
-    capacity, dtypes = sizes
     mapped_with = _zero_like(group_sizes, None if coming is None else coming.table)
     exposed = _peer.expose([], mapped_with, axis_name, shown=[tokens, place])
     operands = (exposed.table, tokens, place, group_sizes)
@@ -67,7 +68,7 @@ def dispatch(
         aliases={},
         num_blocks=np.int64(_NUM_BLOCKS),
     )
-    (rows,), slots = _released(axis_name, exposed, done, [rows], dtypes, leaves, coming)
+    (rows,), slots = _released(axis_name, exposed, done, [rows], shown, coming)
     return rows, slots
 
 
@@ -81,12 +82,23 @@ def dispatch_beside(
     leaves: list[jax.Array],
     source: jax.Array | None,
 ) -> tuple[jax.Array, list[jax.Array]]:
-    """`dispatch`, with rows of weights begun here: rows `source`, int32 [slots, 1], or None."""
+    """`dispatch`, with rows of weights begun here.
+
+    Args:
+      sizes: capacity, and the dtypes of what is made of the leaves; None: in their place.
+      axis_name: of the ranks.
+      tokens: [num_tokens, d_model].
+      place: int32 [num_tokens, k].
+      group_sizes: int32 [slots].
+      leaves: as `_peer.add_up` takes them, to bring the rows `source`; or none.
+      source: int32 [slots, 1], or None.
+    """
+    capacity, dtypes = sizes
     coming = None
     if source is not None:
         mapped_with = _zero_like(source, tokens, place, group_sizes)
-        coming = _peer.begin_rows(sizes[1], axis_name, leaves, source, mapped_with)
-    return dispatch(sizes, axis_name, tokens, place, group_sizes, leaves, coming)
+        coming = _peer.begin_rows(dtypes, axis_name, leaves, source, mapped_with)
+    return dispatch(capacity, axis_name, tokens, place, group_sizes, [] if dtypes is None else leaves, coming)
 
 
 @_peer.one_operation
@@ -127,7 +139,8 @@ def combine(
     operands = (exposed.table, place, rows, *exposed.buffers, *given)
     results = [_ffi.Result((), jnp.int32, operands), room]
     done, parts = _ffi.call("lplb_combine", results, *operands, aliases={3: 1}, num_blocks=np.int64(_NUM_BLOCKS))
-    (parts,), sums = _released(axis_name, exposed._replace(buffers=[parts]), done, [], dtypes, leaves, coming)
+    shown = [] if dtypes is None else leaves
+    (parts,), sums = _released(axis_name, exposed._replace(buffers=[parts]), done, [], shown, coming)
     return parts, sums
 
 
@@ -136,14 +149,13 @@ def _released(
     exposed: _peer.Exposed,
     done: jax.Array,
     made: list[jax.Array],
-    dtypes: tuple[Any, ...] | None,
-    leaves: list[jax.Array],
+    shown: list[jax.Array],
     coming: _peer.Coming | None,
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """What was exposed and made of tokens, and what was coming beside them, once all ranks have all of it."""
     if coming is None:
         return _peer.release(exposed, done, axis_name, made), []
-    beside, sums, done = _peer.finish_rows(dtypes, leaves, coming, done)
+    beside, sums, done = _peer.finish_rows(shown, coming, done)
     all_done = _peer.gather(done, axis_name)
     return _peer.kept(exposed, all_done, made), _peer.kept(beside, all_done, sums)
 

@@ -311,10 +311,9 @@ def begin(transfer: Transfer, leaves: list[jax.Array], rows: Rows) -> _peer.Comi
 def finish(transfer: Transfer, leaves: list[jax.Array], coming: _peer.Coming) -> list[jax.Array]:
     """The slots, once all ranks have theirs."""
 
-    def peers(leaves: list[jax.Array], coming: _peer.Coming) -> list[jax.Array]:
-        dtypes = None if transfer.has_room else transfer.slot_dtypes
-        done = jnp.int32(0)
-        exposed, slots, done = _peer.finish_rows(dtypes, leaves, coming, done)
+    @_peer.apart
+    def peers(shown: list[jax.Array], coming: _peer.Coming) -> list[jax.Array]:
+        exposed, slots, done = _peer.finish_rows(shown, coming, jnp.int32(0))
         return _peer.release(exposed, done, transfer.axis_name, slots)
 
     with jax.named_scope("lplb_replicate"):
@@ -323,7 +322,7 @@ def finish(transfer: Transfer, leaves: list[jax.Array], coming: _peer.Coming) ->
             transfer.implementation,
             peers,
             lambda _, coming: coming.sums,
-            leaves,
+            [] if transfer.has_room else leaves,
             coming,
             platforms=_peer.platforms(),
         )

@@ -364,22 +364,28 @@ def test_micro_batches_hand_prepared_slots_on(rng, dispatch, axis_type, buffer_f
         assert not room.any()
 
 
-@pytest.mark.parametrize("buffer_factor", [1.1, 8.0])
-def test_prepared_slots_are_changed_in_place(rng, buffer_factor):
-    """With a branch on several rounds, and without: XLA copies no array of their shape, nor of their gradients'."""
+@pytest.mark.parametrize(("prepared", "buffer_factor"), [(True, 1.1), (True, 8.0), (False, 1.1)])
+def test_slots_are_not_moved(rng, prepared, buffer_factor):
+    """With a branch on several rounds, and without: XLA copies no array of their shape, nor of their gradients'.
+
+    Prepared ones are changed in place; others are on their way while the branch is taken.
+    """
     layer = make(None, mesh_of((RANKS, "ep")), dispatch="peer", buffer_factor=buffer_factor)
     graph, state = nnx.split(layer)
 
     def step(slots, state, x):
-        def loss(slots):
+        def loss(slots, x):
             result, _, slots = nnx.merge(graph, state)(x, slots, return_slots=True)
             return jnp.sum(result**2), slots
 
-        gradient, slots = jax.grad(loss, has_aux=True)(slots)
+        if not prepared:
+            return jax.grad(lambda x: jnp.sum(nnx.merge(graph, state)(x)[0] ** 2))(x)
+        gradient, slots = jax.grad(loss, has_aux=True)(slots, x)
         return slots, gradient
 
     slots = jax.eval_shape(layer.prepare)
     compiled = jax.jit(step, donate_argnums=0).lower(slots, state, inputs(rng)[0]).compile().as_text()
+    assert "lplb_begin_rows" in compiled
     for leaf in slots.values():
         shape = ",".join(map(str, (leaf.shape[0] // RANKS, *leaf.shape[1:])))
         assert f"f32[{shape}]" in compiled

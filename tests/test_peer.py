@@ -794,7 +794,7 @@ def begun_rows_are_right(mesh, in_place: bool, elements: int, wait: bool = True)
         dtypes = None if in_place else (jnp.float32,)
         coming = _peer.begin_rows(dtypes, "ep", [home], source)
         early, coming = jax.lax.optimization_barrier((None if wait else extremes(*coming.sums), coming))
-        exposed, made, done = _peer.finish_rows(dtypes, [home], coming, jnp.int32(0))
+        exposed, made, done = _peer.finish_rows([] if in_place else [home], coming, jnp.int32(0))
         (slots,) = _peer.release(exposed, done, "ep", made)
         return slots, extremes(slots) if wait else early
 
