@@ -16,7 +16,7 @@ struct Side {
 };
 
 struct Begun {
-  const void* writes;
+  uint64_t name;
   cudaEvent_t end;
   uint64_t number;  // begun since the process began
   bool is_open;     // begun, and nothing has waited for it yet
@@ -52,10 +52,10 @@ cudaStream_t side_of(Forks& forks, cudaStream_t stream) {
   return forks.sides[forks.num_sides++].stream;
 }
 
-// What writes there, and nothing has waited for; nullptr: nothing does.
-Begun* find(Forks& forks, const void* writes) {
+// What nothing has waited for; nullptr: there is none of that name.
+Begun* find(Forks& forks, uint64_t name) {
   for (Begun& one : forks.begun) {
-    if (one.is_open && one.writes == writes) return &one;
+    if (one.is_open && one.name == name) return &one;
   }
   return nullptr;
 }
@@ -87,34 +87,35 @@ cudaError_t prepare_forks() {
   return error;
 }
 
-cudaError_t fork(cudaStream_t stream, const void* writes, const std::function<cudaError_t(cudaStream_t)>& launch) {
+cudaError_t fork(cudaStream_t stream, uint64_t name, const std::function<cudaError_t(cudaStream_t)>& launch) {
   Forks* forks;
   cudaError_t error = own_forks(&forks);
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
   if (error == cudaSuccess) error = cudaStreamIsCapturing(stream, &capture);
   if (error != cudaSuccess) return error;
   std::lock_guard lock(forks->mutex);
-  Begun* begun = find(*forks, writes);
+  Begun* begun = find(*forks, name);
   if (begun == nullptr) begun = next(*forks);
+  if (begun->is_open && begun->is_aside) error = cudaStreamWaitEvent(stream, begun->end, 0);
   const cudaStream_t side = capture == cudaStreamCaptureStatusNone ? side_of(*forks, stream) : nullptr;
-  if (side != nullptr) {
+  if (error == cudaSuccess && side != nullptr) {
     error = cudaEventRecord(begun->end, stream);
     if (error == cudaSuccess) error = cudaStreamWaitEvent(side, begun->end, 0);
   }
   if (error == cudaSuccess) error = launch(side == nullptr ? stream : side);
   if (error == cudaSuccess && side != nullptr) error = cudaEventRecord(begun->end, side);
-  begun->writes = writes;
+  begun->name = name;
   begun->number = ++forks->number;
   begun->is_open = error == cudaSuccess;
   begun->is_aside = side != nullptr;
   return error;
 }
 
-cudaError_t join(cudaStream_t stream, const void* writes) {
+cudaError_t join(cudaStream_t stream, uint64_t name) {
   Forks* forks;
   if (const cudaError_t error = own_forks(&forks); error != cudaSuccess) return error;
   std::lock_guard lock(forks->mutex);
-  Begun* begun = find(*forks, writes);
+  Begun* begun = find(*forks, name);
   if (begun == nullptr) return cudaErrorInvalidValue;
   begun->is_open = false;
   return begun->is_aside ? cudaStreamWaitEvent(stream, begun->end, 0) : cudaSuccess;

@@ -1,7 +1,8 @@
 // XLA FFI handlers of count, solve, assign and peers' memory: they check shapes, which Python has already checked for
 // its own callers, and launch. All leading dimensions of an operand but its own are batch dimensions (vmap).
 //
-// The CUDA handlers carry kCmdBufferCompatible: while executing they only launch kernels. One does more, ShareCuda.
+// The CUDA handlers carry kCmdBufferCompatible: while executing they only launch kernels. Three do more, ShareCuda,
+// BeginRowsCuda and FinishRowsCuda.
 #include "handlers.h"
 
 #include <algorithm>
@@ -522,11 +523,17 @@ ffi::Error add_rows(Launch launch, Words table, Ids replicas, ffi::RemainingArgs
   });
 }
 
+// A number for all these addresses, in their order, after those that `name` is of.
+uint64_t name_of(uint64_t name, const void* address) {
+  return (name ^ reinterpret_cast<uint64_t>(address)) * 0x9e3779b97f4a7c15 + 1;
+}
+
 // Begins what `finish_rows` waits for: until then results are not there, whatever XLA thinks.
 template <class Launch>
 ffi::Error begin_rows(Launch launch, Words table, Ids replicas, ffi::RemainingArgs buffers, ffi::RemainingRets sums,
                       bool in_place) {
   BeginRows begin = {};
+  begin.name = name_of(name_of(0, table.untyped_data()), replicas.untyped_data());
   const ffi::Error error = for_each_buffer(buffers, buffers.size(), [&](int i, const ffi::AnyBuffer& rows) {
     auto of_rows = sums.get<ffi::AnyBuffer>(i);
     if (!of_rows) return of_rows.error();
@@ -536,9 +543,11 @@ ffi::Error begin_rows(Launch launch, Words table, Ids replicas, ffi::RemainingAr
     AddRows& add = begin.adds[begin.number++];
     add = read_add(shapes, table, i, replicas, rows, **of_rows, in_place);
     add.is_beside = true;
+    if (!in_place) begin.name = name_of(begin.name, rows.untyped_data());
     return shapes.ok() ? ffi::Error::Success() : shapes.error();
   });
   if (error.failure()) return error;
+  for (int i = 0; i < begin.number; ++i) begin.name = name_of(begin.name, begin.adds[i].sums);
   return launch(begin);
 }
 
@@ -556,18 +565,26 @@ ffi::Error expect_last_in_place(const char* call, const ffi::RemainingArgs& oper
   return ffi::Error::Success();
 }
 
-// Waits for what `begin_rows` has begun, which gave the last operands as results. All operands are there until then.
+ffi::Error moved_too_early() {
+  return ffi::Error::Internal("finish_rows: XLA has moved what is still being read or written");
+}
+
+// Waits for what `begin_rows` has begun, whose operands, but for those that became results, and results these are.
 template <class Launch>
 ffi::Error finish_rows(Launch launch, ffi::AnyBuffer before, ffi::RemainingArgs operands,
                        ffi::Result<ffi::AnyBuffer> done, ffi::RemainingRets rows) {
   Shapes shapes("finish_rows");
   expect_in_place(shapes, before, *done);
   if (!shapes.ok()) return shapes.error();
-  const ffi::Error error = expect_last_in_place("finish_rows", operands, rows);
+  ffi::Error error = expect_last_in_place("finish_rows", operands, rows);
   if (error.failure()) return error;
-  auto first = rows.get<ffi::AnyBuffer>(0);
-  if (!first) return first.error();
-  return launch((*first)->untyped_data());
+  uint64_t name = 0;
+  error = for_each_buffer(operands, operands.size(), [&](int, const ffi::AnyBuffer& operand) {
+    name = name_of(name, operand.untyped_data());
+    return ffi::Error::Success();
+  });
+  if (error.failure()) return error;
+  return launch(name);
 }
 
 // Does nothing: it is there so that the buffers are until all have read, which `done` says. But the first `num_told`
@@ -992,7 +1009,10 @@ LPLB_CPU_HANDLER(CombineGradientCpu, combine_gradient, combine_gradient_cpu);
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     FinishRowsCpu,
-    [](auto... operands) { return finish_rows([](const void*) { return ffi::Error::Success(); }, operands...); },
+    [](auto... operands) {
+      return finish_rows(
+          [](uint64_t name) { return finish_rows_cpu(name) ? ffi::Error::Success() : moved_too_early(); }, operands...);
+    },
     bind_finish_rows(ffi::Ffi::Bind()));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
@@ -1047,10 +1067,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
     FinishRowsCuda,
     [](cudaStream_t stream, auto... operands) {
       return finish_rows(
-          [stream](const void* rows) {
-            const cudaError_t error = join(stream, rows);
-            if (error != cudaErrorInvalidValue) return check_launch("finish_rows", error);
-            return ffi::Error::Internal("finish_rows: XLA has moved rows that are still being written");
+          [stream](uint64_t name) {
+            const cudaError_t error = join(stream, name);
+            return error == cudaErrorInvalidValue ? moved_too_early() : check_launch("finish_rows", error);
           },
           operands...);
     },

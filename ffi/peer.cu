@@ -12,8 +12,9 @@ constexpr int kWarp = 32;
 constexpr int kThreads = 256;
 constexpr int kMostBlocks = 2048;
 constexpr int kMostInPlace = 528;  // of blocks, 4 for each of 132 multiprocessors: most rows stay, and starts take time
-constexpr int kMostBeside = 396;   // 3 for each, which leave room for the blocks of other kernels
-constexpr int kMostBytes = 1 << 20;  // in flight beside others, all over links: more only hold up what others load
+// Beside other kernels, for a batch element: 3 blocks for each, which leave room for theirs; or bytes in flight, all
+// over links, of which more only hold up what others load.
+constexpr int kMostBeside = 396, kMostBytes = 1 << 20;
 
 // Loads of 16 bytes that a thread has in flight: for sums, which take more registers, fewer.
 constexpr int kLoads = 4, kLoadsOfSum = 2;
@@ -222,7 +223,7 @@ cudaError_t add_rows_cuda(cudaStream_t stream, const AddRows& add, int32_t* done
 }
 
 cudaError_t begin_rows_cuda(cudaStream_t stream, const BeginRows& begin) {
-  return fork(stream, begin.adds[0].sums, [&](cudaStream_t side) {
+  return fork(stream, begin.name, [&](cudaStream_t side) {
     cudaError_t error = cudaSuccess;
     for (int i = 0; i < begin.number && error == cudaSuccess; ++i) error = add_rows_cuda(side, begin.adds[i], nullptr);
     return error;

@@ -99,6 +99,7 @@ constexpr int kMostBegun = 16;
 
 // Sums that a call begins, and a later one waits for.
 struct BeginRows {
+  uint64_t name;  // by which these two calls know each other
   int number;
   AddRows adds[kMostBegun];
 };
@@ -109,15 +110,17 @@ void expose_cpu(const Told& told, uint64_t* addresses);
 bool in_place_cpu(const Told& told);
 // done [batch], where there is one: zeros.
 void add_rows_cpu(const AddRows& add, int32_t* done);
-// Does it all.
+// Does it all, and remembers the name.
 void begin_rows_cpu(const BeginRows& begin);
+// Whether something of that name has begun, and nothing has waited for it yet.
+bool finish_rows_cpu(uint64_t name);
 
 #ifdef LPLB_CUDA
 cudaError_t expose_cuda(cudaStream_t stream, const Told& told, uint64_t* addresses);
 // Stops the program (a trap in the kernel) where a buffer is elsewhere.
 cudaError_t in_place_cuda(cudaStream_t stream, const Told& told);
 cudaError_t add_rows_cuda(cudaStream_t stream, const AddRows& add, int32_t* done);
-// Beside the stream, which is to `join` what writes the first sums.
+// Beside the stream, which is to `join` it by its name.
 cudaError_t begin_rows_cuda(cudaStream_t stream, const BeginRows& begin);
 // addresses [count]: of what `share` made words, by where this process has each region. See handover.h.
 cudaError_t translate_cuda(cudaStream_t stream, const uint64_t* regions, const uint64_t* words, int64_t count,

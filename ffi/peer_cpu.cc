@@ -1,5 +1,7 @@
 #include <algorithm>
 #include <cstring>
+#include <mutex>
+#include <unordered_set>
 
 #include "float16.h"
 #include "peer.h"
@@ -49,6 +51,14 @@ void copy_rows(const AddRows& add) {
   }
 }
 
+std::mutex begun_mutex;
+
+// Never destroyed: executables may outlive static objects.
+std::unordered_set<uint64_t>& begun() {
+  static auto& names = *new std::unordered_set<uint64_t>;
+  return names;
+}
+
 }  // namespace
 
 void expose_cpu(const Told& told, uint64_t* addresses) {
@@ -83,6 +93,13 @@ void add_rows_cpu(const AddRows& add, int32_t* done) {
 
 void begin_rows_cpu(const BeginRows& begin) {
   for (int i = 0; i < begin.number; ++i) add_rows_cpu(begin.adds[i], nullptr);
+  std::lock_guard lock(begun_mutex);
+  begun().insert(begin.name);
+}
+
+bool finish_rows_cpu(uint64_t name) {
+  std::lock_guard lock(begun_mutex);
+  return begun().erase(name) == 1;
 }
 
 }  // namespace lplb

@@ -310,12 +310,14 @@ def _alike(*arrays: jax.Array) -> list[jax.Array]:
     return [_ffi.vary(array, axes) for array in arrays]
 
 
+ONCE = (
+    "dispatch and combine can be differentiated once, in reverse mode (jax.grad, jax.vjp); for forward mode and "
+    "derivatives of derivatives compute every expert on every token, as jax_lplb.flax.MoE(dispatch='dense') does"
+)
+
+
 def _once(tree: Any) -> Any:
-    return reverse_only(
-        tree,
-        "dispatch and combine can be differentiated once, in reverse mode (jax.grad, jax.vjp); for forward mode and "
-        "derivatives of derivatives compute every expert on every token, as jax_lplb.flax.MoE(dispatch='dense') does",
-    )
+    return reverse_only(tree, ONCE)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -332,7 +334,8 @@ def _bring(
         operands = handle.axis_name, tokens, handle.place, handle.group_sizes
         if coming is None:
             return _peer_tokens.dispatch_beside((handle.capacity, dtypes), *operands, leaves, source)
-        return _peer_tokens.dispatch(handle.capacity, *operands, [] if dtypes is None else leaves, coming)
+        shown = [] if dtypes is None else leaves
+        return _peer.apart(_peer_tokens.dispatch, 2)(handle.capacity, *operands, shown, coming)
 
     def by_collectives(tokens: jax.Array, leaves: list[jax.Array], handle: Handle, rows: Any, coming: Any) -> Any:
         slots: list[jax.Array] = []

@@ -143,6 +143,10 @@ class _Way(NamedTuple):
     transfer: Transfer | None = None  # of weights that are brought with tokens
     tree: Any = None  # that their slots are leaves of
 
+    def whole(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, in which weights are on their way."""
+        return function if self.transfer is None else _peer.with_what_is_coming(function, _dispatch.ONCE)
+
     def coming(self, batch: _Batch, weights: Any) -> _peer.Coming | None:
         """Weights that are on their way from now on; None: they are there."""
         return None if self.transfer is None else _replicate.begin(self.transfer, weights, batch.rows)
@@ -195,7 +199,6 @@ def _all_rounds(way: _Way, dtype: Any, rounds: jax.Array, batch: _Batch, first: 
     `first`: the first round. `operands`: weights, tokens and gates, by which it is differentiated.
     """
 
-    @_peer.at_once
     def run(rounds: jax.Array, batch: _Batch, first: Round, weights: Any, tokens: jax.Array, gates: jax.Array) -> Any:
         coming = way.coming(batch, weights)
 
@@ -209,7 +212,7 @@ def _all_rounds(way: _Way, dtype: Any, rounds: jax.Array, batch: _Batch, first: 
 
         return lax.cond(rounds > 1, several, once)
 
-    return run(rounds, batch, first, *operands)
+    return way.whole(run)(rounds, batch, first, *operands)
 
 
 def _several_rounds(
@@ -222,7 +225,6 @@ def _several_rounds(
 def _all_rounds_forward(way: _Way, dtype: Any, rounds: jax.Array, batch: _Batch, first: Round, *operands: Any) -> Any:
     structure, tree, places = None, None, []  # of what the backward pass needs; among what need not be copied
 
-    @_peer.at_once
     def run(rounds: jax.Array, batch: _Batch, first: Round, weights: Any, tokens: jax.Array, gates: jax.Array) -> Any:
         given = jax.tree.leaves((batch, first, weights, tokens, gates))
         coming = way.coming(batch, weights)
@@ -240,24 +242,29 @@ def _all_rounds_forward(way: _Way, dtype: Any, rounds: jax.Array, batch: _Batch,
             there = [*given, *brought]
             places = [next((i for i, leaf in enumerate(there) if leaf is one), None) for one in kept]
             kept = [one for one, i in zip(kept, places, strict=True) if i is None]
-            return result, [] if way.transfer is None else brought, kept
+            return result, *_together([] if way.transfer is None else brought, kept)
 
         def several() -> tuple[jax.Array, list[jax.Array], list[jax.Array]]:
             _, _, kept = jax.eval_shape(once)
             result, slots = _several_rounds(way, rounds, batch, coming, weights, tokens, gates)
             brought = [] if way.transfer is None else jax.tree.leaves(slots)
             # Rounds are run again in the backward pass.
-            return result.astype(dtype), brought, [_zeros_like(leaf) for leaf in kept]
+            return result.astype(dtype), *_together(brought, [_zeros_like(leaf) for leaf in kept])
 
         return lax.cond(rounds > 1, several, once)
 
-    result, brought, kept = run(rounds, batch, first, *operands)
+    result, brought, kept = way.whole(run)(rounds, batch, first, *operands)
     weights, tokens, gates = operands
     slots = weights if way.transfer is None else jax.tree.unflatten(tree, brought)
     there = [*jax.tree.leaves((batch, first, operands)), *jax.tree.leaves(slots)]
     rest = iter(kept)
     pulls = jax.tree.unflatten(structure, [next(rest) if i is None else there[i] for i in places])
     return (result, way.kept(slots)), (rounds, batch, slots, tokens, gates, pulls)
+
+
+def _together(brought: list[jax.Array], kept: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Both: where JAX needs any of it again, it also waits for the weights that it has begun to bring."""
+    return lax.optimization_barrier((brought, kept)) if brought else (brought, kept)
 
 
 def _all_rounds_backward(way: _Way, dtype: Any, residuals: Any, gradients: Any) -> Any:

@@ -38,7 +38,7 @@ others read only what it does not change.
 Step 2 may be two calls, `begin_rows` and `finish_rows`, for rows that are read beside whatever is between: on GPUs the
 first launches it on another stream, and the second waits for that. What the first one gives is then not there yet,
 against the first of these guarantees: only the second may take it, which finds by its address what has begun, and is an
-error where XLA has moved it. `at_once` makes one operation for JAX of all that is between.
+error where XLA has moved it. `with_what_is_coming` makes one operation for JAX of all that is between.
 
 JAX's transformations keep to this too, as they meet each function that is `one_operation` as one: a policy of
 `jax.checkpoint` saves or repeats all of it, and so never keeps addresses for later. Under `jax.vmap` all calls are
@@ -49,8 +49,10 @@ addresses are as they are. Where each GPU of a host has a process of its own, wh
 processes, and a further call after the `all_gather` makes addresses of it, of memory that `_handover` has mapped.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 import jax
@@ -231,28 +233,64 @@ def sums_like(leaves: Sequence[jax.Array], replicas: jax.Array, dtypes: Sequence
     ]
 
 
-class Coming(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Coming:
     """Sums of rows that are on their way: nothing but `finish_rows` may have to do with them."""
 
     table: jax.Array
     replicas: jax.Array
     sums: list[jax.Array]
+    axis_name: AxisName = dataclasses.field(metadata={"static": True})
+    dtypes: tuple[Any, ...] | None = dataclasses.field(metadata={"static": True})
 
 
 def begin_rows(
+    dtypes: tuple[Any, ...] | None, axis_name: AxisName, leaves: Sequence[jax.Array], replicas: jax.Array
+) -> Coming:
+    """Begins to add up, as `add_rows` does, beside all that comes before `finish_rows`; within one operation.
+
+    At most `_handlers.max_begun` leaves. Under `jax.vmap` nothing is begun here: `finish_rows` does it all.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def begin(leaves: list[jax.Array], replicas: jax.Array) -> Coming:
+        return _begun(dtypes, axis_name, leaves, replicas, replicas)
+
+    @begin.def_vmap
+    def later(_: int, mapped: list[Any], leaves: list[jax.Array], replicas: jax.Array) -> tuple[Coming, Any]:
+        of_leaves, of_replicas = mapped
+        sums, of_sums = leaves, of_leaves
+        if dtypes is not None:
+            sums, of_sums = [], [False] * len(leaves)
+            for leaf, is_mapped, dtype in zip(leaves, of_leaves, dtypes, strict=True):
+                shape = leaf.shape[2 if is_mapped else 1 :]
+                zeros = jnp.zeros((replicas.shape[-2], *shape), dtype)
+                sums.append(_ffi.vary(zeros, _ffi.varying(replicas, leaf)))
+        coming = Coming(no_table(axis_name, leaves, replicas), replicas, sums, axis_name, dtypes)
+        are_mapped: dict[str, Any] = {"table": False, "replicas": of_replicas, "sums": of_sums}
+        return coming, dataclasses.replace(coming, **are_mapped)
+
+    return begin(list(leaves), replicas)
+
+
+def no_table(axis_name: AxisName, leaves: Sequence[jax.Array], replicas: jax.Array) -> jax.Array:
+    """Of what `begin_rows` does not begin."""
+    axes = {axis_name} if isinstance(axis_name, str) else set(axis_name)
+    zeros = jnp.zeros((lax.axis_size(axis_name), len(leaves), 2), jnp.uint32)
+    return _ffi.vary(zeros, _ffi.varying(replicas, *leaves) - axes)
+
+
+def _begun(
     dtypes: tuple[Any, ...] | None,
     axis_name: AxisName,
     leaves: Sequence[jax.Array],
     replicas: jax.Array,
-    mapped_with: jax.Array | None = None,
+    mapped_with: jax.Array,
 ) -> Coming:
-    """Begins `add_up`, of at most `_handlers.max_begun` leaves, which goes on beside all that is before `finish_rows`.
-
-    `mapped_with`: where that is mapped by `jax.vmap`, this is.
-    """
     in_place = dtypes is None
     shown, buffers = ([], leaves) if in_place else (leaves, [])
-    exposed = expose(buffers, replicas if mapped_with is None else mapped_with, axis_name, shown=shown)
+    exposed = expose(buffers, mapped_with, axis_name, shown=shown)
     rows = exposed.buffers if in_place else exposed.shown
     sums = _ffi.call(
         "lplb_begin_rows",
@@ -263,7 +301,7 @@ def begin_rows(
         aliases={2 + i: i for i in range(len(rows))} if in_place else {},
         in_place=in_place,
     )
-    return Coming(exposed.table, replicas, sums)
+    return Coming(exposed.table, replicas, sums, axis_name, dtypes)
 
 
 def finish_rows(
@@ -276,18 +314,52 @@ def finish_rows(
       coming: what has begun.
       done: the marker of another call, which is over then, too.
     """
-    given = (coming.table, coming.replicas, *shown)
-    done = _ffi.vary(done, _ffi.varying(done, *given, *coming.sums))
-    done, *sums = _ffi.call(
-        "lplb_finish_rows",
-        [_ffi.Result((), jnp.int32, [done]), *_like(coming.sums)],
-        done,
-        *given,
-        *coming.sums,
-        aliases={0: 0} | {1 + len(given) + i: 1 + i for i in range(len(coming.sums))},
-    )
+
+    def wait(shown: list[jax.Array], coming: Coming, done: jax.Array) -> tuple[jax.Array, list[jax.Array], jax.Array]:
+        given = (coming.table, coming.replicas, *shown)
+        done = _ffi.vary(done, _ffi.varying(done, *given, *coming.sums))
+        done, *sums = _ffi.call(
+            "lplb_finish_rows",
+            [_ffi.Result((), jnp.int32, [done]), *_like(coming.sums)],
+            done,
+            *given,
+            *coming.sums,
+            aliases={0: 0} | {1 + len(given) + i: 1 + i for i in range(len(coming.sums))},
+        )
+        return coming.table, sums, done
+
+    finish = jax.custom_batching.custom_vmap(wait)
+
+    @finish.def_vmap
+    def now(size: int, mapped: list[Any], shown: list[jax.Array], coming: Coming, done: jax.Array) -> Any:
+        def all_of_it(shown: list[jax.Array], coming: Coming, done: jax.Array) -> Any:
+            leaves = shown or coming.sums
+            mapped_with = zero_like(done, *mapped_alike(shown, coming))
+            return wait(shown, _begun(coming.dtypes, coming.axis_name, leaves, coming.replicas, mapped_with), done)
+
+        axes = jax.tree.map(lambda is_mapped: 0 if is_mapped else None, mapped)
+        results = jax.vmap(all_of_it, in_axes=tuple(axes), axis_size=size)(shown, coming, done)
+        return results, jax.tree.map(lambda _: True, results)
+
+    table, sums, done = finish(list(shown), coming, done)
     buffers, made = ([], sums) if shown else (sums, [])
-    return Exposed(list(shown), buffers, coming.table), made, done
+    return Exposed(list(shown), buffers, table), made, done
+
+
+def mapped_alike(shown: Sequence[jax.Array], coming: Coming | None) -> list[jax.Array]:
+    """What is mapped by `jax.vmap` where `finish_rows` is."""
+    return [] if coming is None else [*shown, coming.replicas, *coming.sums]
+
+
+def zero_like(*arrays: jax.Array) -> jax.Array:
+    """Zero, mapped under `jax.vmap` where any of these is, so that addresses are; XLA waits for none of them."""
+    zeros = [
+        jnp.sum(array[:0] if array.ndim else array[None][:0], dtype=jnp.float32)
+        for array in arrays
+        if array is not None
+    ]
+    axes = _ffi.varying(*zeros)
+    return sum((_ffi.vary(zero, axes) for zero in zeros), start=jnp.float32(0))
 
 
 def release(exposed: Exposed, done: jax.Array, axis_name: AxisName, made: Sequence[jax.Array] = ()) -> list[jax.Array]:
@@ -329,22 +401,27 @@ def one_operation(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function as one operation for JAX, which runs and repeats all of it or nothing; two arguments are static."""
     # Outside of jit, shard_map would otherwise run each call in it as a program of its own.
     operation = jax.custom_jvp(jax.jit(apart(function, 2), static_argnums=(0, 1)), nondiff_argnums=(0, 1))
-    operation.defjvp(_refuse)
+    operation.defjvp(partial(_refuse, _NO_DERIVATIVE))
     return operation
 
 
-def at_once(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Of several operations, with what goes on beside them, one; under `jax.vmap` for one element after the other."""
-    operation = jax.custom_jvp(jax.custom_batching.sequential_vmap(jax.jit(apart(function))))
-    operation.defjvp(_refuse)
+def with_what_is_coming(function: Callable[..., Any], message: str) -> Callable[..., Any]:
+    """Likewise, for what begins rows and waits for them; `message` says what to do in place of differentiating it.
+
+    JAX may leave out what none of the results that are used needs: so all that need the rows have to wait for them.
+    """
+    operation = jax.custom_jvp(jax.jit(lambda *arguments: function(*lax.optimization_barrier(arguments))))
+    operation.defjvp(partial(_refuse, message))
     return operation
 
 
-def _refuse(*_: Any) -> NoReturn:
-    raise NotImplementedError(
-        "what is read from peers' memory can be differentiated once, in reverse mode; for more pass "
-        "transport='collective'"
-    )
+_NO_DERIVATIVE = (
+    "what is read from peers' memory can be differentiated once, in reverse mode; for more pass transport='collective'"
+)
+
+
+def _refuse(message: str, *_: Any) -> NoReturn:
+    raise NotImplementedError(message)
 
 
 @one_operation

@@ -5,7 +5,6 @@ it, and puts it where each of those choices belongs. On the way back it adds up 
 writes the sum to where the token's rank adds up the ranks' parts.
 """
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -30,7 +29,6 @@ def why_out_of_reach(axis_name: AxisName, tokens: jax.Array, num_choices: int, *
     return _peer.why_out_of_reach(axis_name, [tokens.dtype], [tokens.dtype], asked=asked)
 
 
-@partial(_peer.apart, static=2)
 def dispatch(
     capacity: int,
     axis_name: AxisName,
@@ -55,7 +53,7 @@ def dispatch(
       Rows [capacity, d_model]: the tokens whose places are this rank's, and zeros beyond those of the groups. And
       [slots, ...] of each leaf.
     """
-    mapped_with = _zero_like(group_sizes, None if coming is None else coming.table)
+    mapped_with = _peer.zero_like(group_sizes, *_peer.mapped_alike(shown, coming))
     exposed = _peer.expose([], mapped_with, axis_name, shown=[tokens, place])
     operands = (exposed.table, tokens, place, group_sizes)
     done, rows = _ffi.call(
@@ -94,10 +92,7 @@ def dispatch_beside(
       source: int32 [slots, 1], or None.
     """
     capacity, dtypes = sizes
-    coming = None
-    if source is not None:
-        mapped_with = _zero_like(source, tokens, place, group_sizes)
-        coming = _peer.begin_rows(dtypes, axis_name, leaves, source, mapped_with)
+    coming = None if source is None else _peer.begin_rows(dtypes, axis_name, leaves, source)
     return dispatch(capacity, axis_name, tokens, place, group_sizes, [] if dtypes is None else leaves, coming)
 
 
@@ -129,17 +124,14 @@ def combine(
     """
     num_parts, dtypes = sizes
     given = [] if gates is None else [gates]
-    coming = None
-    if replicas is not None:
-        mapped_with = _zero_like(replicas, rows, place, *given)
-        coming = _peer.begin_rows(dtypes, axis_name, leaves, replicas, mapped_with)
+    coming = None if replicas is None else _peer.begin_rows(dtypes, axis_name, leaves, replicas)
     room = _ffi.Result((len(place), num_parts, *rows.shape[1:]), rows.dtype, (rows, place, *given))
-    mapped_with = _zero_like(rows, None if coming is None else coming.table)
+    shown = [] if dtypes is None else leaves
+    mapped_with = _peer.zero_like(rows, *_peer.mapped_alike(shown, coming))
     exposed = _peer.expose([], mapped_with, axis_name, shown=[place, *given], rooms=[room])
     operands = (exposed.table, place, rows, *exposed.buffers, *given)
     results = [_ffi.Result((), jnp.int32, operands), room]
     done, parts = _ffi.call("lplb_combine", results, *operands, aliases={3: 1}, num_blocks=np.int64(_NUM_BLOCKS))
-    shown = [] if dtypes is None else leaves
     (parts,), sums = _released(axis_name, exposed._replace(buffers=[parts]), done, [], shown, coming)
     return parts, sums
 
@@ -172,7 +164,7 @@ def combine_gradient(
 ) -> tuple[jax.Array, jax.Array]:
     """Of the gradients [num_tokens, d_model] of the tokens' sums: those of the rows and of the gates."""
     zeros = _ffi.vary(jnp.zeros_like(gates), _ffi.varying(of_sums, place, gates, rows))
-    exposed = _peer.expose([zeros], _zero_like(rows, group_sizes), axis_name, shown=[of_sums, place, gates])
+    exposed = _peer.expose([zeros], _peer.zero_like(rows, group_sizes), axis_name, shown=[of_sums, place, gates])
     operands: Any = (exposed.table, of_sums, place, gates, group_sizes, rows, *exposed.buffers)
     results = [
         _ffi.Result((), jnp.int32, operands),
@@ -184,10 +176,3 @@ def combine_gradient(
     )
     of_gates, of_rows = _peer.release(exposed._replace(buffers=[of_gates]), done, axis_name, [of_rows])
     return of_rows, of_gates
-
-
-def _zero_like(*arrays: jax.Array | None) -> jax.Array:
-    """Zero, mapped under `jax.vmap` where any of these is, so that addresses are; XLA waits for none of them."""
-    zeros = [jnp.sum(array[:0], dtype=jnp.float32) for array in arrays if array is not None]
-    axes = _ffi.varying(*zeros)
-    return sum((_ffi.vary(zero, axes) for zero in zeros), start=jnp.float32(0))

@@ -291,16 +291,15 @@ def _differentiated_once(transfer: Transfer, leaves: list[jax.Array], rows: Rows
 
 def begin(transfer: Transfer, leaves: list[jax.Array], rows: Rows) -> _peer.Coming:
     """Begins what `bring_now` does, which then goes on beside what is done until `finish`; within one operation."""
-    axes = {transfer.axis_name} if isinstance(transfer.axis_name, str) else set(transfer.axis_name)
 
     def peers(leaves: list[jax.Array], rows: Rows) -> _peer.Coming:
         dtypes, source = to_bring(transfer, rows)
         return _peer.begin_rows(dtypes, transfer.axis_name, leaves, source)
 
     def collectives(leaves: list[jax.Array], rows: Rows) -> _peer.Coming:
-        no_table = jnp.zeros((lax.axis_size(transfer.axis_name), len(leaves), 2), jnp.uint32)
-        no_table = _ffi.vary(no_table, _ffi.varying(rows.source, *leaves) - axes)
-        return _peer.Coming(no_table, rows.source[:, None], by_collectives(transfer, leaves, rows))
+        dtypes, source = to_bring(transfer, rows)
+        table, slots = _peer.no_table(transfer.axis_name, leaves, source), by_collectives(transfer, leaves, rows)
+        return _peer.Coming(table, source, slots, transfer.axis_name, dtypes)
 
     with jax.named_scope("lplb_replicate"):
         return _ffi.choose(

@@ -182,6 +182,87 @@ def test_padding(rng, dispatch, buffer_factor):
     np.testing.assert_allclose(result, shares.sum(axis=1), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("buffer_factor", [1.0, 1e9])
+@pytest.mark.parametrize("axes", [(None, 0, None), (0, None, None), (None, None, 0)])
+def test_mapped(rng, axes, buffer_factor):
+    """Weights, tokens or ids alone, with gradients: what is brought beside tokens is mapped with them."""
+    experts = 16
+    place = lplb.Placement.per_batch(num_experts=experts, num_ranks=RANKS, redundants_per_rank=1)
+    weights = rng.normal(size=(experts, 4, 4)).astype(np.float32)
+    tokens = rng.normal(size=(RANKS * TOKENS, 4)).astype(np.float32)
+    ids = rng.integers(0, experts, (RANKS * TOKENS, TOP_K)).astype(np.int32)
+    given = [
+        np.stack([one, np.flip(one, 0)]) if axis == 0 else one
+        for one, axis in zip((weights, tokens, ids), axes, strict=True)
+    ]
+
+    def on_rank(weights, tokens, ids):
+        out = lplb.balance(ids, place, axis_name="ep")
+        result, *_ = _expert_parallel.expert_parallel(
+            tokens,
+            out.physical_ids,
+            jnp.ones(ids.shape, jnp.float32),
+            _expert_parallel.Home(weights, None, "peer"),
+            # Experts for which it does not matter how rows are sorted, as `ragged_dot` has no batches.
+            lambda slots, rows, sizes: rows * jnp.mean(slots),
+            out.placement,
+            axis_name="ep",
+            dispatch="peer",
+            buffer_factor=buffer_factor,
+            dtype=np.float32,
+        )
+        return result
+
+    def whole(function, axes):
+        specs = tuple(P("ep") if axis is None else P(None, "ep") for axis in axes)
+        out_specs = P(None, "ep") if 0 in axes else P("ep")
+        return jax.shard_map(function, mesh=mesh_of((RANKS, "ep")), in_specs=specs, out_specs=out_specs)
+
+    @partial(jax.jit, static_argnums=0)
+    def run(axes, *given):
+        mapped = jax.vmap(on_rank, axes) if 0 in axes else on_rank
+
+        def loss(*given):
+            result = whole(mapped, axes)(*given, given_ids)
+            return jnp.sum(jnp.sin(result)), result
+
+        *given, given_ids = given
+        (_, result), gradients = jax.value_and_grad(loss, (0, 1), has_aux=True)(*given)
+        return result, gradients
+
+    result, gradients = run(axes, *given)
+    one_by_one = [
+        run((None,) * 3, *(leaf[i] if axis == 0 else leaf for leaf, axis in zip(given, axes, strict=True)))
+        for i in range(2)
+    ]
+    for i, (expected, _) in enumerate(one_by_one):
+        np.testing.assert_array_equal(result[i], expected)
+    for k in range(2):
+        parts = np.stack([of_one[k] for _, of_one in one_by_one])
+        np.testing.assert_allclose(gradients[k], parts if axes[k] == 0 else parts.sum(axis=0), rtol=1e-5, atol=1e-6)
+
+
+def test_remat_does_not_bring_results_back_again(rng):
+    """What the backward pass needs are tokens at their experts: nothing is combined for it."""
+    layer = make(None, mesh_of((RANKS, "ep")), dispatch="peer", buffer_factor=1.1)
+    graph, params, rest = nnx.split(layer, nnx.Param, ...)
+
+    def calls(is_remat):
+        def loss(params, x):
+            def run(params, x):
+                return nnx.merge(graph, params, rest)(x)[0]
+
+            return jnp.sum((jax.checkpoint(run) if is_remat else run)(params, x) ** 2)
+
+        text = jax.jit(jax.grad(loss, (0, 1))).lower(params, inputs(rng)[0]).as_text()
+        return {target: text.count(f"@lplb_{target}(") for target in ("combine", "dispatch", "begin_rows")}
+
+    plain, remat = calls(False), calls(True)
+    assert remat["combine"] == plain["combine"]
+    assert remat["dispatch"] == plain["dispatch"] + 1
+    assert remat["begin_rows"] == plain["begin_rows"] + 1
+
+
 by_slot = jax.jit(_all_to_all._by_slot, static_argnums=2)
 
 

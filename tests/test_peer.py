@@ -789,7 +789,6 @@ def begun_rows_are_right(mesh, in_place: bool, elements: int, wait: bool = True)
     def extremes(slots):
         return jnp.min(slots, axis=1), jnp.max(slots, axis=1)
 
-    @_peer.at_once
     def bring(home, source):
         dtypes = None if in_place else (jnp.float32,)
         coming = _peer.begin_rows(dtypes, "ep", [home], source)
@@ -804,7 +803,7 @@ def begun_rows_are_right(mesh, in_place: bool, elements: int, wait: bool = True)
         source = _replicate._rows(place, "ep", in_place).source[:, None]
 
         def step(home, _):
-            slots, found = bring(home, source)
+            slots, found = _peer.with_what_is_coming(bring, "")(home, source)
             return (slots if in_place else home) * 2, found
 
         return jax.lax.scan(step, jnp.broadcast_to(home, (len(home), elements)), None, 4)[1]
