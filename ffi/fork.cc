@@ -25,7 +25,6 @@ struct Begun {
 
 struct Forks {
   std::mutex mutex;
-  bool prepared = false;
   uint64_t number = 0;
   int num_sides = 0;  // that belong to a stream
   Side sides[kMostSides] = {};
@@ -47,7 +46,7 @@ cudaStream_t side_of(Forks& forks, cudaStream_t stream) {
   for (int i = 0; i < forks.num_sides; ++i) {
     if (forks.sides[i].of == stream) return forks.sides[i].stream;
   }
-  if (!forks.prepared || forks.num_sides == kMostSides) return nullptr;
+  if (forks.num_sides == kMostSides) return nullptr;
   forks.sides[forks.num_sides].of = stream;
   return forks.sides[forks.num_sides++].stream;
 }
@@ -83,7 +82,6 @@ cudaError_t prepare_forks() {
       error = cudaStreamCreateWithFlags(&side.stream, cudaStreamNonBlocking);
     }
   }
-  forks->prepared = error == cudaSuccess;
   return error;
 }
 

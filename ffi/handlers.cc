@@ -509,18 +509,28 @@ AddRows read_add(Shapes& shapes, const Words& table, int i, const Ids& replicas,
   return add;
 }
 
-template <class Launch>
-ffi::Error add_rows(Launch launch, Words table, Ids replicas, ffi::RemainingArgs buffers, ffi::Result<Ids> done,
-                    ffi::RemainingRets sums, bool in_place) {
+// visit(shapes, i, sums of the rows of buffer i) of each of the buffers, up to the first error.
+template <class Visit>
+ffi::Error for_each_add(const char* call, const Words& table, const Ids& replicas, const ffi::RemainingArgs& buffers,
+                        ffi::RemainingRets& sums, bool in_place, Visit visit) {
   return for_each_buffer(buffers, buffers.size(), [&](int i, const ffi::AnyBuffer& rows) {
     auto of_rows = sums.get<ffi::AnyBuffer>(i);
     if (!of_rows) return of_rows.error();
-    Shapes shapes("add_rows");
+    Shapes shapes(call);
     const AddRows add = read_add(shapes, table, i, replicas, rows, **of_rows, in_place);
+    return visit(shapes, i, add);
+  });
+}
+
+template <class Launch>
+ffi::Error add_rows(Launch launch, Words table, Ids replicas, ffi::RemainingArgs buffers, ffi::Result<Ids> done,
+                    ffi::RemainingRets sums, bool in_place) {
+  const auto launch_one = [&](Shapes& shapes, int i, const AddRows& add) {
     shapes.last("done", *done, 0);
     if (!shapes.ok()) return shapes.error();
     return launch(add, i == 0 ? done->typed_data() : nullptr);
-  });
+  };
+  return for_each_add("add_rows", table, replicas, buffers, sums, in_place, launch_one);
 }
 
 // A number for all these addresses, in their order, after those that `name` is of.
@@ -534,18 +544,15 @@ ffi::Error begin_rows(Launch launch, Words table, Ids replicas, ffi::RemainingAr
                       bool in_place) {
   BeginRows begin = {};
   begin.name = name_of(name_of(0, table.untyped_data()), replicas.untyped_data());
-  const ffi::Error error = for_each_buffer(buffers, buffers.size(), [&](int i, const ffi::AnyBuffer& rows) {
-    auto of_rows = sums.get<ffi::AnyBuffer>(i);
-    if (!of_rows) return of_rows.error();
-    Shapes shapes("begin_rows");
+  const auto take = [&](Shapes& shapes, int i, const AddRows& add) {
     shapes.require(i < kMostBegun, [] { return "at most " + std::to_string(kMostBegun) + " buffers"; });
     if (!shapes.ok()) return shapes.error();
-    AddRows& add = begin.adds[begin.number++];
-    add = read_add(shapes, table, i, replicas, rows, **of_rows, in_place);
-    add.is_beside = true;
-    if (!in_place) begin.name = name_of(begin.name, rows.untyped_data());
-    return shapes.ok() ? ffi::Error::Success() : shapes.error();
-  });
+    begin.adds[begin.number] = add;
+    begin.adds[begin.number++].is_beside = true;
+    if (!in_place) begin.name = name_of(begin.name, add.buffer.own);
+    return ffi::Error::Success();
+  };
+  const ffi::Error error = for_each_add("begin_rows", table, replicas, buffers, sums, in_place, take);
   if (error.failure()) return error;
   for (int i = 0; i < begin.number; ++i) begin.name = name_of(begin.name, begin.adds[i].sums);
   return launch(begin);

@@ -257,20 +257,16 @@ def begin_rows(
     def begin(leaves: list[jax.Array], replicas: jax.Array) -> Coming:
         return _begun(dtypes, axis_name, leaves, replicas, replicas)
 
-    @begin.def_vmap
-    def later(_: int, mapped: list[Any], leaves: list[jax.Array], replicas: jax.Array) -> tuple[Coming, Any]:
-        of_leaves, of_replicas = mapped
-        sums, of_sums = leaves, of_leaves
+    def nothing(leaves: list[jax.Array], replicas: jax.Array) -> Coming:
+        sums = leaves
         if dtypes is not None:
-            sums, of_sums = [], [False] * len(leaves)
-            for leaf, is_mapped, dtype in zip(leaves, of_leaves, dtypes, strict=True):
-                shape = leaf.shape[2 if is_mapped else 1 :]
-                zeros = jnp.zeros((replicas.shape[-2], *shape), dtype)
-                sums.append(_ffi.vary(zeros, _ffi.varying(replicas, leaf)))
-        coming = Coming(no_table(axis_name, leaves, replicas), replicas, sums, axis_name, dtypes)
-        are_mapped: dict[str, Any] = {"table": False, "replicas": of_replicas, "sums": of_sums}
-        return coming, dataclasses.replace(coming, **are_mapped)
+            sums = [
+                _ffi.vary(jnp.zeros(like.shape, like.dtype), _ffi.varying(*like.varies_with))
+                for like in sums_like(leaves, replicas, dtypes)
+            ]
+        return Coming(no_table(axis_name, leaves, replicas), replicas, sums, axis_name, dtypes)
 
+    begin.def_vmap(_mapped(nothing))
     return begin(list(leaves), replicas)
 
 
@@ -330,20 +326,26 @@ def finish_rows(
 
     finish = jax.custom_batching.custom_vmap(wait)
 
-    @finish.def_vmap
-    def now(size: int, mapped: list[Any], shown: list[jax.Array], coming: Coming, done: jax.Array) -> Any:
-        def all_of_it(shown: list[jax.Array], coming: Coming, done: jax.Array) -> Any:
-            leaves = shown or coming.sums
-            mapped_with = zero_like(done, *mapped_alike(shown, coming))
-            return wait(shown, _begun(coming.dtypes, coming.axis_name, leaves, coming.replicas, mapped_with), done)
+    def all_of_it(shown: list[jax.Array], coming: Coming, done: jax.Array) -> Any:
+        leaves = shown or coming.sums
+        mapped_with = zero_like(done, *mapped_alike(shown, coming))
+        return wait(shown, _begun(coming.dtypes, coming.axis_name, leaves, coming.replicas, mapped_with), done)
 
-        axes = jax.tree.map(lambda is_mapped: 0 if is_mapped else None, mapped)
-        results = jax.vmap(all_of_it, in_axes=tuple(axes), axis_size=size)(shown, coming, done)
-        return results, jax.tree.map(lambda _: True, results)
-
+    finish.def_vmap(_mapped(all_of_it))
     table, sums, done = finish(list(shown), coming, done)
     buffers, made = ([], sums) if shown else (sums, [])
     return Exposed(list(shown), buffers, table), made, done
+
+
+def _mapped(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The rule of a `custom_vmap`, to map another function in its place."""
+
+    def rule(size: int, are_mapped: list[Any], *arguments: Any) -> tuple[Any, Any]:
+        axes = jax.tree.map(lambda is_mapped: 0 if is_mapped else None, tuple(are_mapped))
+        results = jax.vmap(function, in_axes=axes, axis_size=size)(*arguments)
+        return results, jax.tree.map(lambda _: True, results)
+
+    return rule
 
 
 def mapped_alike(shown: Sequence[jax.Array], coming: Coming | None) -> list[jax.Array]:
@@ -353,11 +355,7 @@ def mapped_alike(shown: Sequence[jax.Array], coming: Coming | None) -> list[jax.
 
 def zero_like(*arrays: jax.Array) -> jax.Array:
     """Zero, mapped under `jax.vmap` where any of these is, so that addresses are; XLA waits for none of them."""
-    zeros = [
-        jnp.sum(array[:0] if array.ndim else array[None][:0], dtype=jnp.float32)
-        for array in arrays
-        if array is not None
-    ]
+    zeros = [jnp.sum(array[None][:0], dtype=jnp.float32) for array in arrays]
     axes = _ffi.varying(*zeros)
     return sum((_ffi.vary(zero, axes) for zero in zeros), start=jnp.float32(0))
 

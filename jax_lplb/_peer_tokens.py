@@ -80,16 +80,10 @@ def dispatch_beside(
     leaves: list[jax.Array],
     source: jax.Array | None,
 ) -> tuple[jax.Array, list[jax.Array]]:
-    """`dispatch`, with rows of weights begun here.
+    """`dispatch`, with rows of weights begun here: of leaves as `_peer.add_up` takes them, the rows `source`.
 
-    Args:
-      sizes: capacity, and the dtypes of what is made of the leaves; None: in their place.
-      axis_name: of the ranks.
-      tokens: [num_tokens, d_model].
-      place: int32 [num_tokens, k].
-      group_sizes: int32 [slots].
-      leaves: as `_peer.add_up` takes them, to bring the rows `source`; or none.
-      source: int32 [slots, 1], or None.
+    These are int32 [slots, 1], or None where there are no leaves. `sizes` are the capacity, and the dtypes of what is
+    made of the leaves; None: in their place.
     """
     capacity, dtypes = sizes
     coming = None if source is None else _peer.begin_rows(dtypes, axis_name, leaves, source)

@@ -203,7 +203,6 @@ def test_mapped(rng, axes, buffer_factor):
             out.physical_ids,
             jnp.ones(ids.shape, jnp.float32),
             _expert_parallel.Home(weights, None, "peer"),
-            # Experts for which it does not matter how rows are sorted, as `ragged_dot` has no batches.
             lambda slots, rows, sizes: rows * jnp.mean(slots),
             out.placement,
             axis_name="ep",
@@ -213,7 +212,7 @@ def test_mapped(rng, axes, buffer_factor):
         )
         return result
 
-    def whole(function, axes):
+    def on_ranks(function, axes):
         specs = tuple(P("ep") if axis is None else P(None, "ep") for axis in axes)
         out_specs = P(None, "ep") if 0 in axes else P("ep")
         return jax.shard_map(function, mesh=mesh_of((RANKS, "ep")), in_specs=specs, out_specs=out_specs)
@@ -223,7 +222,7 @@ def test_mapped(rng, axes, buffer_factor):
         mapped = jax.vmap(on_rank, axes) if 0 in axes else on_rank
 
         def loss(*given):
-            result = whole(mapped, axes)(*given, given_ids)
+            result = on_ranks(mapped, axes)(*given, given_ids)
             return jnp.sum(jnp.sin(result)), result
 
         *given, given_ids = given
