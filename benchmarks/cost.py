@@ -28,6 +28,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 import jax_lplb as lplb
+from jax_lplb._grouped_matmul import has_hopper
 
 SHAPES = ((2048, 1408, 18), (2048, 1408, 34), (1024, 512, 18), (4096, 1536, 10))  # d_model, d_expert, slots
 TILES = (64, 128, 256)
@@ -129,7 +130,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results/cost.json"))
     args = parser.parse_args()
-    if jax.default_backend() == "gpu" and args.grouped_matmul is None:
+    if jax.default_backend() == "gpu" and args.grouped_matmul is None and not has_hopper():
         args.grouped_matmul = "tokamax"
     mesh = jax.make_mesh((1,), ("ep",), devices=jax.devices()[:1])
     results, runners = [], []

@@ -50,7 +50,7 @@ from rich.progress import Progress
 
 import jax_lplb as lplb
 from jax_lplb import _dispatch
-from jax_lplb._grouped_matmul import grouped_matmul, grouped_matmul_transposed, grouped_outer
+from jax_lplb._grouped_matmul import grouped_matmul, grouped_matmul_transposed, grouped_outer, has_hopper
 from jax_lplb.flax import Metrics, MoE
 
 EXPERTS, TOP_K, REDUNDANTS = 64, 6, 2
@@ -440,7 +440,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results/layer.json"))
     args = parser.parse_args()
-    if jax.default_backend() == "gpu" and args.grouped_matmul is None:
+    if jax.default_backend() == "gpu" and args.grouped_matmul is None and not has_hopper():
         args.grouped_matmul = "tokamax"  # raises where it is missing: jax.lax.ragged_dot is no measure on GPUs
     mesh = jax.make_mesh((jax.device_count(),), ("ep",), axis_types=(jax.sharding.AxisType.Auto,))
     options = {"grouped_matmul": args.grouped_matmul}

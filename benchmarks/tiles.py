@@ -1,14 +1,15 @@
-"""Times of the grouped matmuls of `MoE` by their tiles, on one Hopper GPU: `python benchmarks/tiles.py`.
+"""Times of the grouped matmuls of `MoE` beside libraries' kernels, on one Hopper GPU: `python benchmarks/tiles.py`.
 
 The products of benchmarks/layer.py on the busiest of four ranks: `in` is 2048 -> 2 * 1408, `out` 1408 -> 2048, of 16
-experts and two more slots for copies. `forward` is tokamax's kernel, of `stages` in its pipeline and of grid order
-`order` (minor dimension, width of its tiles); `transposed` and `outer`, the gradients of rows and of weights, are
-JAX's, whose `order` is `grid_block_n`. Loads: even, in 16 slots and with two empty ones more, and log-normal ones,
+experts and two more slots for copies. `forward` is rows times weights, `transposed` and `outer` are the gradients of
+rows and of weights. Libraries' are tokamax's kernel for the first and JAX's for the others, with the tiles and stages
+that were the fastest of those tried. Loads: even, in 16 slots and with two empty ones more, and log-normal ones,
 balanced. Times are taken as that benchmark takes its own.
 """
 
 import argparse
 import importlib
+import itertools
 import pathlib
 from collections.abc import Callable
 from functools import partial
@@ -21,15 +22,11 @@ import layer
 import numpy as np
 
 import jax_lplb as lplb
-from jax_lplb import _dispatch
-from jax_lplb._grouped_matmul import _TILES, _kernels
+from jax_lplb import _dispatch, _hopper_matmul
 
 RANKS, TOKENS, D_MODEL, D_EXPERT = 4, 8192, 2048, 1408
-CHOICES = {  # stages and order; among them those that `MoE` takes
-    "forward": [(4, (0, 1)), (3, (0, 1)), (2, (0, 1)), (3, (1, 4))],
-    "transposed": [(4, 8), (6, 8), (5, 4)],
-    "outer": [(4, 4), (5, 4), (6, 4)],
-}
+KERNELS = ("forward", "transposed", "outer")
+TILES = {"block_m": 128, "block_n": 128, "block_k": 64}
 
 
 def group_sizes() -> dict[str, np.ndarray]:
@@ -49,23 +46,26 @@ def group_sizes() -> dict[str, np.ndarray]:
     return {"even, no other slots": sizes["even"][: layer.EXPERTS // RANKS], **sizes}
 
 
-def product(kernel: str, stages: int, order: Any) -> Callable[..., jax.Array]:
+def ours(kernel: str) -> Callable[..., jax.Array]:
     """Of rows, weights or other rows, and group sizes."""
+    if kernel == "outer":
+        return _hopper_matmul.grouped_outer
+    return partial(_hopper_matmul.grouped_matmul, is_transposed=kernel == "transposed")
+
+
+def libraries(kernel: str) -> Callable[..., jax.Array]:
+    """Likewise."""
     if kernel == "forward":
         gpu = importlib.import_module("tokamax.ops.gpu")
-        minor, width = order
-        tiles = gpu.PallasMosaicRaggedDotConfig(
-            num_stages=stages, split_k=1, persistent=False, grid_minor_dim=minor, grid_tile_width=width, **_TILES
-        )
-        tokamax = importlib.import_module("tokamax")
+        tiles = gpu.PallasMosaicRaggedDotConfig(num_stages=3, split_k=1, persistent=False, grid_minor_dim=0, **TILES)
         choice = (gpu.PallasMosaicRaggedDot(config=tiles),)
-        return lambda rows, weights, sizes: tokamax.ragged_dot(rows, weights, sizes, implementation=choice)
-    options = {**_TILES, "max_concurrent_steps": stages, "grid_block_n": order}
-    if kernel == "transposed":
-        ragged_dot = _kernels("ragged_dot_mgpu").ragged_dot
-        return lambda rows, weights, sizes: ragged_dot(rows, weights, group_sizes=sizes, transpose_rhs=True, **options)
-    outer = _kernels("transposed_ragged_dot_mgpu").transposed_ragged_dot
-    return lambda rows, others, sizes: outer(rows, others, group_sizes=sizes, **options)
+        return partial(importlib.import_module("tokamax").ragged_dot, implementation=choice)
+    name, options = {
+        "transposed": ("ragged_dot", {"transpose_rhs": True, "max_concurrent_steps": 4, "grid_block_n": 8}),
+        "outer": ("transposed_ragged_dot", {"max_concurrent_steps": 5, "grid_block_n": 4}),
+    }[kernel]
+    function = getattr(importlib.import_module(f"jax.experimental.pallas.ops.gpu.{name}_mgpu"), name)
+    return lambda rows, other, sizes: function(rows, other, group_sizes=sizes, **options, **TILES)
 
 
 def passes() -> list[tuple[dict[str, Any], layer.Pass, float]]:
@@ -76,21 +76,17 @@ def passes() -> list[tuple[dict[str, Any], layer.Pass, float]]:
         rows, gate_and_up, hidden, result, w_in, w_out = layer.product_operands(room, len(sizes), D_MODEL, D_EXPERT)
         for name, (left, right, weights) in {"in": (rows, gate_and_up, w_in), "out": (hidden, result, w_out)}.items():
             operands = {"forward": (left, weights), "transposed": (right, weights), "outer": (left, right)}
-            for kernel, choices in CHOICES.items():
-                for stages, order in choices:
-                    key = (kernel, name, len(sizes), stages, order)
-                    one = layer.Pass(
-                        key, jax.jit(product(kernel, stages, order)), [*operands[kernel], jnp.asarray(sizes)]
-                    )
-                    row = {"bench": "tiles", "kernel": kernel, "product": name, "load": load}
-                    row |= {"stages": stages, "order": str(order)}
-                    found.append((row, one, 2.0 * weights[0].size * int(sizes.sum())))
+            for kernel, by in itertools.product(KERNELS, (libraries, ours)):
+                key = (kernel, name, len(sizes), by.__name__)
+                one = layer.Pass(key, jax.jit(by(kernel)), [*operands[kernel], jnp.asarray(sizes)])
+                row = {"bench": "tiles", "kernel": kernel, "product": name, "load": load, "by": by.__name__}
+                found.append((row, one, 2.0 * weights[0].size * int(sizes.sum())))
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results/tiles.json"))
     args = parser.parse_args()
     found = passes()

@@ -170,10 +170,12 @@ class MoE(nnx.Module):
             Where a batch needs more, it takes several rounds; no token is dropped.
           transport: how weights of copies travel: "peer", "collective" or None, as `jax_lplb.replicate` has it. "peer"
             cannot be on a mesh with axes beyond `token_axes`: those are left to XLA.
-          grouped_matmul: "tokamax" (https://github.com/openxla/tokamax), "ragged_dot" (jax.lax), or None: the former
-            on NVIDIA GPUs, where it is installed. Or a function that is called as `jax.lax.ragged_dot_general`, with
-            four arguments, for three products: rows by the weights of their groups, by those transposed, and sums of
-            outer products. It is not differentiated, and what it returns beyond the groups' rows is not looked at.
+          grouped_matmul: None: on Hopper GPUs by kernels of this package, for bfloat16 and float16 and widths that are
+            multiples of 128; on other NVIDIA GPUs, and for all else there, by "tokamax"
+            (https://github.com/openxla/tokamax) where it is installed; elsewhere by "ragged_dot" (jax.lax). Or a
+            function that is called as `jax.lax.ragged_dot_general`, with four arguments, for three products: rows by
+            the weights of their groups, by those transposed, and sums of outer products. It is not differentiated, and
+            what it returns beyond the groups' rows is not looked at.
           balance_options: further arguments of `jax_lplb.balance`: sync, locality, ranks_per_node, solver, tol,
             threshold, num_sms, implementation.
           dtype: in which experts compute.
