@@ -4,7 +4,7 @@ The products of benchmarks/layer.py on the busiest of four ranks: `in` is 2048 -
 experts and two more slots for copies. `forward` is rows times weights, `transposed` and `outer` are the gradients of
 rows and of weights. Libraries' are tokamax's kernel for the first and JAX's for the others, with the tiles and stages
 that were the fastest of those tried. Loads: even, in 16 slots and with two empty ones more, and log-normal ones,
-balanced. Times are taken as that benchmark takes its own.
+balanced. Times are taken as that benchmark takes its own. Needs tokamax and jax-triton.
 """
 
 import argparse

@@ -103,8 +103,11 @@ def _tokamax(rows: jax.Array, other: jax.Array, group_sizes: jax.Array, numbers:
 
 
 def has_hopper() -> bool:
-    """Whether GPUs here are of that generation."""
-    return getattr(jax.devices()[0], "compute_capability", "").startswith("9.")
+    """Whether the GPUs of this process are of that generation."""
+    try:
+        return jax.local_devices(backend="cuda")[0].compute_capability.startswith("9.")
+    except RuntimeError:  # no such platform here
+        return False
 
 
 def has_tokamax() -> bool:

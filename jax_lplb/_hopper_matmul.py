@@ -26,7 +26,8 @@ _SWIZZLE = 128  # bytes
 def fit(rows: jax.Array, other: jax.Array) -> bool:
     """Whether the kernels can take these, as `grouped_matmul` or `grouped_outer` does."""
     is_half = rows.dtype == other.dtype and rows.dtype in (jnp.bfloat16, jnp.float16)
-    return is_half and rows.shape[0] >= TILE and all(n % TILE == 0 for n in (rows.shape[1], *other.shape[1:]))
+    has_rows = rows.shape[0] >= TILE and rows.shape[0] % _ALIGNED == 0
+    return is_half and has_rows and all(n % TILE == 0 for n in (rows.shape[1], *other.shape[1:]))
 
 
 def grouped_matmul(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, is_transposed: bool) -> jax.Array:
@@ -37,7 +38,7 @@ def grouped_matmul(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, 
     by more.
 
     Args:
-      rows: bfloat16 or float16; n at least 128, and a and b multiples of 128.
+      rows: bfloat16 or float16; n a multiple of 8, at least 128, and a and b multiples of 128.
       weights: of the same dtype.
       group_sizes: int32 [groups].
       is_transposed: whether the weights are.
@@ -98,13 +99,13 @@ def _tiles(group_sizes: jax.Array, num_tiles: int) -> jax.Array:
     ends = jnp.cumulative_sum(group_sizes, dtype=jnp.int32)
     starts = ends - group_sizes
     aligned = starts // _ALIGNED * _ALIGNED
-    of_group = jnp.where(group_sizes > 0, pl.cdiv(ends - aligned, TILE), 0)
+    of_group = jnp.where(group_sizes > 0, (ends - aligned + TILE - 1) // TILE, 0)
     last = jnp.cumulative_sum(of_group, dtype=jnp.int32)
     tile = jnp.arange(num_tiles, dtype=jnp.int32)
     group = jnp.searchsorted(last[:-1], tile, side="right", method="compare_all")
     start = aligned[group] + TILE * (tile - (last - of_group)[group])
     first, end = jnp.maximum(start, starts[group]), jnp.minimum(start + TILE, ends[group])
-    return jnp.stack([group, start, first - start, jnp.maximum(end - first, 0)]).astype(jnp.int32)
+    return jnp.stack([group.astype(jnp.int32), start, first - start, jnp.maximum(end - first, 0)])
 
 
 def grouped_outer(rows: jax.Array, others: jax.Array, group_sizes: jax.Array) -> jax.Array:
@@ -114,7 +115,7 @@ def grouped_outer(rows: jax.Array, others: jax.Array, group_sizes: jax.Array) ->
     with those of a group; they are set to zero. The largest groups come first, so that none is left at the end.
 
     Args:
-      rows: bfloat16 or float16, sorted by group; n at least 128, and a and b multiples of 128.
+      rows: bfloat16 or float16, sorted by group; n a multiple of 8, at least 128, and a and b multiples of 128.
       others: of the same dtype; numbers, beyond the groups as well.
       group_sizes: int32 [groups].
 
@@ -124,16 +125,16 @@ def grouped_outer(rows: jax.Array, others: jax.Array, group_sizes: jax.Array) ->
     groups, num_tiles = len(group_sizes), (rows.shape[1] // TILE, others.shape[1] // TILE)
 
     def kernel(all_rows: Any, all_others: Any, of_groups: Any, results: Any) -> None:
-        block = lax.axis_index("tile")
-        group, start, first, end = (of_groups[i, block // math.prod(num_tiles)] for i in range(4))
-        row, column = plgpu.planar_snake(lax.rem(block, math.prod(num_tiles)), num_tiles, 0, 1)
+        block, of_a_group = lax.axis_index("tile"), jnp.int32(math.prod(num_tiles))
+        group, start, first, end = (of_groups[i, lax.div(block, of_a_group)] for i in range(4))
+        row, column = plgpu.planar_snake(lax.rem(block, of_a_group), num_tiles, 0, 1)
         start = pl.multiple_of(start, _ALIGNED)
 
         def multiply(acc: Any, step: Any, of_rows: Any, of_others: Any) -> None:
-            @pl.when((step == 0) | ((step + 1) * _STEP > end))
+            @pl.when((step * _STEP < first) | ((step + 1) * _STEP > end))
             def _() -> None:
-                row_of_step = lax.broadcasted_iota(jnp.int32, (_STEP, TILE), 0)
-                at = step * _STEP + plgpu.layout_cast(row_of_step, plgpu.Layout.WGMMA)
+                row_of_step = plgpu.broadcasted_iota(jnp.int32, (_STEP, TILE), 0, layout=plgpu.Layout.WGMMA)
+                at = step * _STEP + row_of_step
                 values = of_rows[...]
                 of_rows[...] = jnp.where((at >= first) & (at < end), values, jnp.zeros_like(values))
                 plgpu.commit_smem()
@@ -144,7 +145,8 @@ def grouped_outer(rows: jax.Array, others: jax.Array, group_sizes: jax.Array) ->
             _block((pl.Element(_STEP), TILE), lambda k: (start + k * _STEP, row), rows.dtype),
             _block((pl.Element(_STEP), TILE), lambda k: (start + k * _STEP, column), rows.dtype),
         ]
-        result = _added_up(TILE, pl.cdiv(end, _STEP), blocks, [all_rows, all_others], multiply)
+        steps = lax.div(end + jnp.int32(_STEP - 1), jnp.int32(_STEP))
+        result = _added_up(TILE, steps, blocks, [all_rows, all_others], multiply)
         to = results.at[group, pl.ds(row * TILE, TILE), pl.ds(column * TILE, TILE)]
         _store(result.astype(rows.dtype), 8, lambda tile: plgpu.copy_smem_to_gmem(tile, to, commit_group=False))
 
@@ -152,14 +154,15 @@ def grouped_outer(rows: jax.Array, others: jax.Array, group_sizes: jax.Array) ->
     starts = ends - group_sizes
     aligned = starts // _ALIGNED * _ALIGNED
     ends_in_steps = jnp.where(group_sizes > 0, ends - aligned, 0)
-    of_groups = jnp.stack([jnp.arange(groups), aligned, starts - aligned, ends_in_steps]).astype(jnp.int32)
+    of_groups = jnp.stack([jnp.arange(groups, dtype=jnp.int32), aligned, starts - aligned, ends_in_steps])
     of_groups = of_groups[:, jnp.argsort(group_sizes, descending=True)]
     result = jax.ShapeDtypeStruct((groups, rows.shape[1], others.shape[1]), rows.dtype)
     return _call(kernel, result, groups * math.prod(num_tiles), rows, others, of_groups)
 
 
 def _call(kernel: Callable[..., None], result: jax.ShapeDtypeStruct, num_blocks: int, *operands: jax.Array) -> Any:
-    # Barriers are where `_added_up` and `_store` have them; with those that are put everywhere kernels take longer.
+    # Barriers are where `plgpu.commit_smem` is; with those that are put everywhere kernels take longer. What a thread
+    # writes to shared memory no other one has read or written before that barrier.
     options = plgpu.CompilerParams(unsafe_no_auto_barriers=True)
     return plgpu.kernel(kernel, out_type=result, grid=(num_blocks,), grid_names=("tile",), compiler_params=options)(
         *operands

@@ -57,8 +57,8 @@ def _swiglu_backward(implementation: GroupedMatmul | None, residuals: Any, gradi
     def products(left: jax.Array, of_result: jax.Array, right: jax.Array) -> tuple[jax.Array, jax.Array]:
         of_weights = grouped_outer(left, of_result, group_sizes, implementation)
         of_left = grouped_matmul_transposed(of_result, right, group_sizes, implementation)
-        # Copies' gradients then travel beside what comes next: on Hopper the kernels of both products keep every
-        # multiprocessor, and would have to wait for a collective that holds some of them.
+        # Copies' gradients then travel beside what comes next, not beside the second of these products: kernels that
+        # keep every multiprocessor would have to wait for a collective that holds some of them.
         of_weights, of_left = lax.optimization_barrier((of_weights, of_left))
         return of_weights, of_left
 

@@ -171,11 +171,13 @@ class MoE(nnx.Module):
           transport: how weights of copies travel: "peer", "collective" or None, as `jax_lplb.replicate` has it. "peer"
             cannot be on a mesh with axes beyond `token_axes`: those are left to XLA.
           grouped_matmul: None: on Hopper GPUs by kernels of this package, for bfloat16 and float16 and widths that are
-            multiples of 128; on other NVIDIA GPUs, and for all else there, by "tokamax"
-            (https://github.com/openxla/tokamax) where it is installed; elsewhere by "ragged_dot" (jax.lax). Or a
-            function that is called as `jax.lax.ragged_dot_general`, with four arguments, for three products: rows by
-            the weights of their groups, by those transposed, and sums of outer products. It is not differentiated, and
-            what it returns beyond the groups' rows is not looked at.
+            multiples of 128; for other widths and dtypes, and on other NVIDIA GPUs, by "tokamax"
+            (https://github.com/openxla/tokamax) where it is installed; else by "ragged_dot" (jax.lax). "tokamax" leaves
+            the choice of kernels and tiles to it, but for the gradients of weights on Hopper, which are wrong there
+            (tokamax 0.0.17): these are then "ragged_dot", which is slow. Or a function that is called as
+            `jax.lax.ragged_dot_general`, with four arguments, for three products: rows by the weights of their groups,
+            by those transposed, and sums of outer products. It is not differentiated, and what it returns beyond the
+            groups' rows is not looked at.
           balance_options: further arguments of `jax_lplb.balance`: sync, locality, ranks_per_node, solver, tol,
             threshold, num_sms, implementation.
           dtype: in which experts compute.

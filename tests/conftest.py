@@ -1,5 +1,6 @@
 """Eight virtual CPU devices, strict promotion, and the fixtures that choose what runs."""
 
+import gc
 import importlib.util
 import os
 import pathlib
@@ -22,6 +23,10 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax
 import numpy as np
 import pytest
+
+# Tracing takes half of the rest; with less garbage collection, and without the source's lines in programs, it is less.
+gc.set_threshold(100_000, 50, 1000)
+jax.config.update("jax_traceback_in_locations_limit", 0)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

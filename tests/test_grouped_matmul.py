@@ -15,7 +15,7 @@ from jax_lplb._grouped_matmul import grouped_matmul, grouped_matmul_transposed, 
 # Groups that end within a tile's first and second half, on their edges and on those of steps; empty ones, rows of none.
 SIZES = [[100, 0, 200, 64], [1, 129, 63, 191], [384, 0, 0, 0], [0, 3, 100, 0], [0, 0, 0, 0], [8, 120, 128, 127]]
 WHERE = [pytest.param(False, id="interpreted"), pytest.param(True, marks=pytest.mark.gpu, id="gpu")]
-ROWS, A, B = 384, 256, 128
+ROWS, A, B = 384, 256, 384
 
 
 @pytest.fixture(params=WHERE)
@@ -43,7 +43,8 @@ def in_float32(*arrays: jax.Array) -> list[np.ndarray]:
 def test_rows_times_the_weights_of_their_groups(rng, kernels, is_transposed, sizes):
     """Those beyond the groups are no numbers, and touch nothing."""
     dtype = jnp.float16 if sizes == SIZES[1] else jnp.bfloat16
-    rows, weights = drawn(rng, ROWS, A, dtype=dtype), drawn(rng, len(sizes), A, B, dtype=dtype)
+    depth = 128 if sizes == SIZES[2] else A  # fewer steps than there are stages, or more
+    rows, weights = drawn(rng, ROWS, depth, dtype=dtype), drawn(rng, len(sizes), depth, B, dtype=dtype)
     total, (left, right) = sum(sizes), in_float32(rows, weights)
     expected = np.einsum("na,nab->nb", left[:total], right[np.repeat(np.arange(len(sizes)), sizes)])
     function, weights = (
@@ -82,8 +83,10 @@ def test_tiles_hold_all_rows_once(rng):
         assert ((first + count)[count > 0] <= 128).all()
 
 
+@pytest.mark.smoke
+@pytest.mark.parametrize("x64", [False, True])
 @pytest.mark.parametrize("kernel", ["grouped_matmul", "transposed", "grouped_outer"])
-def test_compiles_for_gpus_as_far_as_jax_does_here(kernel):
+def test_compiles_for_gpus_as_far_as_jax_does_here(kernel, x64):
     """All that Python does of it, layouts of what threads hold included."""
     rows, sizes = jax.ShapeDtypeStruct((ROWS, A), jnp.bfloat16), jax.ShapeDtypeStruct((4,), jnp.int32)
     shape = {"grouped_matmul": (4, A, B), "transposed": (4, B, A), "grouped_outer": (ROWS, B)}[kernel]
@@ -93,8 +96,9 @@ def test_compiles_for_gpus_as_far_as_jax_does_here(kernel):
             return _hopper_matmul.grouped_outer(rows, other, sizes)
         return _hopper_matmul.grouped_matmul(rows, other, sizes, kernel == "transposed")
 
-    traced = jax.jit(run).trace(rows, jax.ShapeDtypeStruct(shape, jnp.bfloat16), sizes)
-    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+    with jax.enable_x64(x64):
+        traced = jax.jit(run).trace(rows, jax.ShapeDtypeStruct(shape, jnp.bfloat16), sizes)
+        assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize(
@@ -106,6 +110,7 @@ def test_compiles_for_gpus_as_far_as_jax_does_here(kernel):
         ((128, 192), (4, 192, 128), jnp.bfloat16, False),
         ((128, 256), (4, 256, 192), jnp.bfloat16, False),
         ((64, 256), (4, 256, 128), jnp.bfloat16, False),
+        ((132, 256), (4, 256, 128), jnp.bfloat16, False),
     ],
 )
 def test_what_the_kernels_take(rows, other, dtype, fits):
