@@ -125,7 +125,7 @@ def grouped_outer(rows: jax.Array, others: jax.Array, group_sizes: jax.Array) ->
     groups, num_tiles = len(group_sizes), (rows.shape[1] // TILE, others.shape[1] // TILE)
 
     def kernel(all_rows: Any, all_others: Any, of_groups: Any, results: Any) -> None:
-        block, of_a_group = lax.axis_index("tile"), jnp.int32(math.prod(num_tiles))
+        block, of_a_group = lax.axis_index("tile"), math.prod(num_tiles)
         group, start, first, end = (of_groups[i, lax.div(block, of_a_group)] for i in range(4))
         row, column = plgpu.planar_snake(lax.rem(block, of_a_group), num_tiles, 0, 1)
         start = pl.multiple_of(start, _ALIGNED)
@@ -145,8 +145,7 @@ def grouped_outer(rows: jax.Array, others: jax.Array, group_sizes: jax.Array) ->
             _block((pl.Element(_STEP), TILE), lambda k: (start + k * _STEP, row), rows.dtype),
             _block((pl.Element(_STEP), TILE), lambda k: (start + k * _STEP, column), rows.dtype),
         ]
-        steps = lax.div(end + jnp.int32(_STEP - 1), jnp.int32(_STEP))
-        result = _added_up(TILE, steps, blocks, [all_rows, all_others], multiply)
+        result = _added_up(TILE, pl.cdiv(end, _STEP), blocks, [all_rows, all_others], multiply)
         to = results.at[group, pl.ds(row * TILE, TILE), pl.ds(column * TILE, TILE)]
         _store(result.astype(rows.dtype), 8, lambda tile: plgpu.copy_smem_to_gmem(tile, to, commit_group=False))
 
@@ -164,9 +163,10 @@ def _call(kernel: Callable[..., None], result: jax.ShapeDtypeStruct, num_blocks:
     # Barriers are where `plgpu.commit_smem` is; with those that are put everywhere kernels take longer. What a thread
     # writes to shared memory no other one has read or written before that barrier.
     options = plgpu.CompilerParams(unsafe_no_auto_barriers=True)
-    return plgpu.kernel(kernel, out_type=result, grid=(num_blocks,), grid_names=("tile",), compiler_params=options)(
-        *operands
-    )
+    with jax.enable_x64(False):  # JAX's pipelines count in 32 bits
+        return plgpu.kernel(kernel, out_type=result, grid=(num_blocks,), grid_names=("tile",), compiler_params=options)(
+            *operands
+        )
 
 
 def _added_up(
