@@ -28,7 +28,6 @@ import numpy as np
 from scipy.optimize import nnls
 
 import jax_lplb as lplb
-from jax_lplb._grouped_matmul import has_hopper
 
 SHAPES = ((2048, 1408, 18), (2048, 1408, 34), (1024, 512, 18), (4096, 1536, 10))  # d_model, d_expert, slots
 TILES = (64, 128, 256)
@@ -130,12 +129,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results/cost.json"))
     args = parser.parse_args()
-    if jax.default_backend() == "gpu" and args.grouped_matmul is None and not has_hopper():
-        args.grouped_matmul = "tokamax"
+    options = {"grouped_matmul": layer.grouped_matmul_here(args.grouped_matmul)}
     mesh = jax.make_mesh((1,), ("ep",), devices=jax.devices()[:1])
     results, runners = [], []
     for d_model, d_expert, slots in SHAPES[: args.shapes]:
-        runners.append(layer.Runner(mesh, d_model, d_expert, {"grouped_matmul": args.grouped_matmul}))
+        runners.append(layer.Runner(mesh, d_model, d_expert, options))
         results += costs_of(runners[-1], slots, 2 * args.tokens, args.points, args.repeats)
     loads = [layer.lognormal(RANKS * args.tokens, sigma) for sigma in (0.3, 0.6, 1.0)]
     if args.traces is not None:

@@ -96,9 +96,7 @@ def _tiles(group_sizes: jax.Array, num_tiles: int) -> jax.Array:
 
     int32 [4, tiles]; those that no group needs have no rows.
     """
-    ends = jnp.cumulative_sum(group_sizes, dtype=jnp.int32)
-    starts = ends - group_sizes
-    aligned = starts // _ALIGNED * _ALIGNED
+    starts, aligned, ends = _bounds(group_sizes)
     of_group = jnp.where(group_sizes > 0, (ends - aligned + TILE - 1) // TILE, 0)
     last = jnp.cumulative_sum(of_group, dtype=jnp.int32)
     tile = jnp.arange(num_tiles, dtype=jnp.int32)
@@ -106,6 +104,13 @@ def _tiles(group_sizes: jax.Array, num_tiles: int) -> jax.Array:
     start = aligned[group] + TILE * (tile - (last - of_group)[group])
     first, end = jnp.maximum(start, starts[group]), jnp.minimum(start + TILE, ends[group])
     return jnp.stack([group.astype(jnp.int32), start, first - start, jnp.maximum(end - first, 0)])
+
+
+def _bounds(group_sizes: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of each group: its first row, the one from which on it is loaded, and the row behind its last one."""
+    ends = jnp.cumulative_sum(group_sizes, dtype=jnp.int32)
+    starts = ends - group_sizes
+    return starts, starts // _ALIGNED * _ALIGNED, ends
 
 
 def grouped_outer(rows: jax.Array, others: jax.Array, group_sizes: jax.Array) -> jax.Array:
@@ -149,9 +154,7 @@ def grouped_outer(rows: jax.Array, others: jax.Array, group_sizes: jax.Array) ->
         to = results.at[group, pl.ds(row * TILE, TILE), pl.ds(column * TILE, TILE)]
         _store(result.astype(rows.dtype), 8, lambda tile: plgpu.copy_smem_to_gmem(tile, to, commit_group=False))
 
-    ends = jnp.cumulative_sum(group_sizes, dtype=jnp.int32)
-    starts = ends - group_sizes
-    aligned = starts // _ALIGNED * _ALIGNED
+    starts, aligned, ends = _bounds(group_sizes)
     ends_in_steps = jnp.where(group_sizes > 0, ends - aligned, 0)
     of_groups = jnp.stack([jnp.arange(groups, dtype=jnp.int32), aligned, starts - aligned, ends_in_steps])
     of_groups = of_groups[:, jnp.argsort(group_sizes, descending=True)]
